@@ -1,0 +1,77 @@
+"""svdpeft: SVD-based parameter-efficient fine-tuning on any architecture.
+
+The public names are here; method classes (``svdpeft.SORSA``, …) come from the registry, and what needs transformers
+(``Trainer``, ``AdapterCallback``) is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from svdpeft.adapter import Adapter, MergeReport, attach
+from svdpeft.checkpoint import CheckpointError, load
+from svdpeft.methods.base import Method
+from svdpeft.registry import METHODS
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "MergeReport",
+    "Method",
+    "attach",
+    "cite",
+    "load",
+    "method",
+    "methods",
+]
+
+_LATE = {"Trainer": "svdpeft.training.trainer", "AdapterCallback": "svdpeft.training.callback"}
+
+
+def methods() -> list[str]:
+    """Return the names of all methods.
+
+    Example:
+        >>> "sorsa" in methods()
+        True
+    """
+    return list(METHODS)
+
+
+def method(name: str) -> type[Method]:
+    """Return a method's class by its registry name.
+
+    Raises:
+        ValueError: no method has that name; the message names the nearest.
+
+    Example:
+        >>> method("svft")(pattern="banded", off_diagonals=4)
+        SVFT(rank=None, alpha=None, dropout=0.0, pattern='banded', off_diagonals=4, reference_init=False, driver='auto')
+    """
+    return METHODS[name]
+
+
+def cite(*names: str) -> str:
+    """Return the BibTeX entries of methods, without repetition.
+
+    Example:
+        >>> print(cite("pissa").splitlines()[0])
+        @inproceedings{meng2024pissa,
+    """
+    references = (METHODS[name].reference for name in names)
+    return "\n\n".join(dict.fromkeys(r.bibtex() for r in references if r is not None))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
+    for cls in METHODS.values():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module 'svdpeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE, *(cls.__name__ for cls in METHODS.values())})

@@ -1,0 +1,402 @@
+"""The adapter: everything attached to one model under one name. Written once, for every method and layer kind.
+
+The base weight is not touched unless the user merges or folds, and then every bit of it comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svdpeft.decomposition import check_matrix
+from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.registry import near_miss
+from svdpeft.sites import Site
+from svdpeft.summary import summarise
+from svdpeft.targets import Selection, Targets, rules, select, trained_whole
+from svdpeft.weights import BaseWeight, Borrowed, running_statistics
+
+STATE = "_svdpeft"  # plain attribute of an adapted model
+
+
+class _State:
+    """What the adapters of one model share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.weights: dict[int, BaseWeight] = {}  # by the identity of the parameter
+        self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def weight(self, owner: nn.Module, parameter: str) -> BaseWeight:
+        """The one record of a parameter, however many adapters write into it."""
+        return self.weights.setdefault(id(getattr(owner, parameter)), BaseWeight(owner, parameter))
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding took: per site the share ‖W_stored − W_exact‖_F / ‖ΔW‖_F of the update that was lost."""
+
+    lost: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest share over all sites."""
+        return max(self.lost.values(), default=0.0)
+
+    def __str__(self) -> str:
+        if not self.lost:
+            return "merged 0 sites"
+        where = max(self.lost, key=lambda name: self.lost[name])
+        mean = sum(self.lost.values()) / len(self.lost)
+        return (
+            f"merged {len(self.lost)} sites; rounding to the weights' dtype lost {mean:.2%} of the update on average, "
+            f"at most {self.worst:.2%} at {where}"
+        )
+
+
+def attach(
+    model: nn.Module,
+    method: Method | None = None,
+    targets: Targets = "all-linear",
+    exclude: Sequence[str] = (),
+    train: Sequence[str] = (),
+    name: str = "default",
+    seed: int = 0,
+    clip_rank: bool = False,
+) -> Adapter:
+    """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
+
+    Args:
+        model: any module with its weights loaded. Bad input raises before anything of it changes.
+        method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
+        targets: ``"all-linear"`` (every linear layer but the output head), ``"all"`` (every layer of a known kind but
+            the head), patterns, or a mapping from pattern to method. A pattern is a name, a suffix of whole dotted
+            parts, or a regular expression for the whole name.
+        exclude: patterns of layers that are left alone.
+        train: patterns of modules or parameters of the base that are trained whole, such as a new head.
+        name: of the adapter; several of different names add up.
+        seed: of every random draw; each site's own depends on this and on its name only.
+        clip_rank: lower a rank that is too large for a small matrix instead of raising.
+
+    Returns:
+        The adapter. The model's outputs are the base model's.
+
+    Raises:
+        ValueError: nothing to train; no layer matches; a rank, weight or name that cannot be.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> adapter = attach(model, SORSA(rank=2), targets=["0"])
+        >>> adapter.trainable_count  # 2 · (6 + 8 + 1)
+        30
+    """
+    state = getattr(model, STATE, None) or _State(model)
+    _check_name(name, state)
+    pairs = rules(targets, method)
+    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
+    owned = {n for a in state.adapters.values() for n in a.whole}
+    if clash := owned & set(whole):
+        raise ValueError(f"{min(clash)} is trained whole by another adapter already")
+    factored = [(pattern, m) for pattern, m in pairs if m.factored]
+    selection = select(model, factored, exclude, whole) if factored else Selection()
+    built: list[tuple[Any, Factored, Factors]] = []
+    for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+        kind, owner = choice.kind, choice.owners[0]
+        raw = state.weight(owner, kind.parameter).original
+        check_matrix(raw, choice.name)
+        w = kind.to_matrix(owner, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        assert isinstance(choice.method, Factored)
+        resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank)
+        site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
+        built.append((choice, resolved, resolved.factors(w, site_seed, choice.name)))
+    if not built and not whole:
+        raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
+    return install(model, pairs, built, whole, selection.skipped, name)
+
+
+def install(
+    model: nn.Module,
+    pairs: Sequence[tuple[str, Method]],
+    built: Sequence[tuple[Any, Factored, Factors]],
+    whole: Mapping[str, tuple[nn.Module, str]],
+    skipped: Mapping[str, str],
+    name: str,
+) -> Adapter:
+    """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
+    state: _State = getattr(model, STATE, None) or _State(model)
+    _check_name(name, state)
+    sites: dict[str, Site] = {}
+    for choice, method, factors in built:
+        weight = state.weight(choice.owners[0], choice.kind.parameter)
+        matrix = choice.kind.to_matrix(choice.owners[0], weight.original)
+        shape = (matrix[..., 0, 0].numel(), *matrix.shape[-2:])
+        factors.to(matrix.device)
+        sites[choice.name] = Site(choice.name, choice.owners, choice.kind, method, factors, weight, shape)
+    setattr(model, STATE, state)
+    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped))
+    state.adapters[name] = adapter
+    for site in sites.values():
+        site.install(name)
+    _set_requires_grad(model, state)
+    return adapter
+
+
+def _check_name(name: str, state: _State) -> None:
+    if name in state.adapters:
+        raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
+
+
+def _set_requires_grad(model: nn.Module, state: _State) -> None:
+    trained = {n for a in state.adapters.values() for n in a.whole}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in state.required_grad:
+        parameters[name].requires_grad_(name in trained)
+
+
+class Adapter:
+    """Everything that was attached to one model under one name; made by ``attach`` and ``load``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        pairs: list[tuple[str, Method]],
+        sites: dict[str, Site],
+        whole: dict[str, tuple[nn.Module, str]],
+        skipped: dict[str, str],
+    ) -> None:
+        self.model, self.name = model, name
+        self.patterns = [pattern for pattern, _ in pairs]
+        self.methods = [method for _, method in pairs]
+        self.sites: Mapping[str, Site] = sites
+        self.whole = whole
+        self.skipped: Mapping[str, str] = skipped
+        self.state: Literal["attached", "merged", "folded", "detached"] = "attached"
+        taken = {n for a in getattr(model, STATE).adapters.values() for n in a.borrowed.places}
+        statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
+        self.borrowed = Borrowed({**whole, **statistics})
+        self._stepped = False
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains: ``("blocks.0.attn.qkv/L", …)`` for factors, the base's own name for whole parameters."""
+        for name, site in self.sites.items():
+            for role, parameter in site.factors.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{name}/{role}", parameter
+        for name, (owner, attribute) in self.whole.items():
+            yield name, getattr(owner, attribute)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        """What trains by role: ``"L"``, ``"C"``, ``"A"``, what else a method trains, and ``"whole"``."""
+        roles: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            roles.setdefault(name.rpartition("/")[2] if "/" in name else "whole", []).append(parameter)
+        return roles
+
+    @property
+    def trainable_count(self) -> int:
+        """Number of trained values, factors and whole parameters together."""
+        return sum(p.numel() for p in self.parameters())
+
+    def site(self, name: str) -> Site:
+        """Return one site by name."""
+        if name not in self.sites:
+            raise ValueError(f"no site is called {name!r}: {near_miss(name, self.sites)}")
+        return self.sites[name]
+
+    def delta(self, name: str) -> Tensor:
+        """Return ΔW of one site, dense, in the weight's own layout and at least float32."""
+        return self.site(name).delta()
+
+    def summary(self) -> str:
+        """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
+        return summarise(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Adapter({self.name!r}, {', '.join(map(str, self.methods))}, {len(self.sites)} sites, "
+            f"{self.trainable_count:,} trainable, {self.state})"
+        )
+
+    # -- switching ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes as if this adapter were not there, bit for bit."""
+        self._must_be("attached", "merged", "folded")
+        state = self.state
+        self._to("attached")
+        with torch.no_grad():
+            self.borrowed.swap()
+        self._activate(False)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.borrowed.swap()
+            self._activate(True)
+            self._to(state)
+
+    def merge(self, permanent: bool = False) -> MergeReport:
+        """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
+
+        A copy of each weight is kept for ``unmerge``.
+
+        Args:
+            permanent: keep no copy, and take the factors out of the model: what remains is a plain model with
+                merged weights, and this adapter is spent.
+
+        Returns:
+            The share of each site's update that was lost in rounding to the weight's dtype.
+        """
+        self._must_be("attached", "folded")
+        self._to("attached")
+        report = self._to("merged")
+        if permanent:
+            self._leave(restore=False)
+        return report
+
+    def unmerge(self) -> None:
+        """Give the base weights back, bit for bit, and add the update in the forward pass again."""
+        self._must_be("merged")
+        self._to("attached")
+
+    def fold(self) -> None:
+        """Write W0 − [L C A]start into the base weights: the papers' layout, one low-rank path less per layer.
+
+        Outputs agree with the unfolded model up to rounding. A full-rank SVFT layer is then computed from its factors
+        alone. Training goes on as before.
+        """
+        self._must_be("attached")
+        for site in self.sites.values():
+            if site.method.dropout:
+                raise ValueError(
+                    f"dropout {site.method.dropout} at {site.name}: folded, it would also drop the part of W0 that the "
+                    "factors took over; fold() needs dropout=0"
+                )
+            if len(site.owners) > 1:
+                raise ValueError(f"{site.name} shares its weight with other layers: folding is refused there")
+        self._to("folded")
+
+    def unfold(self) -> None:
+        """Give the base weights back, bit for bit."""
+        self._must_be("folded")
+        self._to("attached")
+
+    def detach(self) -> None:
+        """Take everything out of the model again: parameters, buffers, hooks and flags are what they were."""
+        self._must_be("attached", "merged", "folded")
+        self._to("attached")
+        self._leave(restore=True)
+
+    @torch.no_grad()
+    def _to(self, state: Literal["attached", "merged", "folded"]) -> MergeReport:
+        """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
+        lost: dict[str, float] = {}
+        if state == self.state:
+            return MergeReport(lost)
+        for site in self.sites.values():
+            if state == "attached":
+                site.skip_base(False)
+                if site.weight.written(self.name):
+                    site.weight.erase(self.name)
+            elif state == "merged":
+                lost[site.name] = site.weight.write(self.name, site.delta)
+            elif site.can_skip_base():
+                site.skip_base(True)
+            elif (start := site.start()) is not None:
+                site.weight.write(self.name, lambda start=start: start)
+            site.folded = state == "folded"
+        self.state = state
+        self._activate(state != "merged")
+        return MergeReport(lost)
+
+    def _activate(self, active: bool) -> None:
+        for site in self.sites.values():
+            site.active = active
+
+    @torch.no_grad()
+    def _leave(self, restore: bool) -> None:
+        state: _State = getattr(self.model, STATE)
+        for site in self.sites.values():
+            if not restore:
+                site.weight.keep()
+            site.remove(self.name)
+        if restore:
+            self.borrowed.swap()
+        del state.adapters[self.name]
+        self.state = "detached"
+        if state.adapters:
+            _set_requires_grad(self.model, state)
+            return
+        delattr(self.model, STATE)
+        parameters = dict(self.model.named_parameters())
+        for name, required in state.required_grad.items():
+            parameters[name].requires_grad_(required)
+
+    def _must_be(self, *states: str) -> None:
+        if self.state not in states:
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}; this needs it to be {' or '.join(states)}")
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def _by_method(self) -> list[tuple[Factored, list[Factors]]]:
+        groups: dict[str, tuple[Factored, list[Factors]]] = {}
+        for site in self.sites.values():  # one method, whatever the ranks of its sites
+            key = repr(dataclasses.replace(site.method, rank=1))
+            groups.setdefault(key, (site.method, []))[1].append(site.factors)
+        return list(groups.values())
+
+    def penalty(self) -> Tensor | None:
+        """Return what the methods add to the loss, a differentiable scalar, or ``None`` where there is nothing."""
+        terms = [term for method, factors in self._by_method() if (term := method.penalty(factors)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def before_step(self, peak_lr: float) -> None:
+        """Let the methods change the gradients: after clipping, before the optimizer's step.
+
+        Args:
+            peak_lr: the largest learning rate of the schedule.
+        """
+        for method, factors in self._by_method():
+            method.before_step(factors, peak_lr)
+        self._stepped = True
+
+    def after_step(self, lr_scale: float = 1.0) -> None:
+        """Let the methods change the factors after the optimizer's step.
+
+        Args:
+            lr_scale: lr_t / lr_peak, where the schedule is now.
+
+        Raises:
+            RuntimeError: a method needs ``before_step`` and it was not called.
+        """
+        for method, factors in self._by_method():
+            if method.changes_gradients and not self._stepped:
+                raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
+            method.after_step(factors, lr_scale)
+        self._stepped = False
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Any) -> None:
+        """Write the adapter into the folder ``path``: see ``svdpeft.checkpoint``."""
+        from svdpeft.checkpoint import save  # the file format knows the adapter, not the other way round
+
+        save(self, path)

@@ -1,0 +1,245 @@
+"""The adapter file: one folder with ``adapter.safetensors`` (tensors) and ``adapter.json`` (everything else).
+
+A file is complete: it holds frozen factors and start values too, so loading decomposes nothing and depends on no random
+state. It names the base it was made for by a hash of every adapted weight, and refuses another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from svdpeft.adapter import STATE, Adapter, install
+from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.registry import KINDS, METHODS, near_miss
+from svdpeft.targets import Choice
+from svdpeft.weights import running_statistics
+
+FORMAT = 1
+TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+
+
+class CheckpointError(ValueError):
+    """The folder is not an adapter for this model; the model is as it was."""
+
+
+def digest(w: Tensor) -> str:
+    """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
+    w = w.detach().cpu().contiguous()
+    head = f"{w.dtype} {tuple(w.shape)} ".encode()
+    return hashlib.sha256(head + bytes(w.view(torch.uint8).flatten().numpy().data)).hexdigest()[:32]
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write the adapter into the folder ``path``, replacing an adapter that is there.
+
+    Written under a temporary name beside it and renamed, so that a crash leaves the old folder or the new one.
+
+    Args:
+        adapter: in any state; what is saved does not depend on whether it is merged or folded.
+        path: of the folder.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not an adapter folder.
+    """
+    path = Path(path)
+    if path.exists() and not (path / HEADER).exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an adapter folder: it is not overwritten")
+    tensors, header = to_file(adapter)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        save_file(tensors, temporary / TENSORS)
+        (temporary / HEADER).write_text(json.dumps(header, indent=1) + "\n")
+        _replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, check_base: bool = True) -> Adapter:
+    """Attach a saved adapter to the base it was made for. Nothing is decomposed.
+
+    Args:
+        model: the base; unchanged if anything is wrong with the file.
+        path: folder written by ``Adapter.save``.
+        name: of the adapter in this model; default the name it was saved under.
+        check_base: refuse a base whose adapted weights differ in a single bit. Switch off to put an adapter on the
+            same model in another dtype.
+
+    Raises:
+        CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
+            tensor, a wrong shape.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    methods = [_method(json_method, path) for json_method in header["methods"]]
+    built, skipped = [], {}
+    modules = dict(model.named_modules())
+    state = getattr(model, STATE, None)
+    remaining = dict(tensors)
+    for site, entry in header["sites"].items():
+        owners = [_layer(modules, owner, site, path) for owner in entry["owners"]]
+        kind = KINDS[entry["kind"]]()
+        if not kind.handles(owners[0]):
+            raise CheckpointError(f"{path}: {site} is a {type(owners[0]).__name__} here, not of kind {entry['kind']!r}")
+        parameter = getattr(owners[0], kind.parameter)
+        weight = parameter if state is None else state.weight(owners[0], kind.parameter).original
+        _check_base(site, entry, weight, path, check_base)
+        method = _method(entry["method"], path)
+        assert isinstance(method, Factored)
+        factors = {role: remaining.pop(f"{site}/{role}", None) for role in entry["tensors"]}
+        for role, tensor in factors.items():
+            shape = entry["tensors"][role]
+            if tensor is None or list(tensor.shape) != shape:
+                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise CheckpointError(f"{path / TENSORS}: tensor {site}/{role} of shape {shape} is {found}")
+        present = {role: tensor for role, tensor in factors.items() if tensor is not None}
+        built.append((Choice(site, owners, kind, method), method, Factors(present, method.trains)))
+    places, values = _whole_tensors(model, header, remaining, path)
+    if remaining:
+        raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
+    whole = {n: place for n, place in places.items() if n in header["whole"]}
+    adapter = install(model, list(zip(header["patterns"], methods, strict=True)), built, whole, skipped, name or header["name"])
+    with torch.no_grad():
+        for tensor_name, value in values.items():
+            owner, attribute = places[tensor_name]
+            getattr(owner, attribute).copy_(value)
+    return adapter
+
+
+def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what is written: tensors by name, and the header."""
+    tensors: dict[str, Tensor] = {}
+    sites: dict[str, Any] = {}
+    names = {id(module): name for name, module in adapter.model.named_modules()}
+    for name, site in adapter.sites.items():
+        factors = site.factors.tensors()
+        tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
+        sites[name] = {
+            "kind": site.kind.name,
+            "owners": [names[id(owner)] for owner in site.owners],
+            "method": site.method.to_json(),
+            "shape": list(site.weight.original.shape),
+            "dtype": str(site.weight.original.dtype),
+            "hash": digest(site.weight.original),
+            "tensors": {role: list(t.shape) for role, t in factors.items()},
+        }
+    changed = adapter.borrowed.changed()
+    kept = {n: adapter.borrowed[n] for n in adapter.borrowed.places if n in adapter.whole or n in changed}
+    tensors |= {n: t.contiguous().clone() for n, t in kept.items()}
+    header = {
+        "format": FORMAT,
+        "name": adapter.name,
+        "methods": [method.to_json() for method in adapter.methods],
+        "patterns": list(adapter.patterns),
+        "sites": sites,
+        "whole": list(adapter.whole),
+    }
+    return tensors, header
+
+
+def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Copy a saved adapter's tensors into this attached one: how a training run resumes.
+
+    Raises:
+        CheckpointError: the file has other tensors or shapes; nothing was copied.
+    """
+    path = Path(path)
+    _, saved = _read(path)
+    places = {
+        f"{name}/{role}": tensor for name, site in adapter.sites.items() for role, tensor in site.factors.tensors().items()
+    }
+    places |= {name: adapter.borrowed[name] for name in adapter.borrowed.places if name in saved or name in adapter.whole}
+    if places.keys() != saved.keys():
+        other = min(places.keys() ^ saved.keys())
+        raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
+    for name, tensor in places.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
+    with torch.no_grad():
+        for name, tensor in places.items():
+            tensor.copy_(saved[name])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (path / HEADER).is_file() or not (path / TENSORS).is_file():
+        raise CheckpointError(f"{path} is not an adapter folder: it must hold {HEADER} and {TENSORS}")
+    try:
+        header = json.loads((path / HEADER).read_text())
+        tensors = load_file(path / TENSORS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        version = header.get("format") if isinstance(header, dict) else None
+        raise CheckpointError(f"{path / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
+    if missing := {"name", "methods", "patterns", "sites", "whole"} - header.keys():
+        raise CheckpointError(f"{path / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
+    return header, tensors
+
+
+def _method(entry: dict[str, Any], path: Path) -> Method:
+    fields = dict(entry)
+    try:
+        return METHODS[fields.pop("name")](**fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / HEADER}: {error}") from error
+
+
+def _layer(modules: dict[str, nn.Module], owner: str, site: str, path: Path) -> nn.Module:
+    if owner not in modules:
+        raise CheckpointError(f"{path} adapts {site}, which this model does not have: {near_miss(owner, modules)}")
+    return modules[owner]
+
+
+def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> None:
+    if list(weight.shape) != entry["shape"]:
+        raise CheckpointError(f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here")
+    if strict and digest(weight) != entry["hash"]:
+        dtype = "" if str(weight.dtype) == entry["dtype"] else f" (saved for {entry['dtype']}, here {weight.dtype})"
+        raise CheckpointError(
+            f"{path} was made for another base: the first weight that differs is {site}{dtype}; check_base=False loads "
+            "it all the same"
+        )
+
+
+def _whole_tensors(
+    model: nn.Module, header: dict[str, Any], remaining: dict[str, Tensor], path: Path
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, Tensor]]:
+    """Take the tensors of the base out of ``remaining``: their places in the model and their values."""
+    parameters = dict(model.named_parameters())
+    places = running_statistics(model)
+    for name in header["whole"]:
+        if name not in parameters:
+            raise CheckpointError(f"{path} trains {name}, which this model does not have: {near_miss(name, parameters)}")
+        owner, _, attribute = name.rpartition(".")
+        places[name] = (model.get_submodule(owner), attribute)
+    values = {name: remaining.pop(name) for name in list(remaining) if name in places}
+    if missing := set(header["whole"]) - values.keys():
+        raise CheckpointError(f"{path / TENSORS}: tensor {min(missing)} is missing")
+    for name, value in values.items():
+        owner, attribute = places[name]
+        shape = getattr(owner, attribute).shape
+        if value.shape != shape:
+            raise CheckpointError(f"{path}: {name} is {list(value.shape)} there, {list(shape)} in this model")
+    return places, values
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Move a finished folder to its place; a folder cannot be renamed over a full one, so that one steps aside."""
+    if path.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        os.replace(path, aside / path.name)
+        os.replace(temporary, path)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(temporary, path)

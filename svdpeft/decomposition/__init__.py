@@ -1,0 +1,23 @@
+"""The shared SVD core: drivers, sign rule, structured cores, factor algebra."""
+
+from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
+from svdpeft.decomposition.svd import SVD, Driver, canonical_signs, check_matrix, check_rank, truncated_svd
+
+__all__ = [
+    "SVD",
+    "Driver",
+    "Product",
+    "band_count",
+    "band_index",
+    "canonical_signs",
+    "check_matrix",
+    "check_rank",
+    "difference",
+    "exact_rank",
+    "random_index",
+    "recompress",
+    "scatter_core",
+    "top_index",
+    "truncated_svd",
+]

@@ -1,0 +1,112 @@
+"""Factor algebra: an update kept as a product of thin factors.
+
+    Δ = scale · L C A          L (*b, m, r)    C none, (*b, r) or (*b, r, r)    A (*b, r, n)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """The product ``scale · L C A``; ``C`` is ``None`` (identity), a diagonal (*b, r), or a matrix (*b, r, r).
+
+    Example:
+        >>> p = Product(torch.ones(3, 1), torch.tensor([2.0]), torch.ones(1, 2), scale=0.5)
+        >>> p.dense().shape, p.dense().max(), p.rank
+        (torch.Size([3, 2]), tensor(1.), 1)
+    """
+
+    L: Tensor
+    C: Tensor | None
+    A: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of ``L``: no update written like this has a larger rank."""
+        return self.L.shape[-1]
+
+    def cored(self) -> Tensor:
+        """Return L C, (*b, m, r): the scale is left out."""
+        if self.C is None:
+            return self.L
+        return self.L * self.C.unsqueeze(-2) if self.C.ndim < self.L.ndim else self.L @ self.C
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix, (*b, m, n)."""
+        return self.cored() @ self.A * self.scale
+
+    def double(self) -> Product:
+        """Return the same product with float64 factors."""
+        return Product(self.L.double(), None if self.C is None else self.C.double(), self.A.double(), self.scale)
+
+
+def difference(now: Product, start: Product) -> Product:
+    """Return ``now − start`` as one product, of as low a rank as the shared factors allow.
+
+    A factor that did not train is the same tensor in both and is shared, so the rank stays r; where both sides
+    trained it is 2r::
+
+        L C A − L₀C₀A₀ = [LC − L₀C₀ | L₀C₀] [A ; A − A₀]
+
+    Every bracket that holds a difference is exactly zero at the start and small after it. The start is therefore
+    the base model bit for bit in every dtype, and in low precision the rounding is relative to the update rather
+    than to the weight's principal part, as it would be for ``[LC | −L₀C₀] [A ; A₀]``.
+    """
+    assert now.scale == start.scale, "both products belong to one site"
+    if now.A is start.A:
+        return Product(now.cored() - start.cored(), None, now.A, now.scale)
+    left = start.cored()
+    if now.L is start.L and now.C is start.C:
+        return Product(left, None, now.A - start.A, now.scale)
+    return Product(
+        torch.cat([now.cored() - left, left], -1), None, torch.cat([now.A, now.A - start.A], -2), now.scale
+    )
+
+
+def recompress(product: Product, tolerance: float | None = None) -> Product:
+    """Return an equal product in the balanced form U√Σ · √ΣVᵀ, by QR of the thin factors: m×n is never built.
+
+    Args:
+        product: any product; computed in float64.
+        tolerance: singular values at or below ``tolerance · σ_max`` are dropped (a pure number); default
+            max(m, n) · eps of the factors' own dtype, the rank rule of ``numpy.linalg.matrix_rank``.
+
+    Returns:
+        A product with ``C`` ``None`` and ``scale`` 1 whose rank is the exact rank of the update (the largest one in
+        the batch, and at least 1), in the dtype of ``product``.
+    """
+    dtype = product.L.dtype
+    q, s, k = _thin_svd(product)
+    rank = max(int((s > _cutoff(s, product, tolerance)).sum(-1).max()), 1)
+    root = s[..., :rank].sqrt()
+    return Product((q[..., :rank] * root.unsqueeze(-2)).to(dtype), None, (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype))
+
+
+def exact_rank(product: Product, tolerance: float | None = None) -> Tensor:
+    """Return the numerical rank of each matrix of the update, (*b,), without building it.
+
+    Args:
+        product: any product.
+        tolerance: as in ``recompress``.
+    """
+    s = _thin_svd(product)[1]
+    return (s > _cutoff(s, product, tolerance)).sum(-1)
+
+
+def _thin_svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of ``scale · L C A`` through QR of L C and of Aᵀ: O((m + n) r²)."""
+    p = product.double()
+    left, right = torch.linalg.qr(p.cored() * p.scale), torch.linalg.qr(p.A.mT)
+    u, s, vh = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    return left.Q @ u, s, vh @ right.Q.mT
+
+
+def _cutoff(s: Tensor, product: Product, tolerance: float | None) -> Tensor:
+    if tolerance is None:
+        tolerance = max(product.L.shape[-2], product.A.shape[-1]) * torch.finfo(product.L.dtype).eps
+    return tolerance * s.amax(-1, keepdim=True)

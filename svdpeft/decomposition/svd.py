@@ -1,0 +1,164 @@
+"""Truncated singular value decomposition: the only place in the library where a weight is decomposed.
+
+    w ≈ u diag(s) vh        u (*b, m, r)    s (*b, r)    vh (*b, r, n)
+
+Sources: Eckart & Young 1936 (the best rank-r approximation); Halko, Martinsson & Tropp 2011, arXiv:0909.4061
+(the randomized driver); the sign rule is that of scikit-learn's ``svd_flip``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Driver = Literal["auto", "exact", "randomized"]
+DRIVERS = ("auto", "exact", "randomized")
+OVERSAMPLING = 16  # extra columns of the sketch
+POWER_ITERATIONS = 8  # each multiplies the spectral gap by a square; 8 leaves ~1e-3 relative error on flat spectra
+
+
+class SVD(NamedTuple):
+    """Singular triplets: ``u`` (*b, m, r), ``s`` (*b, r) descending and >= 0, ``vh`` (*b, r, n)."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
+def truncated_svd(
+    w: Tensor,
+    rank: int | None = None,
+    driver: Driver = "auto",
+    *,
+    seed: int = 0,
+    where: str = "the weight",
+) -> SVD:
+    """Return the ``rank`` leading singular triplets of each matrix in ``w``.
+
+    Args:
+        w: matrices, shape (*b, m, n), any float dtype; computed in at least float32.
+        rank: number of triplets kept, 1 <= rank <= min(m, n); ``None`` keeps all.
+        driver: ``"exact"`` (LAPACK or cuSOLVER), ``"randomized"`` (range finder with power iterations), or
+            ``"auto"``: randomized where it is much cheaper, for min(m, n) >= 1024 and rank <= min(m, n) / 8.
+        seed: of the randomized driver's sketch; the global random state is neither read nor changed.
+        where: name of the site, for the error messages.
+
+    Returns:
+        The triplets in the compute dtype, on ``w``'s device. The largest-magnitude entry of each column of ``u`` is
+        positive, so equal weights give equal factors unless singular values coincide.
+
+    Raises:
+        ValueError: ``w`` is empty, not floating point, all zero, or holds a NaN or an infinity; ``rank`` or
+            ``driver`` is out of range.
+
+    Example:
+        >>> u, s, vh = truncated_svd(torch.tensor([[3.0, 0.0, 0.0], [0.0, -2.0, 0.0]]), rank=1)
+        >>> u.shape, s, vh.shape
+        (torch.Size([2, 1]), tensor([3.]), torch.Size([1, 3]))
+    """
+    check_matrix(w, where)
+    *_, m, n = w.shape
+    rank = check_rank(min(m, n) if rank is None else rank, m, n, where)
+    if driver not in DRIVERS:
+        raise ValueError(f"driver {driver!r} is not one of {', '.join(DRIVERS)}")
+    w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    if driver == "auto":
+        driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
+    u, s, vh = _exact(w, where) if driver == "exact" else _randomized(w, rank, seed, where)
+    u, vh = canonical_signs(u[..., :rank], vh[..., :rank, :])
+    return SVD(u.contiguous(), s[..., :rank].contiguous(), vh.contiguous())
+
+
+def check_matrix(w: Tensor, where: str) -> None:
+    """Raise a ValueError that names ``where`` if ``w`` cannot be decomposed."""
+    shape = "x".join(map(str, w.shape))
+    if not w.is_floating_point():
+        raise ValueError(f"{where} ({shape}) has dtype {w.dtype}: only floating-point weights can be adapted")
+    if w.ndim < 2 or w.numel() == 0:
+        raise ValueError(f"{where} has shape ({shape}): a non-empty matrix or batch of matrices is needed")
+    if w.is_meta:
+        raise ValueError(f"{where} ({shape}) is on the meta device: load the weights first, e.g. with to_empty()")
+    peak = w.detach().abs().amax()  # one pass and one synchronisation for all three checks
+    if not torch.isfinite(peak):
+        bad = int((~torch.isfinite(w)).sum())
+        raise ValueError(f"{where} ({shape}) holds {bad} NaN or infinite values of {w.numel()}")
+    if peak == 0:
+        raise ValueError(
+            f"{where} ({shape}) is all zero, so it has no singular vectors: exclude it, or use a method that does "
+            "not start from the weight, such as LoRA"
+        )
+
+
+def check_rank(rank: int, m: int, n: int, where: str) -> int:
+    """Return ``rank`` if 1 <= rank <= min(m, n), else raise a ValueError that names ``where``."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"rank {rank!r} at {where} is not a whole number")
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank {rank} is outside [1, {min(m, n)}] at {where} ({m}x{n})")
+    return rank
+
+
+def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Flip pairs of singular vectors so that the largest-magnitude entry of each column of ``u`` is positive.
+
+    Example:
+        >>> canonical_signs(torch.tensor([[-1.0], [0.0]]), torch.tensor([[0.0, 2.0]]))
+        (tensor([[1.],
+                [-0.]]), tensor([[-0., -2.]]))
+    """
+    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))  # (*b, 1, r)
+    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, vh * sign.mT
+
+
+def _exact(w: Tensor, where: str) -> SVD:
+    """Full thin SVD; where the solver does not converge, again in float64, then through the Gram matrix."""
+    try:
+        return SVD(*torch.linalg.svd(w, full_matrices=False))
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        driver = "gesvd" if w.is_cuda else None
+        return SVD(*(t.to(w.dtype) for t in torch.linalg.svd(w.double(), full_matrices=False, driver=driver)))
+    except torch.linalg.LinAlgError:
+        return SVD(*(t.to(w.dtype) for t in _gram(w.double(), where)))
+
+
+def _gram(w: Tensor, where: str) -> SVD:
+    """SVD by the eigenvectors of the smaller Gram matrix: slower to lose digits than to fail.
+
+    Small singular values are known to sqrt(eps) of the largest only; QR makes both bases orthonormal again.
+    """
+    *_, m, n = w.shape
+    if m > n:
+        vh, s, u = _gram(w.mT, where)
+        return SVD(u.mT, s, vh.mT)
+    try:
+        _, basis = torch.linalg.eigh(w @ w.mT)
+    except torch.linalg.LinAlgError as error:
+        shape = "x".join(map(str, w.shape))
+        raise ValueError(f"no driver could decompose {where} ({shape}), largest entry {w.abs().max():.3g}") from error
+    u = basis.flip(-1)  # (*b, m, m), by descending eigenvalue
+    q, upper = torch.linalg.qr((u.mT @ w).mT)  # (*b, n, m), (*b, m, m): the rows of uᵀw are orthogonal already
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)  # (*b, m)
+    flip = torch.where(diagonal < 0, -1.0, 1.0).to(w.dtype)
+    s, order = (diagonal * flip).sort(dim=-1, descending=True)
+    u = u.gather(-1, order.unsqueeze(-2).expand_as(u))
+    v = (q * flip.unsqueeze(-2)).gather(-1, order.unsqueeze(-2).expand_as(q))
+    return SVD(u, s, v.mT)
+
+
+def _randomized(w: Tensor, rank: int, seed: int, where: str) -> SVD:
+    """Project on a random range, sharpened by power iterations, and decompose the small matrix exactly."""
+    *_, m, n = w.shape
+    width = min(rank + OVERSAMPLING, m, n)
+    # Drawn on the CPU, so that a seed means the same sketch on every device.
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(n, width, generator=generator, dtype=torch.float32).to(w)  # (n, p)
+    q = torch.linalg.qr(w @ sketch).Q  # (*b, m, p)
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(w @ torch.linalg.qr(w.mT @ q).Q).Q
+    small = _exact(q.mT @ w, where)  # (*b, p, n)
+    return SVD(q @ small.u, small.s, small.vh)

@@ -1,0 +1,56 @@
+"""Linear layers: torch's ``nn.Linear``, weight (out, in)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svdpeft.decomposition import Product
+from svdpeft.layers.base import LayerKind
+from svdpeft.registry import KINDS
+
+
+@KINDS.register("linear")
+class Linear(LayerKind):
+    """y = x Wᵀ + bias: the weight is the matrix."""
+
+    forwards: ClassVar = ("torch.nn.modules.linear.Linear",)
+    linear: ClassVar = True
+
+    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
+        return w
+
+    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
+        return F.linear(self._down(x, product), product.L) * product.scale
+
+    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w)
+
+    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
+        return out if module.bias is None else out + module.bias  # type: ignore[operator]
+
+    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+        # One pass over the output: multiply, scale and add in a single kernel.
+        z = self._down(x, product)
+        rows = out.view(-1, out.shape[-1])
+        rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
+        return out
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        torch_linear = nn.Linear(7, 5, dtype=torch.float64)
+        wide = nn.Linear(6, 11, bias=False, dtype=torch.float64)
+        return [(torch_linear, torch.randn(2, 3, 7).double()), (wide, torch.randn(4, 6).double())]
+
+    @staticmethod
+    def _down(x: Tensor, product: Product) -> Tensor:
+        """C A x, (..., r)."""
+        z = F.linear(x, product.A)
+        if product.C is None:
+            return z
+        return z * product.C if product.C.ndim == 1 else F.linear(z, product.C)

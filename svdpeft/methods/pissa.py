@@ -1,0 +1,51 @@
+"""PiSSA: train the principal part of the weight, its singular values split over both factors.
+
+    W' = W0 + s(L A − L₀A₀)        L₀ = U_r √Σ_r    A₀ = √Σ_r V_rᵀ    s = α/r
+
+F. Meng, Z. Wang, M. Zhang. PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
+Models. NeurIPS 2024, arXiv:2404.02948.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from svdpeft.decomposition import Driver, truncated_svd
+from svdpeft.methods.base import Factored, Reference, Tensors
+from svdpeft.registry import METHODS
+
+
+@METHODS.register("pissa")
+@dataclass(frozen=True)
+class PiSSA(Factored):
+    """LoRA started from the weight's leading singular triplets instead of from zero.
+
+    Args:
+        rank: r, or a mapping from site pattern to r.
+        alpha: α; ``None`` is α = r, the paper's choice.
+        dropout: on the adapter's input.
+        driver: of the decomposition.
+    """
+
+    driver: Driver = "auto"
+
+    reference: ClassVar = Reference(
+        key="meng2024pissa",
+        authors="Meng, Fanxu and Wang, Zhaohui and Zhang, Muhan",
+        title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        year=2024,
+        venue="Advances in Neural Information Processing Systems",
+        arxiv="2404.02948",
+    )
+
+    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
+        u, s, vh = truncated_svd(w, self._rank, self.driver, seed=seed, where=where)
+        root = s.sqrt()
+        return {"L": u * root.unsqueeze(-2), "A": root.unsqueeze(-1) * vh}
+
+    def count(self, batch: int, m: int, n: int) -> int:
+        """r (m + n) per matrix."""
+        return batch * self._rank * (m + n)

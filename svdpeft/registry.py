@@ -1,0 +1,94 @@
+"""Name to class, for methods, layer kinds and tasks: one mechanism, third parties included.
+
+A package that is not ours joins by an entry point in its own ``pyproject.toml``::
+
+    [project.entry-points."svdpeft.methods"]
+    my-method = "my_package.my_method"
+
+The module is imported when the registry is first read; its ``@METHODS.register("my-method")`` does the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=type)
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """Say which known name was probably meant, for the end of an error message.
+
+    Example:
+        >>> near_miss("sorza", ["lora", "sorsa"])
+        "did you mean 'sorsa'? Known: lora, sorsa"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    shown = ", ".join(known[:40]) + (f", … ({len(known)} in all)" if len(known) > 40 else "")
+    return f"{hint}Known: {shown or 'none'}"
+
+
+class Registry(Generic[T]):
+    """Classes by name; fills itself from one package of files and from one group of entry points.
+
+    Args:
+        what: the word for one entry, used in messages ("method").
+        package: dotted name of the package whose modules register themselves; a new file is a new entry.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        self.what = what
+        self.package = package
+        self._classes: dict[str, T] = {}
+        self._filled = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator: file the class under ``name`` and write the name on it as ``cls.name``."""
+
+        def add(cls: T) -> T:
+            taken = self._classes.get(name)
+            if taken is not None and taken.__qualname__ != cls.__qualname__:
+                raise ValueError(f"{self.what} {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+            cls.name = name  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def _fill(self) -> None:
+        if self._filled:
+            return
+        self._filled = True  # first, so that a module that reads the registry while it is filled does not recurse
+        for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for point in entry_points(group=self.package):
+            point.load()
+
+    def __getitem__(self, name: str) -> T:
+        self._fill()
+        if name not in self._classes:
+            raise ValueError(f"no {self.what} is called {name!r}: {near_miss(name, self._classes)}")
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._fill()
+        return iter(sorted(self._classes))
+
+    def __len__(self) -> int:
+        self._fill()
+        return len(self._classes)
+
+    def values(self) -> list[T]:
+        """Every registered class, ordered by name."""
+        return [self._classes[name] for name in self]
+
+
+METHODS: Registry = Registry("method", "svdpeft.methods")
+KINDS: Registry = Registry("layer kind", "svdpeft.layers")
+TASKS: Registry = Registry("task", "svdpeft.tasks")

@@ -1,0 +1,103 @@
+"""A task: data, collation and metric. One file per task; a task knows nothing of methods or adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from svdpeft.models import Loaded
+from svdpeft.registry import TASKS
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task made ready for one model: what a trainer needs, and how the result is judged.
+
+    Args:
+        train: training examples, a map-style data set (has a length).
+        test: held-out examples, disjoint from ``train``.
+        collate: list of examples -> batch, a dict of tensors with the targets under ``labels``.
+        evaluate: ``evaluate(model)`` -> metrics by name on ``test``; the training mode stays as it was.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            data = getattr(self, split)
+            if isinstance(data, Sized) and len(data) == 0:
+                raise ValueError(f"the task's {split} split is empty: nothing to {split} on")
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Hyper-parameters of a task, a frozen dataclass like a method's.
+
+    Args:
+        train_size: number of training examples taken.
+        test_size: number of test examples taken.
+    """
+
+    train_size: int
+    test_size: int
+
+    name: ClassVar[str]
+    modality: ClassVar[Literal["vision", "language"]]
+    metric: ClassVar[str]  # the key of ``evaluate``'s result that a comparison ranks by; higher is better
+    num_classes: ClassVar[int | None] = None  # size of a new classification head; None keeps the model's own
+
+    @abstractmethod
+    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+        """Build the data for this model. The test split never depends on ``seed``."""
+
+    def check(self, loaded: Loaded, train_limit: int, test_limit: int) -> None:
+        """Refuse a model of the other modality and sizes that the data cannot give.
+
+        Args:
+            loaded: the model that the data is prepared for.
+            train_limit: number of training examples that exist.
+            test_limit: number of test examples that exist.
+
+        Raises:
+            ValueError: the modality differs, or a size is outside [1, limit].
+        """
+        if loaded.modality != self.modality:
+            fitting = ", ".join(task.name for task in TASKS.values() if task.modality == loaded.modality)
+            raise ValueError(
+                f"task {self.name!r} is for {self.modality} models, but {loaded.name!r} is a "
+                f"{loaded.modality} model; tasks for it: {fitting or 'none'}"
+            )
+        for field, limit in (("train_size", train_limit), ("test_size", test_limit)):
+            size = getattr(self, field)
+            if not 1 <= size <= limit:
+                raise ValueError(f"{field} {size} is outside [1, {limit}] of task {self.name!r}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; afterwards every submodule has the training flag that it had before.
+
+    ``no_grad`` rather than ``inference_mode``: a model that caches a tensor on its first forward (positions,
+    masks) would keep an inference tensor, which a later training step may not use.
+
+    Yields:
+        The device of the model's parameters, where its batches belong.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
+    finally:
+        for module, training in modes:  # set one by one: ``train(mode)`` would overwrite the children
+            module.training = training

@@ -1,0 +1,120 @@
+"""Reading and writing a base weight: the one place where a parameter of the base changes.
+
+A weight is its original plus what adapters have written into it. The original is kept while anything is written, and
+is copied back when nothing is: it is never reached by subtracting, so every bit returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class BaseWeight:
+    """One parameter of the base model, and what is written into it at present.
+
+    Args:
+        owner: module that holds the parameter.
+        parameter: its name there.
+    """
+
+    def __init__(self, owner: nn.Module, parameter: str) -> None:
+        self.owner = owner
+        self.parameter = parameter
+        self._original: Tensor | None = None
+        self._written: dict[str, Callable[[], Tensor]] = {}
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as it is now, detached (shares memory)."""
+        return getattr(self.owner, self.parameter).detach()
+
+    @property
+    def original(self) -> Tensor:
+        """The base's own value, whatever is written at present."""
+        return self.tensor if self._original is None else self._original
+
+    def write(self, key: str, part: Callable[[], Tensor]) -> float:
+        """Add ``part()``, in the stored layout, to the weight.
+
+        The sum is formed in at least float32 and rounded once.
+
+        Returns:
+            The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
+        """
+        if self._original is None:
+            self._original = self.tensor.clone()
+        before = self._exact()
+        self._written[key] = part
+        exact = self._exact()
+        self.tensor.copy_(exact)
+        size = torch.linalg.vector_norm(exact - before)
+        lost = torch.linalg.vector_norm(self.tensor.to(exact.dtype) - exact)
+        return float(lost / size) if size > 0 else 0.0
+
+    def erase(self, key: str) -> None:
+        """Take back what was written under ``key``; the last one to go restores every bit."""
+        del self._written[key]
+        if self._written:
+            self.tensor.copy_(self._exact())
+        else:
+            assert self._original is not None
+            self.tensor.copy_(self._original)
+            self._original = None
+
+    def keep(self) -> None:
+        """Make what is written permanent and forget the original."""
+        self._written.clear()
+        self._original = None
+
+    def written(self, key: str) -> bool:
+        """Whether something is written under ``key``."""
+        return key in self._written
+
+    def _exact(self) -> Tensor:
+        total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
+        for part in self._written.values():
+            total = total + part().to(total.dtype)
+        return total
+
+
+class Borrowed:
+    """Tensors of the base that training changes whole, with the values to give back.
+
+    Parameters that ``train=`` names, and the running statistics of normalisation layers.
+
+    Args:
+        places: name -> (owner, attribute); owners rather than tensors, so that a moved model is still found.
+    """
+
+    def __init__(self, places: dict[str, tuple[nn.Module, str]]) -> None:
+        self.places = places
+        self._away = {name: self[name].clone() for name in places}  # whichever value is not in the model now
+
+    def __getitem__(self, name: str) -> Tensor:
+        owner, attribute = self.places[name]
+        return getattr(owner, attribute).detach()
+
+    def swap(self) -> None:
+        """Exchange the model's values and the kept ones: once gives the base back, twice the trained values."""
+        for name, away in self._away.items():
+            here = self[name]
+            self._away[name] = here.clone()
+            here.copy_(away)
+
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that differ from what they were."""
+        return {name: self[name] for name, away in self._away.items() if not torch.equal(self[name], away.to(self[name]))}
+
+
+def running_statistics(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Places of the statistics that a forward pass in training mode changes."""
+    return {
+        f"{name}.{attribute}".lstrip("."): (module, attribute)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for attribute, value in module._buffers.items()
+        if value is not None
+    }
