@@ -306,7 +306,7 @@ class Adapter:
         self._leave(restore=True)
 
     @torch.no_grad()
-    def _to(self, state: Literal["attached", "merged", "folded"]) -> MergeReport:
+    def _to(self, state: Literal["attached", "merged", "folded", "detached"]) -> MergeReport:
         """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
         lost: dict[str, float] = {}
         if state == self.state:

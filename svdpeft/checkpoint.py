@@ -109,7 +109,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
     whole = {n: place for n, place in places.items() if n in header["whole"]}
-    adapter = install(model, list(zip(header["patterns"], methods, strict=True)), built, whole, skipped, name or header["name"])
+    adapter = install(
+        model,
+        list(zip(header["patterns"], methods, strict=True)),
+        built,
+        whole,
+        skipped,
+        name or header["name"],
+    )
     with torch.no_grad():
         for tensor_name, value in values.items():
             owner, attribute = places[tensor_name]
@@ -157,9 +164,13 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _, saved = _read(path)
     places = {
-        f"{name}/{role}": tensor for name, site in adapter.sites.items() for role, tensor in site.factors.tensors().items()
+        f"{name}/{role}": tensor
+        for name, site in adapter.sites.items()
+        for role, tensor in site.factors.tensors().items()
     }
-    places |= {name: adapter.borrowed[name] for name in adapter.borrowed.places if name in saved or name in adapter.whole}
+    places |= {
+        name: adapter.borrowed[name] for name in adapter.borrowed.places if name in saved or name in adapter.whole
+    }
     if places.keys() != saved.keys():
         other = min(places.keys() ^ saved.keys())
         raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
@@ -203,7 +214,9 @@ def _layer(modules: dict[str, nn.Module], owner: str, site: str, path: Path) -> 
 
 def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> None:
     if list(weight.shape) != entry["shape"]:
-        raise CheckpointError(f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here")
+        raise CheckpointError(
+            f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
+        )
     if strict and digest(weight) != entry["hash"]:
         dtype = "" if str(weight.dtype) == entry["dtype"] else f" (saved for {entry['dtype']}, here {weight.dtype})"
         raise CheckpointError(
@@ -220,7 +233,9 @@ def _whole_tensors(
     places = running_statistics(model)
     for name in header["whole"]:
         if name not in parameters:
-            raise CheckpointError(f"{path} trains {name}, which this model does not have: {near_miss(name, parameters)}")
+            raise CheckpointError(
+                f"{path} trains {name}, which this model does not have: {near_miss(name, parameters)}"
+            )
         owner, _, attribute = name.rpartition(".")
         places[name] = (model.get_submodule(owner), attribute)
     values = {name: remaining.pop(name) for name in list(remaining) if name in places}

@@ -106,7 +106,9 @@ class Borrowed:
 
     def changed(self) -> dict[str, Tensor]:
         """The tensors that differ from what they were."""
-        return {name: self[name] for name, away in self._away.items() if not torch.equal(self[name], away.to(self[name]))}
+        return {
+            name: self[name] for name, away in self._away.items() if not torch.equal(self[name], away.to(self[name]))
+        }
 
 
 def running_statistics(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -1,6 +1,6 @@
 """Factor algebra: an update kept as a product of thin factors.
 
-    Δ = scale · L C A          L (*b, m, r)    C none, (*b, r) or (*b, r, r)    A (*b, r, n)
+Δ = scale · L C A          L (*b, m, r)    C none, (*b, r) or (*b, r, r)    A (*b, r, n)
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def difference(now: Product, start: Product) -> Product:
     left = start.cored()
     if now.L is start.L and now.C is start.C:
         return Product(left, None, now.A - start.A, now.scale)
-    return Product(
-        torch.cat([now.cored() - left, left], -1), None, torch.cat([now.A, now.A - start.A], -2), now.scale
-    )
+    return Product(torch.cat([now.cored() - left, left], -1), None, torch.cat([now.A, now.A - start.A], -2), now.scale)
 
 
 def recompress(product: Product, tolerance: float | None = None) -> Product:
@@ -84,7 +82,11 @@ def recompress(product: Product, tolerance: float | None = None) -> Product:
     q, s, k = _thin_svd(product)
     rank = max(int((s > _cutoff(s, product, tolerance)).sum(-1).max()), 1)
     root = s[..., :rank].sqrt()
-    return Product((q[..., :rank] * root.unsqueeze(-2)).to(dtype), None, (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype))
+    return Product(
+        (q[..., :rank] * root.unsqueeze(-2)).to(dtype),
+        None,
+        (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype),
+    )
 
 
 def exact_rank(product: Product, tolerance: float | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Convolutions in one, two and three dimensions; g groups are a batch of g matrices.
 
-    stored (out, in/g, *k)        matrices (g, out/g, in/g·∏k)
+stored (out, in/g, *k)        matrices (g, out/g, in/g·∏k)
 """
 
 from __future__ import annotations
@@ -47,14 +47,22 @@ class Conv(LayerKind):
         return out if module.bias is None else out + module.bias.reshape(-1, *(1,) * len(module.kernel_size))
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
-        f = {"dtype": torch.float64}
         return [
-            (nn.Conv2d(6, 4, (3, 2), stride=2, padding=1, groups=2, **f), torch.randn(3, 6, 9, 8).double()),
-            (nn.Conv2d(3, 5, 3, dilation=2, padding=2, padding_mode="reflect", **f), torch.randn(2, 3, 7, 9).double()),
-            (nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False, **f), torch.randn(2, 4, 6, 5).double()),
-            (nn.Conv2d(7, 3, 1, **f), torch.randn(2, 7, 3, 4).double()),
-            (nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular", **f), torch.randn(2, 4, 9).double()),
-            (nn.Conv3d(2, 5, (1, 2, 3), padding_mode="replicate", padding=1, **f), torch.randn(1, 2, 3, 4, 5).double()),
+            (nn.Conv2d(6, 4, (3, 2), stride=2, padding=1, groups=2).double(), torch.randn(3, 6, 9, 8).double()),
+            (
+                nn.Conv2d(3, 5, 3, dilation=2, padding=2, padding_mode="reflect").double(),
+                torch.randn(2, 3, 7, 9).double(),
+            ),
+            (nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False).double(), torch.randn(2, 4, 6, 5).double()),
+            (nn.Conv2d(7, 3, 1).double(), torch.randn(2, 7, 3, 4).double()),
+            (
+                nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular").double(),
+                torch.randn(2, 4, 9).double(),
+            ),
+            (
+                nn.Conv3d(2, 5, (1, 2, 3), padding_mode="replicate", padding=1).double(),
+                torch.randn(1, 2, 3, 4, 5).double(),
+            ),
         ]
 
 

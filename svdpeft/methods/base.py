@@ -46,7 +46,12 @@ class Reference:
     def bibtex(self) -> str:
         """Return the BibTeX entry."""
         kind, field = ("article", "journal") if self.venue == "arXiv preprint" else ("inproceedings", "booktitle")
-        rows = {"title": f"{{{self.title}}}", "author": self.authors, field: self.venue, "year": str(self.year)}
+        rows = {
+            "title": f"{{{self.title}}}",
+            "author": self.authors,
+            field: self.venue,
+            "year": str(self.year),
+        }
         if self.arxiv:
             rows |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in rows.items())

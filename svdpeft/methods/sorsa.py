@@ -52,8 +52,7 @@ class SORSA(Factored):
     reference: ClassVar = Reference(
         key="cao2024sorsa",
         authors="Cao, Yang and Song, Zhao",
-        title="SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language "
-        "Models",
+        title="SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models",
         year=2024,
         arxiv="2409.00055",
     )
@@ -144,7 +143,7 @@ def orthonormality_error(q: Tensor, norm: str = "frobenius") -> Tensor:
 def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
     """Return the gradient of ``orthonormality_error`` in closed form, without an autograd graph.
 
-        ∂‖E‖_F = 2 Q E / ‖E‖_F        ∂‖E‖_F² = 4 Q E        E = QᵀQ − I
+    ∂‖E‖_F = 2 Q E / ‖E‖_F        ∂‖E‖_F² = 4 Q E        E = QᵀQ − I
     """
     e = _gram_error(q)
     size = torch.linalg.matrix_norm(e)[..., None, None]  # (*b, 1, 1)

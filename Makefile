@@ -1,0 +1,27 @@
+# The two commands of the project: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.PHONY: demo test lint types
+
+demo: $(DONE)
+	$(BIN)/svdpeft compare --out runs/demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(DONE)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(DONE)
+	$(BIN)/pyright
+
+# Everything comes from pyproject.toml; the stamp makes a second run start at once.
+$(DONE): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $(DONE)

@@ -1,0 +1,1 @@
+"""Comparisons: a grid of runs of many methods and seeds under one protocol, and its report."""

@@ -1,0 +1,83 @@
+"""One budget for all: the rank or pattern with which a method comes closest to a number of values, from below."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from svdpeft.methods.base import Factored, Method
+from svdpeft.targets import select
+
+Shape = tuple[str, int, int, int]  # site name, batch, m, n
+
+
+def shapes(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> list[Shape]:
+    """Return name and shape of the sites that ``attach`` would adapt."""
+    found = []
+    for choice in select(model, [(pattern, method) for pattern in targets], exclude, ()).choices:
+        owner = choice.owners[0]
+        matrix = choice.kind.to_matrix(owner, getattr(owner, choice.kind.parameter))
+        found.append((choice.name, matrix[..., 0, 0].numel(), *matrix.shape[-2:]))
+    return found
+
+
+def count(method: Factored, sites: Sequence[Shape]) -> int:
+    """Number of values that the method would train on these sites, ranks lowered to what each allows."""
+    return sum(method.at(name, m, n, clip=True).count(batch, m, n) for name, batch, m, n in sites)
+
+
+def parse(budget: str | int, base: int) -> int:
+    """Return a budget as a count.
+
+    Args:
+        budget: a count, or a share of the base's parameters such as ``"0.5%"``.
+        base: number of the base's parameters.
+
+    Example:
+        >>> parse("0.5%", 1000), parse("1e3", 5), parse(70, 5)
+        (5, 1000, 70)
+    """
+    text = str(budget).strip().replace(",", "").replace("_", "")
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise ValueError(f"budget {budget!r} is neither a count nor a share such as '0.5%'") from error
+    value = value / 100 * base if text.endswith("%") else value
+    if not value >= 1:
+        raise ValueError(f"budget {budget!r} is {value:g} values of {base:,}: at least one is needed")
+    return int(value)
+
+
+def fit(method: Factored, budget: int, sites: Sequence[Shape]) -> Factored:
+    """Turn the method's knob as far as the budget allows.
+
+    Args:
+        method: its knob (``rank``, or ``off_diagonals``) is replaced.
+        budget: number of values.
+        sites: what it will adapt.
+
+    Returns:
+        The method with the largest knob whose count is at most ``budget``.
+
+    Raises:
+        ValueError: even the smallest is over the budget; its count is named.
+    """
+    smallest = 1 if method.knob == "rank" else 0
+    largest = max(min(m, n) for _, _, m, n in sites)
+
+    def turned(knob: int) -> Factored:
+        return dataclasses.replace(method, **{method.knob: knob})
+
+    least = count(turned(smallest), sites)
+    if least > budget:
+        raise ValueError(
+            f"{method} has at least {least:,} values on {len(sites)} sites ({method.knob}={smallest}), "
+            f"over the budget of {budget:,}"
+        )
+    low, high = smallest, largest  # counts grow with the knob: low fits, the answer is in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(turned(middle), sites) <= budget else (low, middle - 1)
+    return turned(low)

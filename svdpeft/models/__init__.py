@@ -1,0 +1,88 @@
+"""Pretrained models by name: embedded ones that need no hub, timm's, transformers', and local folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from svdpeft.models import language, vision
+from svdpeft.registry import near_miss
+
+__all__ = ["Loaded", "load"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pretrained model and what belongs to it.
+
+    Args:
+        model: in evaluation mode.
+        name: the name that it was loaded by.
+        processor: the tokenizer of a language model; of a vision model its data configuration, a dict of
+            ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
+        modality: what goes in.
+        head: dotted name of a vision model's classifier; None for a language model, or without exactly one.
+    """
+
+    model: nn.Module
+    name: str
+    processor: Any
+    modality: Literal["vision", "language"]
+    head: str | None
+
+
+def load(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Loaded:
+    """Load a pretrained model by name, on the CPU and in evaluation mode.
+
+    The global random state is left as it was.
+
+    Args:
+        name: an embedded model (``"efficientnet-lite0"``, ``"dinov2-vits14"``, ``"smollm2-135m"``,
+            ``"minilm-l6"``), ``"timm:NAME"`` or ``"hf:NAME"`` (a causal language model) from the hub, or a
+            local folder in transformers' layout.
+        num_classes: vision: size of a fresh classifier; None keeps the model's own.
+        image_size: vision: side of the square input, pixels; position embeddings are resampled to it.
+        dtype: of the weights.
+        seed: of the fresh classifier.
+
+    Raises:
+        ValueError: unknown name, a size that is no multiple of the patch, or a vision option for a language
+            model.
+        AssetError: an embedded model cannot be fetched.
+
+    Example:
+        >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
+        'head'
+    """
+    origin, _, rest = name.partition(":")
+    hub = rest if origin in ("timm", "hf") else ""
+    folder = Path(name, "config.json").is_file()
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # weights are drawn on the CPU before the pretrained ones replace them
+        if name in vision.EMBEDDED or (hub and origin == "timm"):
+            model, processor, head = vision.build(
+                hub or name, embedded=not hub, num_classes=num_classes, image_size=image_size, seed=seed
+            )
+            return Loaded(model.to(dtype).eval(), name, processor, "vision", head)
+        if name in language.EMBEDDED or hub or folder:
+            for option, value in (("num_classes", num_classes), ("image_size", image_size)):
+                if value is not None:
+                    raise ValueError(f"{option}={value} is for vision models; {name!r} is a language model")
+            model, tokenizer = language.build(hub or name, hub=bool(hub), dtype=dtype)
+            return Loaded(model.eval(), name, tokenizer, "language", None)
+    if Path(name).is_dir():
+        raise ValueError(f"the folder {name!r} has no config.json: not a model in transformers' layout")
+    known = [*vision.EMBEDDED, *language.EMBEDDED, "timm:NAME", "hf:NAME"]
+    raise ValueError(f"no model is called {name!r}, and no such folder exists: {near_miss(name, known)}")

@@ -1,0 +1,97 @@
+"""Vision models: timm's, with embedded weights or timm's own."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdpeft.models import convert
+from svdpeft.registry import near_miss
+
+EMBEDDED = {
+    "efficientnet-lite0": "tf_efficientnet_lite0",
+    "dinov2-vits14": "vit_small_patch14_dinov2.lvd142m",
+}
+PROCESSOR_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+def build(
+    name: str, *, embedded: bool, num_classes: int | None, image_size: int | None, seed: int
+) -> tuple[nn.Module, dict[str, Any], str | None]:
+    """Build a pretrained timm model; see ``svdpeft.models.load``.
+
+    Args:
+        name: embedded name where ``embedded``, else timm's name.
+        embedded: whether the weights come out of the embedded files, or through timm from the hub.
+        num_classes: size of a fresh classifier; None keeps the model's own.
+        image_size: side of the square input, pixels; None keeps the model's own.
+        seed: of the fresh classifier.
+
+    Returns:
+        The model, its data configuration, the name of its classifier (None where it has not exactly one).
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    timm_name = EMBEDDED[name] if embedded else name
+    config = _config(timm_name)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes {num_classes} is below 1 for {name!r}")
+    head = config.classifier if isinstance(config.classifier, str) else None  # distilled ones have two
+    if num_classes is not None and head is None:
+        raise ValueError(
+            f"{name!r} has no single classifier but {config.classifier!r}: num_classes cannot be set"
+        )
+    if image_size is not None:
+        _check_size(image_size, timm_name)
+    # A convolutional network takes any size as it is, and timm's constructors for them know no img_size.
+    sized: dict[str, Any] = (
+        {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
+    )
+    # Where every tensor is about to be replaced, drawing random ones first would take most of the time.
+    with torch.device("meta") if embedded else nullcontext():
+        model: Any = timm.create_model(timm_name, pretrained=not embedded, **sized)
+    if embedded:
+        tensors = convert.state_dict(name, timm_name)
+        if config.fixed_input_size:  # resamples the position embeddings where the size is another
+            tensors = checkpoint_filter_fn(tensors, model)
+        model.load_state_dict(tensors, strict=True, assign=True)
+    if num_classes is not None:
+        # Seeded here, so that the classifier depends on its shape and the seed alone.
+        torch.default_generator.manual_seed(seed)
+        model.reset_classifier(num_classes)
+    processor = {
+        key: value for key, value in resolve_model_data_config(model).items() if key in PROCESSOR_KEYS
+    }
+    if image_size is not None:
+        processor["input_size"] = (3, image_size, image_size)
+    return model, processor, head if model.num_classes else None
+
+
+def _config(timm_name: str) -> Any:
+    from timm.models import get_pretrained_cfg, is_model, list_models
+
+    base = timm_name.partition(".")[0]
+    if not is_model(base):
+        raise ValueError(f"timm has no model {timm_name!r}: {near_miss(base, list_models())}")
+    config = get_pretrained_cfg(timm_name)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no pretrained weights for {timm_name!r}")
+    return config
+
+
+def _check_size(size: int, timm_name: str) -> None:
+    """A size that is no multiple of the patch would silently lose the pixels at the border."""
+    found = re.search(r"patch(\d+)", timm_name)
+    patch = int(found.group(1)) if found else 1
+    if size < 1 or size % patch:
+        near = " or ".join(str(n) for n in (size // patch * patch, (size // patch + 1) * patch) if n > 0)
+        raise ValueError(
+            f"image_size {size} is not a positive multiple of the patch size {patch} of {timm_name}: "
+            f"take {near}"
+        )

@@ -1,0 +1,1 @@
+"""Training: a ``transformers.Trainer`` that knows adapters, and a callback that teaches a stock one."""

@@ -1,0 +1,86 @@
+"""What an adapter needs of a training loop, for any trainer that calls transformers' callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from svdpeft.adapter import Adapter
+
+FOLDER = "adapter"  # inside a trainer's checkpoint folder
+
+
+class StepCallback(TrainerCallback):
+    """Call ``before_step`` and ``after_step`` where the method's mathematics wants them.
+
+    Args:
+        adapter: attached to the model that is trained.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.adapter.before_step(args.learning_rate)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs["optimizer"]
+        if getattr(optimizer, "step_was_skipped", False):  # fp16 overflow: the factors did not move either
+            return
+        # A scheduler scales all groups alike and notes their peaks; a role may have a learning rate of zero.
+        peak, lr = max((group.get("initial_lr", args.learning_rate), group["lr"]) for group in optimizer.param_groups)
+        self.adapter.after_step(lr / peak if peak else 0.0)
+
+
+class AdapterCallback(StepCallback):
+    """Train an adapter with a stock ``transformers.Trainer``, or a trainer built on one (TRL and the like).
+
+    Does what ``svdpeft.Trainer`` does without replacing it: calls the method around each step, adds its penalty to the
+    loss that the model returns, and saves the adapter beside every checkpoint, in its folder ``adapter``.
+
+    Args:
+        adapter: attached to the model that is trained.
+
+    Example::
+
+        trainer = trl.SFTTrainer(model=model, callbacks=[svdpeft.AdapterCallback(adapter)], ...)
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter)
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.adapter.penalty() is not None:
+            self._handle = self.adapter.model.register_forward_hook(self._add_penalty)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save and args.output_dir is not None:
+            self.adapter.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FOLDER)
+
+    def _add_penalty(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not model.training:
+            return
+        if getattr(output, "loss", None) is None:
+            raise RuntimeError(
+                "the method adds a penalty to the loss, but the model returned none: use svdpeft.Trainer, or "
+                "mode='decoupled'"
+            )
+        output.loss = output.loss + self.adapter.penalty()

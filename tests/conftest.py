@@ -1,0 +1,33 @@
+"""What every test shares: two threads, a known random state, deterministic property tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "deterministic",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("deterministic")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def known_random_state() -> Iterator[None]:
+    """Every test starts from the same global random state and leaves the global settings of torch alone."""
+    torch.manual_seed(1234)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    assert torch.get_default_dtype() == dtype
+    torch.set_num_threads(threads)

@@ -1,0 +1,195 @@
+"""What the core tests share: the rows (every method × every layer kind), a model around a layer, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svdpeft.adapter import Adapter, attach
+from svdpeft.decomposition import Product
+from svdpeft.layers.base import LayerKind
+from svdpeft.methods.base import Method
+from svdpeft.registry import KINDS, METHODS
+
+# The one bound of float64. No method and no layer kind has its own.
+RTOL, ATOL = 1e-10, 1e-12
+
+# Hyper-parameters worth a row of their own. A method that is not listed gets its defaults at rank 2.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": 3.0, "rs": True}],
+    "pissa": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
+    "sorsa": [{"rank": 2}, {"rank": 2, "alpha": 3.0}, {"rank": None}],
+    "svft": [
+        {},
+        {"pattern": "banded", "off_diagonals": 1},
+        {"pattern": "random", "off_diagonals": 1},
+        {"pattern": "topk", "off_diagonals": 1},
+        {"rank": 2},
+        {"rank": 2, "pattern": "banded", "off_diagonals": 1},
+        {"pattern": "random", "off_diagonals": 1, "reference_init": True},
+        {"reference_init": True, "rank": 2},
+    ],
+    "full": [{}],
+    "partial": [{"layers": ("layer",)}],
+    "head-only": [{}],
+}
+
+
+def methods(factored: bool | None = None) -> list[Method]:
+    """Every variant of every registered method; all, only the factored ones, or only the others."""
+    found = []
+    for name in METHODS:
+        cls = METHODS[name]
+        if factored is None or cls.factored == factored:
+            default: list[dict[str, Any]] = [{"rank": 2}] if cls.factored else [{}]
+            found += [cls(**options) for options in VARIANTS.get(name, default)]
+    return found
+
+
+def kinds() -> list[tuple[str, int]]:
+    """Every example layer of every registered kind, as (kind, position)."""
+    return [(name, i) for name in KINDS for i in range(len(KINDS[name]().examples()))]
+
+
+def label(value: Any) -> str:
+    if isinstance(value, Method):
+        return f"{value.name}[{str(value).partition('(')[2][:-1]}]"
+    return f"{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+every_factored = pytest.mark.parametrize("method", methods(factored=True), ids=label)
+every_method = pytest.mark.parametrize("method", methods(), ids=label)
+every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
+
+
+class Host(nn.Module):
+    """A layer under test as part of a model: a norm with running statistics, a nonlinearity and a head follow."""
+
+    def __init__(self, layer: nn.Module, width: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = nn.BatchNorm1d(width, dtype=dtype)
+        self.head = nn.Linear(width, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y = self.norm(y.reshape(-1, y.shape[-1]))
+        return self.head(torch.tanh(y))
+
+
+def example(kind: tuple[str, int], seed: int = 0) -> tuple[LayerKind, nn.Module, Tensor]:
+    """A kind, a fresh example layer and its input, the same for the same seed."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    found = KINDS[kind[0]]()
+    layer, x = found.examples()[kind[1]]
+    torch.set_rng_state(state)
+    return found, layer, x
+
+
+def host(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Host, Tensor]:
+    """A model around an example layer, in eval mode, and its input."""
+    _, layer, x = example(kind, seed)
+    with torch.no_grad():
+        width = layer(x).shape[-1]
+    state = torch.get_rng_state()
+    torch.manual_seed(seed + 1)
+    model = Host(layer, width).to(dtype).eval()
+    torch.set_rng_state(state)
+    return model, x.to(dtype)
+
+
+def adapt(model: nn.Module, method: Method, **options: Any) -> Adapter:
+    """Attach to the layer under test, ranks clipped to it; methods without factors get the head to train."""
+    if not method.factored:
+        options.setdefault("train", ("head",))
+    return attach(model, method, **{"targets": ["layer"], "clip_rank": True, "seed": 5, **options})
+
+
+def perturb(adapter: Adapter, size: float = 0.3, seed: int = 7) -> None:
+    """Move every trainable tensor off its start, so that no bug hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_((size * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by far more than rounding: guards against comparing two no-ops."""
+    return bool((a - b).abs().max() > 1e-3)
+
+
+def magnitude(kind: LayerKind, layer: Any, x: Tensor, w: Tensor, *products: Product | None) -> Tensor:
+    """The sum of the absolute values of all terms in the layer's output, float64: what rounding is relative to."""
+    x = x.double().abs()
+    total = kind.run(layer, x, w.double().abs())
+    for p in products:
+        if p is not None:
+            core = None if p.C is None else p.C.double().abs()
+            positive = Product(p.L.double().abs(), core, p.A.double().abs(), abs(p.scale))
+            total = total + kind.run(layer, x, kind.from_matrix(layer, positive.dense()))
+    return total if layer.bias is None else total + kind.add_bias(layer, torch.zeros_like(total)).abs()
+
+
+# Every output is a sum of terms that are rounded at most this often in the layer's dtype (input, weight, factor, three
+# intermediate results, sum, bias); accumulation inside a kernel is at least float32 and adds the float32 share below.
+ROUNDINGS = 8
+
+
+def close_to_rounding(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype, roundings: int = ROUNDINGS) -> None:
+    """Assert |found − expected| <= roundings · eps(dtype) · size, elementwise."""
+    error = (found.double() - expected.double()).abs()
+    bound = roundings * torch.finfo(dtype).eps * size.double()
+    assert bool((error <= bound).all()), f"off by {float((error / bound).max()):.2f} of the bound"
+
+
+def bits(t: Tensor) -> bytes:
+    return bytes(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that an adapter might leave changed."""
+    seen: dict[str, Any] = {"keys": list(model.state_dict()), "named": [n for n, _ in model.named_parameters()]}
+    for name, module in model.named_modules():
+        seen[name] = {
+            "type": type(module),
+            "identity": module,
+            "training": module.training,
+            "attributes": sorted(vars(module)),
+            "children": list(module._modules),
+            "parameters": {k: None if p is None else (id(p), p.requires_grad, bits(p)) for k, p in module._parameters.items()},
+            "buffers": {k: None if b is None else (id(b), bits(b)) for k, b in module._buffers.items()},
+            "hooks": {k: list(v) for k, v in vars(module).items() if k.endswith(("_hooks", "_kwargs", "_called"))},
+        }
+    return seen
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name] == value, f"{name!r} changed"
+
+
+@contextmanager
+def refused(model: nn.Module, *words: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """Within the block a call fails with a message that holds every word, and the model is left as it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert_same(before, snapshot(model))

@@ -1,0 +1,288 @@
+"""Comparisons: specification, budget, runner, store, report, command line. A tiny model and task, no download."""
+
+import csv
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import svdpeft
+from svdpeft.cli import app
+from svdpeft.compare import budget, report, runner
+from svdpeft.compare.spec import read_spec
+from svdpeft.compare.store import Store
+from svdpeft.models import Loaded
+from svdpeft.registry import TASKS
+from svdpeft.tasks.base import Task, TaskData
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(12, 20)
+        self.wide = nn.Linear(20, 14)
+        self.head = nn.Linear(14, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.wide(torch.relu(self.body(x)))))
+
+
+@dataclass(frozen=True)
+class Signs(Task):
+    """Is the sum of the inputs positive?"""
+
+    train_size: int = 64
+    test_size: int = 40
+
+    modality: ClassVar = "vision"
+    metric: ClassVar = "accuracy"
+    num_classes: ClassVar = 2
+
+    def prepare(self, loaded, seed=0):
+        def draw(count, seed):
+            x = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
+            return [{"x": row, "labels": (row.sum() > 0).long()} for row in x]
+
+        test = draw(self.test_size, 1)
+
+        def collate(examples):
+            return {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+
+        @torch.no_grad()
+        def evaluate(model):
+            batch = collate(test)
+            return {"accuracy": (model(batch["x"]).argmax(-1) == batch["labels"]).float().mean().item()}
+
+        return TaskData(draw(self.train_size, 0), test, collate, evaluate)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The task ``signs`` and a model called ``tiny``."""
+    monkeypatch.setitem(TASKS._classes, "signs", Signs)
+    monkeypatch.setattr(Signs, "name", "signs", raising=False)
+
+    def load(name, *, num_classes, image_size, seed):
+        assert name == "tiny"
+        torch.manual_seed(7)
+        return Loaded(Net(), name, {}, "vision", "head")
+
+    monkeypatch.setattr(runner, "load", load)
+    return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16}
+
+
+def test_a_comparison_runs_reports_and_is_not_run_again(tiny, tmp_path, monkeypatch):
+    spec = read_spec(**tiny, methods="head-only,full,lora:rank=2,sorsa:rank=2,svft:pattern=banded")
+    records = runner.compare(spec, tmp_path)
+    assert len(records) == 10
+    assert not [r["error"] for r in records if "error" in r]
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 10
+    record = records[2]
+    assert record["parameters"] == {
+        "base": 12 * 20 + 20 + 20 * 14 + 14 + 30,
+        "factors": 132,
+        "trainable": 162,
+    }
+    assert record["versions"]["torch"] == torch.__version__
+    assert set(record["git"]) == {"revision", "dirty"}
+    assert len(record["loss"]) == 4
+    assert record["merge_error"] < 1e-6
+    assert record["checkpoint_bytes"] > 162 * 4
+    assert record["step_seconds"] > 0
+    assert record["peak_memory_bytes"] > 2**20
+
+    monkeypatch.setattr(runner, "run", lambda *a, **k: pytest.fail("a finished run was run again"))
+    assert runner.compare(spec, tmp_path) == records
+
+
+def test_runs_are_reproducible_and_seeds_differ(tiny, tmp_path):
+    spec = read_spec(**tiny, methods="sorsa:rank=2")
+    first = runner.compare(spec, tmp_path / "a")
+    again = runner.compare(spec, tmp_path / "b")
+    assert [r["loss"] for r in first] == [r["loss"] for r in again]
+    assert first[0]["loss"] != first[1]["loss"]
+
+
+def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path):
+    spec = read_spec(**{**tiny, "seeds": [0]}, methods="lora:rank=2,svft:pattern=banded,pissa", budget=40)
+    records = runner.compare(spec, tmp_path)
+    errors = {r["label"]: r.get("error") for r in records}
+    assert "over the budget of 40" in errors["LoRA rank=2"]  # rank 1 has 32 + 34 values
+    assert "over the budget of 40" in errors["PiSSA"]
+    assert errors["SVFT banded"] is None
+    report.write(records, tmp_path)
+    assert "over the budget" in (tmp_path / "report.md").read_text()
+
+    runner.compare(spec, tmp_path)
+    assert len(Store(tmp_path).read()) == 3  # a failed run is tried again, in its own place
+
+
+def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
+    real, calls = runner.run, []
+
+    def interrupted(spec, entry, seed, advance):
+        calls.append(entry.label)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(spec, entry, seed, advance)
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    arguments = [
+        "compare",
+        "--model",
+        "tiny",
+        "--task",
+        "signs",
+        "--seeds",
+        "0",
+        "--methods",
+        "lora:rank=2,full",
+    ]
+    arguments += ["--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 130
+    assert [r["label"] for r in Store(tmp_path).read()] == ["LoRA rank=2"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert calls == ["LoRA rank=2", "Full", "Full"]
+
+
+def test_every_method_gets_the_most_that_a_budget_allows(tiny):
+    model, methods = (
+        Net(),
+        [
+            svdpeft.LoRA(),
+            svdpeft.PiSSA(),
+            svdpeft.SORSA(),
+            svdpeft.SVFT(),
+            svdpeft.SVFT(pattern="banded"),
+            svdpeft.SVFT(pattern="random"),
+            svdpeft.SVFT(pattern="topk"),
+        ],
+    )
+    for limit in (70, 100, 200, 400):
+        for method in methods:
+            sites = budget.shapes(model, method, ["body", "wide"], [])
+            fitted = budget.fit(method, limit, sites)
+            adapter = svdpeft.attach(model, fitted, ["body", "wide"], clip_rank=True)
+            assert adapter.trainable_count == budget.count(fitted, sites) <= limit
+            adapter.detach()
+            knob = getattr(fitted, fitted.knob)
+            more = budget.count(type(method)(**{**vars(fitted), fitted.knob: knob + 1}), sites)
+            assert more > limit or knob == 14, "a larger knob would have been within the budget"
+
+
+def test_a_budget_is_read_as_share_or_count():
+    assert budget.parse("0.5%", 200_000) == 1000
+    assert budget.parse("12,000", 5) == 12_000
+    for wrong in ("much", "0%", -3):
+        with pytest.raises(ValueError, match="budget"):
+            budget.parse(wrong, 100)
+
+
+def test_a_specification_file(tmp_path):
+    file = tmp_path / "spec.toml"
+    file.write_text(
+        """
+        model = "efficientnet-lite0"
+        seeds = [4]
+        methods = ["lora:rank=2", { name = "sorsa", label = "free", gamma = 0.0, lr = 0.5 }]
+        """
+    )
+    spec = read_spec(file, epochs=3)
+    assert spec.task == "mnist5k"
+    assert spec.seeds == (4,)
+    assert spec.epochs == 3
+    assert [entry.label for entry in spec.methods] == ["LoRA rank=2", "free"]
+    assert spec.methods[0].method == svdpeft.LoRA(rank=2)
+    assert spec.methods[1].method == svdpeft.SORSA(gamma=0.0)
+    assert spec.methods[1].lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": "sorza"}, "did you mean 'sorsa'"),
+        ({"methods": "sorsa:gama=1"}, "did you mean 'gamma'"),
+        ({"methods": "svft:pattern=bended"}, "is not one of plain"),
+        ({"methods": "lora:8"}, "name:key=value"),
+        ({"methods": "lora,lora"}, "give one of them another label"),
+        ({"methods": []}, "at least one of methods"),
+        ({"seeds": []}, "at least one of seeds"),
+        ({"task": "mnist"}, "did you mean 'mnist5k'"),
+        ({"epoch": 1}, "did you mean 'epochs'"),
+    ],
+)
+def test_a_wrong_specification_names_the_near_miss(options, message):
+    with pytest.raises(ValueError, match=message):
+        read_spec(**{"model": "efficientnet-lite0", **options})
+
+
+def test_what_changes_a_result_changes_the_identity(tiny):
+    spec = read_spec(**tiny, methods="lora")
+    entry = spec.methods[0]
+    first = runner.identify(spec, entry, 0)
+    assert runner.identify(spec, entry, 0) == first
+    others = [
+        runner.identify(spec, entry, 1),
+        runner.identify(read_spec(**{**tiny, "epochs": 2}, methods="lora"), entry, 0),
+        runner.identify(read_spec(**tiny, methods="lora", sizes={"train_size": 8}), entry, 0),
+        runner.identify(spec, read_spec(**tiny, methods="lora:alpha=2").methods[0], 0),
+        runner.identify(spec, read_spec(**tiny, methods="lora:lr=0.7").methods[0], 0),
+    ]
+    assert all(other != first for other in others)
+
+
+def test_the_table_has_mean_and_sample_deviation(tiny, tmp_path):
+    records = runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
+    for record, value in zip(records, (0.8, 0.9), strict=True):
+        record["metric"]["value"] = value
+    (row,) = report.rows(records)
+    assert row.mean == pytest.approx(0.85)
+    assert row.std == pytest.approx(0.0707106781)
+    assert "| LoRA rank=2 | 85.0 ± 7.1 | 162 | 132 |" in report.markdown(records)
+
+
+def test_the_command_line_from_start_to_report(tiny, tmp_path):
+    arguments = [
+        "compare",
+        "--model",
+        "tiny",
+        "--task",
+        "signs",
+        "--methods",
+        "head-only,lora:rank=2",
+        "--seeds",
+        "0",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--train-size", "32"])
+    assert result.exit_code == 0, result.output
+    assert "tiny on signs" in result.output
+    assert "HeadOnly" in result.output
+    lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [line["label"] for line in lines] == ["HeadOnly", "LoRA rank=2"]
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "b"), "--json"]).stdout)
+    again = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert again.exit_code == 0
+    assert "LoRA rank=2" in again.output
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path):
+    result = CliRunner().invoke(app, ["compare", "--methods", "sorza", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "did you mean 'sorsa'" in result.stderr
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert result.exit_code == 2
+    assert "is not a comparison" in result.stderr
+
+
+def test_methods_lists_and_explains():
+    names = [row["name"] for row in json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)]
+    assert names == svdpeft.methods()
+    assert "arXiv:2409.00055" in CliRunner().invoke(app, ["methods"]).output
+    assert "‖LᵀL − I‖_F" in CliRunner().invoke(app, ["methods", "sorsa"]).output
+    assert "did you mean 'sorsa'" in CliRunner().invoke(app, ["methods", "sorza"]).stderr

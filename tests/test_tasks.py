@@ -1,0 +1,473 @@
+"""Tasks: splits that share nothing, data that is right and fixed, metrics that an oracle confirms."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from svdpeft.models import Loaded
+from svdpeft.models.embedded import AssetError, fetch
+from svdpeft.registry import TASKS
+from svdpeft.tasks import mnist5k, stories, wordproblems
+from svdpeft.tasks.base import TaskData, evaluating
+from svdpeft.tasks.mnist5k import Mnist5k
+from svdpeft.tasks.wordproblems import PROMPT, WordProblems, decode, extract
+
+# Changing a story changes the test set, and old results no longer compare: bump this knowingly.
+FIRST_64_TEST_PROBLEMS = "189d06cc7ac70a3f"
+FIRST_64_TEST_DIGITS = "7327d2eb83897d8d"
+SEEDS = st.integers(0, 2**32)
+CONFIG = {"input_size": (3, 20, 36), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def mixed_modes() -> nn.Sequential:
+    """A model whose submodules are in different modes, one of them a training child of a resting parent."""
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.Dropout(0.5))
+    model[0].training = model[1].training = model[0][1].training = False
+    return model
+
+
+def random_states() -> tuple[Any, ...]:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
+# -- stories
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, SEEDS, st.integers(1, 400), st.integers(1, 400))
+def test_train_and_test_share_no_question_and_no_story_with_its_numbers(seed, other, train_size, test_size):
+    train, test = stories.problems("train", train_size, seed), stories.problems("test", test_size, other)
+    assert not {p.key for p in train} & {p.key for p in test}
+    assert not {p.question for p in train} & {p.question for p in test}
+    for side in (train, test):
+        assert len({p.key for p in side}) == len({p.question for p in side}) == len(side)
+
+
+def test_the_question_determines_the_numbers():
+    """So the split by story and numbers is one by question too."""
+    for story in stories.STORIES:
+        placed = re.findall(r"\{(\w)\}", story.question)
+        assert placed == sorted(set(placed)) == list("abcdefgh"[: len(story.bounds)])
+    wordings = {re.sub(r"\{\w+\}", "", story.question) for story in stories.STORIES}
+    assert len(wordings) == len(stories.STORIES) >= 8
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS, st.sampled_from(["train", "test"]))
+def test_every_annotation_is_right(seed, split):
+    for problem in stories.problems(split, 120, seed):
+        steps = problem.answer.splitlines()
+        assert 2 <= len(steps) <= 4
+        for step in steps[:-1]:
+            shown, left, sign, right, value, said = re.search(
+                r"(\d+[-+*/]\d+) = <<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", step
+            ).groups()
+            x, y, z = int(left), int(right), int(value)
+            assert shown == f"{left}{sign}{right}"
+            assert z == int(said) > 0
+            assert {"+": x + y == z, "-": x - y == z, "*": x * y == z, "/": x == y * z}[sign]
+        assert steps[-1] == f"#### {value}" == f"#### {problem.result}"
+        assert "{" not in problem.question + problem.answer
+        assert "[" not in problem.question + problem.answer
+
+
+def test_stories_come_in_turn_and_use_all_four_operations():
+    drawn = stories.problems("train", 110)
+    assert [p.key[0] for p in drawn] == [i % len(stories.STORIES) for i in range(110)]
+    assert {sign for p in drawn for sign in re.findall(r"<<\d+([-+*/])", p.answer)} == set("+-*/")
+    assert stories.problems("train", 60) == drawn[:60]
+    assert stories.problems("train", 60, seed=1) != drawn[:60]
+
+
+def test_two_people_of_a_story_are_never_the_same():
+    for problem in stories.problems("train", 550):
+        names = {name for name in stories.NAMES if re.search(rf"\b{name}\b", problem.question)}
+        assert len(names) == len(set(re.findall(r"\{(name|other)\}", stories.STORIES[problem.key[0]].question)))
+
+
+def test_problems_are_fixed_and_touch_no_random_state():
+    first = stories.problems("test", 64)
+    text = "\n".join(f"{p.question}\n{p.answer}" for p in first)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == FIRST_64_TEST_PROBLEMS
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = random_states()
+    stories.pool.cache_clear()
+    assert stories.problems("test", 64) == first
+    assert random_states() == before
+
+
+def test_as_many_problems_as_are_promised():
+    for split in ("train", "test"):
+        assert len({p.key for p in stories.problems(split, stories.limit(split))}) == stories.limit(split)
+        with pytest.raises(ValueError, match=rf"{stories.limit(split) + 1} {split} problems are outside"):
+            stories.problems(split, stories.limit(split) + 1)
+
+
+# -- word problems
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A small byte-level tokenizer, without a padding token as many are."""
+    small = Tokenizer(models.BPE())
+    small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    small.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    small.train_from_iterator([p.question + p.answer for p in stories.problems("train", 60)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=small, eos_token="<eos>")
+
+
+def llama(tokenizer: Any, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.4,  # far from uniform logits, so that greedy choices differ
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def language(model: nn.Module, tokenizer: Any) -> Loaded:
+    return Loaded(model, "tiny", tokenizer, "language", None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer) -> Loaded:
+    return language(llama(tokenizer), tokenizer)
+
+
+def test_prompt_is_the_papers(tiny, tokenizer):
+    data = WordProblems(train_size=2, test_size=2).prepare(tiny)
+    question = stories.problems("train", 1)[0].question
+    assert tokenizer.decode(data.train.prompts[0]) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
+    )
+
+
+def test_the_loss_is_on_the_answer_alone(tiny, tokenizer):
+    data = WordProblems(train_size=12, test_size=2).prepare(tiny)
+    batch = data.collate([data.train[i] for i in range(12)])
+    for row, problem in enumerate(stories.problems("train", 12)):
+        ids, mask, labels = (batch[key][row] for key in ("input_ids", "attention_mask", "labels"))
+        length = int(mask.sum())
+        assert mask[:length].all()  # padded on the right
+        assert (ids[length:] == tokenizer.eos_token_id).all()
+        told = labels != -100
+        assert torch.equal(labels[told], ids[told])
+        assert tokenizer.decode(labels[told]) == f" {problem.answer}<eos>"  # the eos is learned, its padding twin not
+        assert tokenizer.decode(ids[~told][: length - int(told.sum())]) == PROMPT.format(question=problem.question)
+    loss = tiny.model(**batch).loss
+    assert loss.isfinite()
+
+
+def test_prepare_does_not_depend_on_the_run(tiny):
+    task = WordProblems(train_size=6, test_size=6)
+    a, b = task.prepare(tiny, seed=0), task.prepare(tiny, seed=1)
+    other = WordProblems(train_size=6, test_size=6, data_seed=1).prepare(tiny)
+    assert a.train.problems == b.train.problems != other.train.problems
+    assert a.test.problems == b.test.problems == other.test.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("<<1+1=2>>2\n#### 72", 72),
+        ("#### 1,234,567", 1234567),
+        ("#### -5", -5),
+        ("#### $18.50 left", 18.5),
+        ("####72.", 72),
+        ("#### 1\n#### 2 clips, not 3", 2),
+        ("72", None),
+        ("#### ", None),
+        ("#### 4\n#### none", None),
+        ("", None),
+    ],
+)
+def test_extract(text, number):
+    assert extract(text) == number
+
+
+def greedy(model: nn.Module, prompt: Tensor, steps: int, eos: int) -> list[int]:
+    """The slow path: no batch, no padding, no cache."""
+    ids = prompt[None]
+    with torch.no_grad():
+        while ids.shape[1] < len(prompt) + steps and (ids.shape[1] == len(prompt) or ids[0, -1] != eos):
+            ids = torch.cat((ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_batched_decoding_equals_one_by_one(tokenizer, batch, caplog, monkeypatch):
+    model = llama(tokenizer)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    for setting, value in {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_p": 0.5,
+        "repetition_penalty": 9.0,
+    }.items():
+        setattr(model.generation_config, setting, value)
+    own = model.generation_config
+    prompts = WordProblems(train_size=1, test_size=8).prepare(language(model, tokenizer)).test.prompts
+    assert len({len(prompt) for prompt in prompts}) > 4
+    slow = [greedy(model, prompt, 12, tokenizer.eos_token_id) for prompt in prompts]
+    expected = tokenizer.batch_decode(slow, skip_special_tokens=True)
+    assert len(set(expected)) > 4
+    assert decode(model, tokenizer, prompts, 12, batch) == expected
+    assert model.generation_config is own
+    assert not caplog.records
+
+
+def test_decoding_stops_at_the_end_of_text(tokenizer):
+    model = llama(tokenizer)
+    prompts = WordProblems(train_size=1, test_size=4).prepare(language(model, tokenizer)).test.prompts
+    free = [greedy(model, prompt, 8, -1) for prompt in prompts]
+    stopper = SimpleNamespace(eos_token_id=free[0][3], pad_token_id=None, batch_decode=lambda ids, **_: ids.tolist())
+    for long, row in zip(free, decode(model, stopper, prompts, 8), strict=True):
+        end = long.index(stopper.eos_token_id) + 1 if stopper.eos_token_id in long else len(long)
+        assert row[:end] == long[:end]
+        assert set(row[end:]) <= {stopper.eos_token_id}
+
+
+class Reciter(nn.Module):
+    """Knows the test set by heart, and adds ``shift`` to each result."""
+
+    def __init__(self, tokenizer: Any, shift: int) -> None:
+        super().__init__()
+        self.tokenizer, self.shift, self.generation_config = tokenizer, shift, None
+        self.parts = mixed_modes()
+        self.known = {PROMPT.format(question=p.question): p for p in stories.problems("test", 40)}
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
+        assert not any(module.training for module in self.modules())
+        assert not torch.is_grad_enabled()
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        problems = [self.known[self.tokenizer.decode(ids)] for ids in prompts]
+        answers = [f" {p.answer.split('####')[0]}#### {p.result + self.shift:,}" for p in problems]
+        new = [torch.tensor(self.tokenizer(answer).input_ids) for answer in answers]
+        return torch.cat((input_ids, wordproblems.pad(new, generation_config.pad_token_id)), 1)
+
+
+@pytest.mark.parametrize(("shift", "accuracy"), [(0, 1.0), (1, 0.0)])
+def test_word_problems_against_an_oracle(tokenizer, shift, accuracy):
+    model = Reciter(tokenizer, shift)
+    modes = [module.training for module in model.modules()]
+    before = random_states()
+    metrics = WordProblems(train_size=1, test_size=40).prepare(language(model, tokenizer)).evaluate(model)
+    assert metrics == {"accuracy": accuracy}
+    assert [module.training for module in model.modules()] == modes
+    assert random_states() == before
+
+
+def test_word_problems_with_a_real_model_class(tiny):
+    data = WordProblems(train_size=1, test_size=3).prepare(tiny)
+    tiny.model.train()
+    assert data.evaluate(tiny.model) == {"accuracy": 0.0}
+    assert all(module.training for module in tiny.model.modules())
+
+
+def test_word_problems_refuse_what_they_cannot_use(tiny, tokenizer):
+    task = WordProblems(train_size=1, test_size=1)
+    with pytest.raises(ValueError, match="needs a tokenizer with an eos token; 'tiny' has none"):
+        task.prepare(language(tiny.model, None))
+    with pytest.raises(ValueError, match=r"needs a model with generate\(\); 'tiny' has none"):
+        task.prepare(language(nn.Linear(2, 2), tokenizer))
+    with pytest.raises(ValueError, match="test_size 0 is outside"):
+        WordProblems(test_size=0).prepare(tiny)
+
+
+# -- MNIST
+
+
+@pytest.fixture
+def digits(monkeypatch) -> tuple[Tensor, Tensor]:
+    """5,000 pictures whose first two pixels are their number, in the place of the real ones."""
+    number = torch.arange(5000)
+    images = torch.zeros(5000, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0], images[:, 0, 1] = number // 256, number % 256
+    labels = number % 10
+    monkeypatch.setattr(mnist5k, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(mnist5k, "read", lambda path: (images, labels))
+    return images, labels
+
+
+def vision(model: nn.Module | None = None, **config: Any) -> Loaded:
+    return Loaded(model or nn.Linear(2, 2), "tiny", CONFIG | config, "vision", None)
+
+
+def numbers(data: Any) -> list[int]:
+    return [int(image[0, 0]) * 256 + int(image[0, 1]) for image in data.images]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4000), st.integers(1, 1000), SEEDS)
+def test_digits_are_disjoint_stratified_and_fixed(digits, train_size, test_size, seed):
+    data = Mnist5k(train_size, test_size).prepare(vision(), seed)
+    full = Mnist5k(4000, 1000).prepare(vision(), seed=0)
+    train, test = numbers(data.train), numbers(data.test)
+    assert train == numbers(full.train)[:train_size]
+    assert test == numbers(full.test)[:test_size]
+    assert len(set(train) | set(test)) == len(data.train) + len(data.test) == train_size + test_size
+    for split in (data.train, data.test):
+        counts = split.labels.bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1
+        assert split.labels.tolist() == [number % 10 for number in numbers(split)]
+
+
+def test_digits_are_not_in_the_order_of_the_file_and_touch_no_random_state(digits):
+    loaded = vision()
+    torch.manual_seed(5)
+    before = random_states()
+    train = numbers(Mnist5k().prepare(loaded).train)
+    assert random_states() == before
+    torch.manual_seed(6)
+    assert numbers(Mnist5k().prepare(loaded).train) == train
+    ones = [number for number in train if number % 10 == 1]
+    assert ones != sorted(ones)
+
+
+def test_digits_are_normalised_as_the_model_says(digits):
+    images, _ = digits
+    images.copy_(torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8))
+    data = Mnist5k(4, 2).prepare(vision())
+    batch = data.collate([data.train[i] for i in range(4)])
+    assert batch["x"].shape == (4, 3, 20, 36)
+    assert batch["x"].dtype == torch.float32
+    assert batch["labels"].tolist() == data.train.labels.tolist()
+    grey = data.train.images[:, None] / 255
+    grey = nn.functional.interpolate(grey, (20, 36), mode="bilinear", antialias=True)
+    expected = torch.cat([(grey - m) / s for m, s in zip(CONFIG["mean"], CONFIG["std"], strict=True)], 1)
+    torch.testing.assert_close(batch["x"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_digits_of_their_own_size_are_not_changed_and_take_the_models_dtype(digits):
+    config = {"input_size": (1, 28, 28), "mean": (0.0,), "std": (1.0,)}
+    data = Mnist5k(4, 2).prepare(vision(nn.Linear(2, 2).to(torch.float64), **config))
+    assert data.train[1]["x"].dtype == torch.float64
+    torch.testing.assert_close(data.train[1]["x"][0].float(), data.train.images[1] / 255)
+
+
+class Seer(nn.Module):
+    """Reads a digit's number from its first two pixels, and is ``shift`` classes off."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift, self.parts = shift, mixed_modes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not any(module.training for module in self.modules())
+        assert not torch.is_grad_enabled()
+        pixels = (x[:, 0, 0, :2] * 255).round().long()
+        label = (pixels[:, 0] * 256 + pixels[:, 1] + self.shift) % 10
+        return nn.functional.one_hot(label, 10).float()
+
+
+@pytest.mark.parametrize(("shift", "accuracy"), [(0, 1.0), (1, 0.0)])
+def test_digits_against_an_oracle(digits, shift, accuracy):
+    config = {"input_size": (3, 28, 28), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    model = Seer(shift)
+    modes = [module.training for module in model.modules()]
+    data = Mnist5k(10, 130).prepare(vision(model, **config))  # the last batch is not full
+    before = random_states()
+    assert data.evaluate(model) == {"accuracy": accuracy}
+    assert [module.training for module in model.modules()] == modes
+    assert random_states() == before
+
+
+def test_digits_refuse_what_they_cannot_use(digits):
+    with pytest.raises(ValueError, match=r"train_size 4001 is outside \[1, 4000\] of task 'mnist5k'"):
+        Mnist5k(train_size=4001).prepare(vision())
+    with pytest.raises(ValueError, match=r"test_size 1001 is outside \[1, 1000\] of task 'mnist5k'"):
+        Mnist5k(test_size=1001).prepare(vision())
+    with pytest.raises(ValueError, match=r"std \(1.0,\) of the model's data config is not 3 numbers"):
+        Mnist5k().prepare(vision(std=(1.0,)))
+    with pytest.raises(ValueError, match=r"'mnist5k' is for vision models, but 'tiny' is a language .* wordproblems"):
+        Mnist5k().prepare(Loaded(nn.Linear(2, 2), "tiny", None, "language", None))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("0," * 10 + "1", "11 columns; MNIST has 784"), ("0," * 784 + "10", "has the label 10")],
+)
+def test_a_wrong_file_is_refused(tmp_path, row, message):
+    path = tmp_path / "digits.csv.gz"
+    path.write_bytes(gzip.compress(f"{row}\n{row}\n".encode()))
+    with pytest.raises(ValueError, match=message):
+        mnist5k.read(path)
+
+
+def test_the_real_digits():
+    try:
+        path = fetch("mnist5k")
+    except AssetError as error:
+        pytest.skip(f"mnist5k cannot be had here: {error}")
+    images, labels = mnist5k.read(path)
+    assert images.shape == (5000, 28, 28)
+    assert labels.bincount().tolist() == [500] * 10
+    assert 0.12 < images.float().mean() / 255 < 0.14  # the known mean of MNIST is 0.1307
+    first = Mnist5k().prepare(vision()).test.images[:64]
+    assert hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16] == FIRST_64_TEST_DIGITS
+
+
+# -- every task
+
+
+def test_tasks_are_registered_and_say_what_they_are():
+    for task in TASKS.values():
+        assert task.metric == "accuracy"
+        assert task.modality in ("vision", "language")
+        assert task().train_size > 0  # every task has defaults
+    assert {"mnist5k", "wordproblems"} <= set(TASKS)
+    assert (Mnist5k.num_classes, WordProblems.num_classes) == (10, None)
+
+
+def test_an_empty_split_is_refused():
+    for train, test, name in (([], [1], "train"), ([1], [], "test")):
+        with pytest.raises(ValueError, match=f"{name} split is empty"):
+            TaskData(train, test, collate=dict, evaluate=dict)
+
+
+def test_evaluating_restores_each_submodule_even_after_an_error():
+    model = mixed_modes()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    with evaluating(model) as device:
+        assert device == torch.device("cpu")
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+
+    def fail() -> None:
+        with evaluating(model):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
