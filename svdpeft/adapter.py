@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.registry import near_miss
-from svdpeft.sites import Site
+from svdpeft.sites import LISTED, Site
 from svdpeft.summary import summarise
 from svdpeft.targets import Selection, Targets, rules, select, trained_whole
 from svdpeft.weights import BaseWeight, Borrowed, running_statistics
@@ -32,12 +32,12 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         self.adapters: dict[str, Adapter] = {}
-        self.weights: dict[int, BaseWeight] = {}  # by the identity of the parameter
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def weight(self, owner: nn.Module, parameter: str) -> BaseWeight:
-        """The one record of a parameter, however many adapters write into it."""
-        return self.weights.setdefault(id(getattr(owner, parameter)), BaseWeight(owner, parameter))
+        """The one record of a parameter, however many adapters write into it; kept by its sites, so copies have it."""
+        listed = (site.weight for site in vars(owner).get(LISTED, []))
+        return next((w for w in listed if w.parameter == parameter), None) or BaseWeight(owner, parameter)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def attach(
     for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         kind, owner = choice.kind, choice.owners[0]
         raw = state.weight(owner, kind.parameter).original
-        check_matrix(raw, choice.name)
+        check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
         w = kind.to_matrix(owner, raw.to(torch.promote_types(raw.dtype, torch.float32)))
         assert isinstance(choice.method, Factored)
         resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank)
@@ -134,8 +134,10 @@ def install(
     state: _State = getattr(model, STATE, None) or _State(model)
     _check_name(name, state)
     sites: dict[str, Site] = {}
+    weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
-        weight = state.weight(choice.owners[0], choice.kind.parameter)
+        owner, parameter = choice.owners[0], choice.kind.parameter
+        weight = weights.setdefault(id(getattr(owner, parameter)), state.weight(owner, parameter))
         matrix = choice.kind.to_matrix(choice.owners[0], weight.original)
         shape = (matrix[..., 0, 0].numel(), *matrix.shape[-2:])
         factors.to(matrix.device)
@@ -154,6 +156,8 @@ def _check_name(name: str, state: _State) -> None:
         raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
+    if hasattr(nn.ModuleDict(), name):  # the factors are children of a ModuleDict by this name
+        raise ValueError(f"adapter name {name!r} is taken by torch: it is an attribute of nn.ModuleDict")
 
 
 def _set_requires_grad(model: nn.Module, state: _State) -> None:
@@ -181,7 +185,7 @@ class Adapter:
         self.sites: Mapping[str, Site] = sites
         self.whole = whole
         self.skipped: Mapping[str, str] = skipped
-        self.state: Literal["attached", "merged", "folded", "detached"] = "attached"
+        self.state: Literal["attached", "merged", "folded", "disabled", "detached"] = "attached"
         taken = {n for a in getattr(model, STATE).adapters.values() for n in a.borrowed.places}
         statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
         self.borrowed = Borrowed({**whole, **statistics})
@@ -239,15 +243,20 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as if this adapter were not there, bit for bit."""
+        if self.state == "disabled":  # a block within a block
+            yield
+            return
         self._must_be("attached", "merged", "folded")
         state = self.state
         self._to("attached")
         with torch.no_grad():
             self.borrowed.swap()
         self._activate(False)
+        self.state = "disabled"
         try:
             yield
         finally:
+            self.state = "attached"
             with torch.no_grad():
                 self.borrowed.swap()
             self._activate(True)
@@ -320,8 +329,8 @@ class Adapter:
                 lost[site.name] = site.weight.write(self.name, site.delta)
             elif site.can_skip_base():
                 site.skip_base(True)
-            elif (start := site.start()) is not None:
-                site.weight.write(self.name, lambda start=start: start)
+            elif site.method.anchor(site.factors) is not None:
+                site.weight.write(self.name, site.start)
             site.folded = state == "folded"
         self.state = state
         self._activate(state != "merged")
@@ -336,13 +345,15 @@ class Adapter:
         state: _State = getattr(self.model, STATE)
         for site in self.sites.values():
             if not restore:
-                site.weight.keep()
+                site.weight.keep(self.name)
             site.remove(self.name)
         if restore:
             self.borrowed.swap()
         del state.adapters[self.name]
         self.state = "detached"
         if state.adapters:
+            heir = next(iter(state.adapters.values()))
+            heir.borrowed.add({n: place for n, place in self.borrowed.places.items() if n not in self.whole})
             _set_requires_grad(self.model, state)
             return
         delattr(self.model, STATE)

@@ -59,9 +59,11 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        save_file(tensors, temporary / TENSORS)
-        (temporary / HEADER).write_text(json.dumps(header, indent=1) + "\n")
-        _replace(temporary, path)
+        new = temporary / "new"  # a folder of its own: mkdtemp's is readable by its owner alone
+        new.mkdir()
+        save_file(tensors, new / TENSORS)
+        (new / HEADER).write_text(json.dumps(header, indent=1) + "\n")
+        _replace(new, path, temporary / "old")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -128,6 +130,8 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what is written: tensors by name, and the header."""
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
+    if adapter.state in ("disabled", "detached"):  # the model holds the base's values, not the trained ones
+        raise RuntimeError(f"adapter {adapter.name!r} is {adapter.state}: it cannot be saved now")
     names = {id(module): name for name, module in adapter.model.named_modules()}
     for name, site in adapter.sites.items():
         factors = site.factors.tensors()
@@ -249,12 +253,14 @@ def _whole_tensors(
     return places, values
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def _replace(new: Path, path: Path, aside: Path) -> None:
     """Move a finished folder to its place; a folder cannot be renamed over a full one, so that one steps aside."""
-    if path.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, aside / path.name)
-        os.replace(temporary, path)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(temporary, path)
+    if not path.exists():
+        os.replace(new, path)
+        return
+    os.rename(path, aside)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise

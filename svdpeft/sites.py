@@ -6,7 +6,7 @@ and sharding of the base stay as they are.
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Site:
     ) -> None:
         self.name, self.owners, self.kind, self.method = name, owners, kind, method
         self.factors, self.weight, self.shape = factors, weight, shape
+        self.adapter = ""  # name of the adapter, once installed
         self.active = True  # the hook adds the update
         self.folded = False  # the start has left the weight, so that the hook adds all of L C A
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
@@ -71,10 +72,11 @@ class Site:
         return self.kind.from_matrix(self.owners[0], self.method.update(self.factors).dense())
 
     @torch.no_grad()
-    def start(self) -> Tensor | None:
+    def start(self) -> Tensor:
         """Return −[L C A]start in the weight's own layout, what folding writes into the weight."""
         anchor = self.method.anchor(self.factors)
-        return None if anchor is None else self.kind.from_matrix(self.owners[0], -anchor.dense())
+        assert anchor is not None, "a start of zero is not written"
+        return self.kind.from_matrix(self.owners[0], -anchor.dense())
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Add the update to ``out``, the layer's fresh output for ``x``."""
@@ -98,7 +100,10 @@ class Site:
 
     def install(self, adapter: str) -> None:
         """Make the factors children of the layers and have the hook call this site."""
+        self.adapter = adapter
         for owner in self.owners:
+            for other in vars(owner).get(LISTED, []):
+                other.use_base()
             if LISTED not in vars(owner):
                 setattr(owner, LISTED, [])
                 owner.add_module(CHILD, nn.ModuleDict())
@@ -124,9 +129,15 @@ class Site:
         self.skips = skip
         for owner in self.owners:
             if skip:
-                owner.forward = types.MethodType(_without_base, owner)
+                owner.forward = functools.partial(_without_base, owner)  # a bound method would not pickle
             else:
                 del owner.forward
+
+    def use_base(self) -> None:
+        """Compute a folded layer from its weight again: another adapter, which may write into it, has come."""
+        if self.skips:
+            self.skip_base(False)
+            self.weight.write(self.adapter, self.start)
 
     def can_skip_base(self) -> bool:
         """Whether the factors hold the whole weight and nobody else has a hand in the layer's forward."""
@@ -143,6 +154,7 @@ def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return out
 
 
-def _without_base(module: nn.Module, x: Tensor) -> Tensor:
+def _without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
     site = next(site for site in getattr(module, LISTED) if site.skips)
     return site.replace(module, x)

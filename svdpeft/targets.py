@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from svdpeft.layers.base import LayerKind
-from svdpeft.methods.base import Method, matches
+from svdpeft.methods.base import Factors, Method, matches
 from svdpeft.registry import KINDS, near_miss
 
 Targets = str | Sequence[str] | Mapping[str, Method]
@@ -45,12 +45,15 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def rules(targets: Targets, method: Method | None) -> list[tuple[str, Method]]:
     """Return (pattern, method) pairs in the order in which they are tried."""
     if isinstance(targets, Mapping):
-        if method is not None and any(m is None for m in targets.values()):
-            raise ValueError("targets maps a pattern to None")
-        return list(targets.items())
-    if method is None:
+        pairs = list(targets.items())
+    elif method is None:
         raise ValueError("a method is needed, unless targets maps patterns to methods")
-    return [(pattern, method) for pattern in ([targets] if isinstance(targets, str) else targets)]
+    else:
+        pairs = [(pattern, method) for pattern in ([targets] if isinstance(targets, str) else targets)]
+    for pattern, chosen in pairs:
+        if not isinstance(chosen, Method):
+            raise ValueError(f"{chosen!r} for targets={pattern!r} is not a method, such as LoRA(rank=8)")
+    return pairs
 
 
 def trained_whole(model: nn.Module, patterns: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
@@ -59,14 +62,16 @@ def trained_whole(model: nn.Module, patterns: Iterable[str]) -> dict[str, tuple[
     Raises:
         ValueError: a pattern names no floating-point parameter.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    factors = {id(p) for module in model.modules() if isinstance(module, Factors) for p in module.parameters()}
+    first = {id(p): name for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in factors}
+    parameters = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first}
     chosen: dict[str, tuple[nn.Module, str]] = {}
     for pattern in patterns:
         found = [name for name in parameters if any(matches(pattern, part) for part in _prefixes(name))]
         if not found:
             leaves = {part for name in parameters for part in _prefixes(name)}
             raise ValueError(f"train={pattern!r} names no parameter: {near_miss(pattern, leaves)}")
-        for name in found:
+        for name in dict.fromkeys(parameters[alias] for alias in found):  # a shared one under its first name
             owner, _, attribute = name.rpartition(".")
             chosen[name] = (model.get_submodule(owner), attribute)
     return chosen
@@ -93,11 +98,12 @@ def select(
     selection, whole = Selection(), set(whole)
     heads = _output_layers(model)
     users = _users(model)
+    read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     hits = {pattern: 0 for pattern, _ in pairs}
     refused: dict[str, str] = {}  # pattern -> why a layer that it names cannot be adapted
     taken: set[int] = set()
     for name, module in model.named_modules():
-        if not any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        if isinstance(module, Factors) or not any(p.ndim > 1 for p in module.parameters(recurse=False)):
             continue
         kind = kind_of(module)
         rule = next((rule for rule in pairs if _wants(rule[0], name, kind, module in heads)), None)
@@ -109,6 +115,8 @@ def select(
             reason = f"excluded by {excluded!r}"
         elif kind is None:
             reason = f"no layer kind adapts a {type(module).__name__}"
+        elif module in read:
+            reason = "its weight is read by nn.MultiheadAttention, which never calls the layer"
         elif module._parameters.get(kind.parameter) is None:
             reason = "its weight is computed by a parametrisation"
         elif f"{name}.{kind.parameter}" in whole:

@@ -6,7 +6,7 @@ is copied back when nothing is: it is never reached by subtracting, so every bit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +64,15 @@ class BaseWeight:
             self.tensor.copy_(self._original)
             self._original = None
 
-    def keep(self) -> None:
-        """Make what is written permanent and forget the original."""
-        self._written.clear()
-        self._original = None
+    def keep(self, key: str) -> None:
+        """Make what was written under ``key`` part of the original; what others have written stays theirs."""
+        part = self._written.pop(key)
+        if self._written:
+            exact = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
+            self._original = (exact + part().to(exact.dtype)).to(self.original.dtype)
+            self.tensor.copy_(self._exact())
+        else:
+            self._original = None
 
     def written(self, key: str) -> bool:
         """Whether something is written under ``key``."""
@@ -90,8 +95,14 @@ class Borrowed:
     """
 
     def __init__(self, places: dict[str, tuple[nn.Module, str]]) -> None:
-        self.places = places
-        self._away = {name: self[name].clone() for name in places}  # whichever value is not in the model now
+        self.places: dict[str, tuple[nn.Module, str]] = {}
+        self._away: dict[str, Tensor] = {}  # whichever value is not in the model now
+        self.add(places)
+
+    def add(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Borrow more; what these tensors hold now is what will be given back."""
+        self.places |= places
+        self._away |= {name: self[name].clone() for name in places}
 
     def __getitem__(self, name: str) -> Tensor:
         owner, attribute = self.places[name]

@@ -167,7 +167,7 @@ def table_csv(records: Sequence[Record]) -> str:
     )
     fields += ("peak_memory_bytes", "checkpoint_bytes", "merge_error", "method", "error")
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for r in records:
         flat = {

@@ -71,8 +71,8 @@ def truncated_svd(
     return SVD(u.contiguous(), s[..., :rank].contiguous(), vh.contiguous())
 
 
-def check_matrix(w: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if ``w`` cannot be decomposed."""
+def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
+    """Raise a ValueError that names ``where`` if ``w`` cannot be decomposed; ``zero`` lets a matrix of zeros pass."""
     shape = "x".join(map(str, w.shape))
     if not w.is_floating_point():
         raise ValueError(f"{where} ({shape}) has dtype {w.dtype}: only floating-point weights can be adapted")
@@ -84,7 +84,7 @@ def check_matrix(w: Tensor, where: str) -> None:
     if not torch.isfinite(peak):
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"{where} ({shape}) holds {bad} NaN or infinite values of {w.numel()}")
-    if peak == 0:
+    if peak == 0 and not zero:
         raise ValueError(
             f"{where} ({shape}) is all zero, so it has no singular vectors: exclude it, or use a method that does "
             "not start from the weight, such as LoRA"

@@ -33,7 +33,7 @@ class Linear(LayerKind):
         return F.linear(x, w)
 
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
-        return out if module.bias is None else out + module.bias  # type: ignore[operator]
+        return out if module.bias is None else out + module.bias.to(out.dtype)  # type: ignore[operator]
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         # One pass over the output: multiply, scale and add in a single kernel.

@@ -214,8 +214,8 @@ class Factored(Method):
         """
         rank = self.rank
         if isinstance(rank, Mapping):
-            rank = next((r for pattern, r in rank.items() if matches(pattern, site)), 0)
-            if rank == 0:
+            rank = next((r for pattern, r in rank.items() if matches(pattern, site)), "none")
+            if rank == "none":
                 raise ValueError(f"no pattern of rank={dict(self.rank)!r} matches {site}; '.*' matches the rest")  # type: ignore[arg-type]
         if rank is None:
             rank = min(m, n)

@@ -1,0 +1,106 @@
+"""Export to the LoRA format of Hugging Face PEFT: what any serving stack that knows LoRA can load.
+
+The update of every site is ΔW = W' − W0 on the *original* weight, compressed to its exact rank by QR of the thin
+factors, so the exported adapter is the trained one up to rounding, whatever the method was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdpeft.adapter import Adapter
+from svdpeft.decomposition import Product, exact_rank, recompress
+from svdpeft.sites import Site
+
+CONV = re.compile(r"conv|conv-same")
+
+
+def export_ranks(adapter: Adapter) -> dict[str, int]:
+    """Return the rank of each site's update, which is the rank that ``export_lora`` writes.
+
+    Raises:
+        ValueError: the adapter is not a LoRA: see ``export_lora``.
+    """
+    _check(adapter)
+    return {name: max(int(exact_rank(_product(site)).max()), 1) for name, site in adapter.sites.items()}
+
+
+def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int]:
+    """Write the adapter as a PEFT LoRA folder (``adapter_config.json``, ``adapter_model.safetensors``).
+
+    Args:
+        adapter: in any state.
+        path: of the new folder.
+
+    Returns:
+        The rank of each site, as ``export_ranks`` states it beforehand.
+
+    Raises:
+        ValueError: a LoRA file cannot hold it: a grouped convolution, a tied weight, parameters trained whole, or
+            normalisation statistics that training changed.
+        FileExistsError: ``path`` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists: an export does not overwrite")
+    ranks = export_ranks(adapter)
+    tensors: dict[str, Tensor] = {}
+    for name, site in adapter.sites.items():
+        lora = recompress(_product(site))
+        left, right = lora.L.float(), lora.A.float()  # (1, m, r), (1, r, n) for a convolution, else without the 1
+        if CONV.fullmatch(site.kind.name):
+            kernel = site.weight.original.shape[1:]
+            left = left[0].reshape(*left.shape[1:], *[1] * (len(kernel) - 1))
+            right = right[0].reshape(-1, *kernel)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = {name: rank for name, rank in ranks.items() if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,  # scale one: it is inside the factors
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": list(adapter.sites),
+        "fan_in_fan_out": any(site.kind.name == "hf-conv1d" for site in adapter.sites.values()),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        os.replace(new, path)
+    return ranks
+
+
+@torch.no_grad()
+def _product(site: Site) -> Product:
+    return site.method.update(site.factors)
+
+
+def _check(adapter: Adapter) -> None:
+    if not adapter.sites:
+        raise ValueError(f"{adapter} has no factors: there is nothing to export")
+    if adapter.whole:
+        raise ValueError(f"{next(iter(adapter.whole))} is trained whole: a LoRA file holds low-rank updates only")
+    if changed := adapter.borrowed.changed():
+        raise ValueError(f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only")
+    for name, site in adapter.sites.items():
+        if len(site.owners) > 1:
+            raise ValueError(f"{name} shares its weight with another layer: a LoRA file has no word for that")
+        if CONV.fullmatch(site.kind.name) and site.shape[0] > 1:
+            raise ValueError(f"{name} is a convolution of {site.shape[0]} groups: a LoRA file has no word for that")

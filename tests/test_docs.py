@@ -1,0 +1,27 @@
+"""The code in the README and in the documentation runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from svdpeft.registry import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = dict(METHODS._classes)
+    monkeypatch.setattr(METHODS, "_classes", known)  # a method that a page registers does not outlive it
+    names = {"__name__": page.stem}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_links_to_files_are_not_dead():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
