@@ -19,13 +19,22 @@ from svdpeft.compare.spec import Entry, read_spec
 from svdpeft.tasks import mnist5k
 from svdpeft.tasks.base import TaskData
 
+HEAD = {"head-only": (1e-2,)}  # the head's own rate is fixed, head_lr
 GRIDS = {
-    "head-only": (3e-3, 1e-2, 3e-2),
-    "full": (3e-4, 1e-3, 3e-3),
-    "lora": (1e-3, 3e-3, 1e-2, 3e-2),
-    "pissa": (3e-4, 1e-3, 3e-3, 1e-2),
-    "sorsa": (3e-4, 1e-3, 3e-3, 1e-2),
-    "svft": (1e-2, 3e-2, 1e-1, 3e-1),
+    "efficientnet-lite0": {
+        "full": (3e-4, 1e-3, 3e-3),
+        "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "pissa": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "sorsa": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "svft": (1e-2, 3e-2, 1e-1, 3e-1),
+    },
+    "dinov2-vits14": {
+        "full": (1e-4, 3e-4),
+        "lora": (3e-3, 1e-2),
+        "pissa": (3e-4, 1e-3, 3e-3),
+        "sorsa": (3e-4, 1e-3, 3e-3),
+        "svft": (1e-2, 3e-2, 1e-1),
+    },
 }
 
 
@@ -57,7 +66,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     model = sys.argv[1] if len(sys.argv) > 1 else "efficientnet-lite0"
     spec = read_spec(model=model, seeds=[100], sizes={"train_size": 2000})
-    rows = [(entry, lr) for entry in spec.methods for lr in GRIDS[entry.method.name]]
+    rows = [(entry, lr) for entry in spec.methods for lr in (GRIDS[model] | HEAD)[entry.method.name]]
     Validation.name = "mnist5k"
     object.__setattr__(spec, "make_task", lambda: Validation(train_size=2000, test_size=10))
     print(f"| method | {model}: learning rate | validation accuracy % |\n| --- | ---: | ---: |")

@@ -102,9 +102,7 @@ def attach(
     _check_name(name, state)
     pairs = rules(targets, method)
     whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
-    owned = {n for a in state.adapters.values() for n in a.whole}
-    if clash := owned & set(whole):
-        raise ValueError(f"{min(clash)} is trained whole by another adapter already")
+    _check_whole(whole, state)
     factored = [(pattern, m) for pattern, m in pairs if m.factored]
     selection = select(model, factored, exclude, whole) if factored else Selection()
     built: list[tuple[Any, Factored, Factors]] = []
@@ -133,6 +131,7 @@ def install(
     """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
     state: _State = getattr(model, STATE, None) or _State(model)
     _check_name(name, state)
+    _check_whole(whole, state)
     sites: dict[str, Site] = {}
     weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
@@ -158,6 +157,11 @@ def _check_name(name: str, state: _State) -> None:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
     if hasattr(nn.ModuleDict(), name):  # the factors are children of a ModuleDict by this name
         raise ValueError(f"adapter name {name!r} is taken by torch: it is an attribute of nn.ModuleDict")
+
+
+def _check_whole(whole: Mapping[str, Any], state: _State) -> None:
+    if clash := {n for a in state.adapters.values() for n in a.whole} & set(whole):
+        raise ValueError(f"{min(clash)} is trained whole by another adapter already")
 
 
 def _set_requires_grad(model: nn.Module, state: _State) -> None:

@@ -95,9 +95,9 @@ def select(
         ValueError: a pattern matches no layer that can be adapted, or a named layer shares its weight with one that
             is not adapted.
     """
-    selection, whole = Selection(), set(whole)
+    selection, trained = Selection(), {id(model.get_parameter(name)) for name in whole}
     heads = _output_layers(model)
-    users = _users(model)
+    users = users_of_parameters(model)
     read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     hits = {pattern: 0 for pattern, _ in pairs}
     refused: dict[str, str] = {}  # pattern -> why a layer that it names cannot be adapted
@@ -119,7 +119,7 @@ def select(
             reason = "its weight is read by nn.MultiheadAttention, which never calls the layer"
         elif module._parameters.get(kind.parameter) is None:
             reason = "its weight is computed by a parametrisation"
-        elif f"{name}.{kind.parameter}" in whole:
+        elif id(module._parameters[kind.parameter]) in trained:
             reason = "trained whole"
         if reason is None and kind is not None and rule is not None:
             parameter = module._parameters[kind.parameter]
@@ -168,7 +168,7 @@ def _no_site(model: nn.Module, pattern: str, refused: str | None, skipped: Mappi
     return f"targets={pattern!r} matches no layer of the model: {near_miss(pattern, known)}"
 
 
-def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+def users_of_parameters(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     """Group the layers that hold a parameter by its identity: more than one means that it is tied."""
     users: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():

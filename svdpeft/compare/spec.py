@@ -96,7 +96,7 @@ def read_spec(path: Path | None = None, sizes: Mapping[str, int] | None = None, 
         if name not in known:
             raise ValueError(f"a comparison has no field {name!r}: {near_miss(name, known)}")
     TASKS[merged["task"]]
-    merged["methods"] = read_methods(merged["methods"], defaults["lr"][modality])
+    merged["methods"] = read_methods(merged["methods"], defaults["lr"][modality] | defaults["lr"].get(model, {}))
     for name in ("seeds", "targets", "exclude"):
         value = merged.get(name, ())
         merged[name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
@@ -111,7 +111,7 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
 
     Args:
         methods: ``"lora,svft:pattern=banded:lr=0.05"``, a list of such words, or of tables.
-        rates: learning rate by method name, for entries that give none.
+        rates: learning rate by label or method name, for entries that give none.
 
     Example:
         >>> read_methods("sorsa:gamma=0:label=no regulariser", {"sorsa": 1e-3})[0].label
@@ -128,7 +128,8 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
             if option not in fields:
                 raise ValueError(f"{name} has no hyper-parameter {option!r}: {near_miss(option, fields)}")
         method = cls(**table)
-        entries.append(Entry(label or _label(method, table), method, float(lr or rates.get(name, 1e-3))))
+        label = label or _label(method, table)
+        entries.append(Entry(label, method, float(lr or rates.get(label, rates.get(name, 1e-3)))))
     labels = [entry.label for entry in entries]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two methods are labelled {twice!r}: give one of them another label=")

@@ -68,7 +68,7 @@ def truncated_svd(
         driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
     u, s, vh = _exact(w, where) if driver == "exact" else _randomized(w, rank, seed, where)
     u, vh = canonical_signs(u[..., :rank], vh[..., :rank, :])
-    return SVD(u.contiguous(), s[..., :rank].contiguous(), vh.contiguous())
+    return SVD(u.contiguous(), s[..., :rank].clone(), vh.contiguous())  # no view that keeps all of s alive
 
 
 def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:

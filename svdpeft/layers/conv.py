@@ -44,7 +44,9 @@ class Conv(LayerKind):
         return module._conv_forward(x, w, None)
 
     def add_bias(self, module: Any, out: Tensor) -> Tensor:
-        return out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *(1,) * len(module.kernel_size))
+        return (
+            out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *(1,) * len(module.kernel_size))
+        )
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         return [

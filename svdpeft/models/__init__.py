@@ -68,9 +68,7 @@ def load(
     origin, _, rest = name.partition(":")
     hub = rest if origin in ("timm", "hf") else ""
     folder = Path(name, "config.json").is_file()
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # weights are drawn on the CPU before the pretrained ones replace them
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU before the pretrained ones replace them
         if name in vision.EMBEDDED or (hub and origin == "timm"):
             model, processor, head = vision.build(
                 hub or name, embedded=not hub, num_classes=num_classes, image_size=image_size, seed=seed

@@ -52,14 +52,10 @@ def once(name: str, fill: Callable[[Path], None]) -> Path:
             if not target.exists():
                 _fill(target, fill)
     except (OSError, SafetensorError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is None
-        ):  # a library's own message, not one of the system
+        if isinstance(error, OSError) and error.errno is None:  # a library's own message, not one of the system
             raise
         advice = "free some space there, or set SVDPEFT_CACHE to another folder"
-        raise AssetError(
-            f"{name!r} could not be written to the cache {target.parent}: {error}; {advice}"
-        ) from error
+        raise AssetError(f"{name!r} could not be written to the cache {target.parent}: {error}; {advice}") from error
     return target
 
 
@@ -71,9 +67,7 @@ def _fill(target: Path, fill: Callable[[Path], None]) -> None:
         done.mkdir()
         fill(done)
         for file in filter(Path.is_file, done.rglob("*")):
-            file.chmod(
-                0o644
-            )  # safetensors writes for the owner alone; who may enter is for the folder to say
+            file.chmod(0o644)  # safetensors writes for the owner alone; who may enter is for the folder to say
             with file.open("rb+") as handle:  # a rename may reach the disk before the data does
                 os.fsync(handle.fileno())
         done.rename(target)

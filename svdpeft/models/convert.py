@@ -54,9 +54,7 @@ def _efficientnet_lite0(path: Path, timm_name: str) -> dict[str, Tensor]:
     tensors = {}
     for (old, value), (new, like) in zip(source.items(), target.items(), strict=True):
         if value.shape != like.shape or old.rpartition(".")[2] != new.rpartition(".")[2]:
-            raise ValueError(
-                f"{path.name}: {old} {tuple(value.shape)} cannot become {new} {tuple(like.shape)}"
-            )
+            raise ValueError(f"{path.name}: {old} {tuple(value.shape)} cannot become {new} {tuple(like.shape)}")
         tensors[new] = value
     return tensors
 
@@ -88,9 +86,7 @@ def _dinov2_vits14(path: Path, timm_name: str) -> dict[str, Tensor]:
     for i in range(12):
         old, new = f"encoder.layer.{i}", f"blocks.{i}"
         qkv = [linear(i, f"attention/attention/{part}", "") for part in ("query", "key", "value")]
-        tensors |= {
-            f"{new}.attn.qkv{key}": torch.cat([part[key] for part in qkv]) for key in (".weight", ".bias")
-        }
+        tensors |= {f"{new}.attn.qkv{key}": torch.cat([part[key] for part in qkv]) for key in (".weight", ".bias")}
         tensors |= linear(i, "attention/output/dense", f"{new}.attn.proj")
         for k in (1, 2):
             tensors |= copy(f"{old}.norm{k}", f"{new}.norm{k}") | linear(i, f"mlp/fc{k}", f"{new}.mlp.fc{k}")

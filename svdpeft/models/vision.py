@@ -44,15 +44,11 @@ def build(
         raise ValueError(f"num_classes {num_classes} is below 1 for {name!r}")
     head = config.classifier if isinstance(config.classifier, str) else None  # distilled ones have two
     if num_classes is not None and head is None:
-        raise ValueError(
-            f"{name!r} has no single classifier but {config.classifier!r}: num_classes cannot be set"
-        )
+        raise ValueError(f"{name!r} has no single classifier but {config.classifier!r}: num_classes cannot be set")
     if image_size is not None:
         _check_size(image_size, timm_name)
     # A convolutional network takes any size as it is, and timm's constructors for them know no img_size.
-    sized: dict[str, Any] = (
-        {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
-    )
+    sized: dict[str, Any] = {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
     # Where every tensor is about to be replaced, drawing random ones first would take most of the time.
     with torch.device("meta") if embedded else nullcontext():
         model: Any = timm.create_model(timm_name, pretrained=not embedded, **sized)
@@ -65,9 +61,7 @@ def build(
         # Seeded here, so that the classifier depends on its shape and the seed alone.
         torch.default_generator.manual_seed(seed)
         model.reset_classifier(num_classes)
-    processor = {
-        key: value for key, value in resolve_model_data_config(model).items() if key in PROCESSOR_KEYS
-    }
+    processor = {key: value for key, value in resolve_model_data_config(model).items() if key in PROCESSOR_KEYS}
     if image_size is not None:
         processor["input_size"] = (3, image_size, image_size)
     return model, processor, head if model.num_classes else None
@@ -92,6 +86,5 @@ def _check_size(size: int, timm_name: str) -> None:
     if size < 1 or size % patch:
         near = " or ".join(str(n) for n in (size // patch * patch, (size // patch + 1) * patch) if n > 0)
         raise ValueError(
-            f"image_size {size} is not a positive multiple of the patch size {patch} of {timm_name}: "
-            f"take {near}"
+            f"image_size {size} is not a positive multiple of the patch size {patch} of {timm_name}: take {near}"
         )

@@ -1,0 +1,340 @@
+"""The adapter's own behaviour: choosing sites, tied weights, several methods, merge reports, dropout, steps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from helpers import adapt, assert_same, close, equal_bits, host, perturb, refused, snapshot
+from torch import Tensor, nn
+
+import svdpeft
+from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, PiSSA, attach
+
+
+class Tied(nn.Module):
+    """A head that shares the embedding's weight, and two layers that share theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6, dtype=torch.float64)
+        self.up = nn.Linear(6, 5, dtype=torch.float64)
+        self.down = nn.Linear(5, 6, dtype=torch.float64)
+        self.again = nn.Linear(6, 5, dtype=torch.float64)
+        self.again.weight = self.up.weight
+        self.head = nn.Linear(6, 9, bias=False, dtype=torch.float64)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.down(torch.tanh(self.up(x)))
+        return self.head(x + self.down(torch.tanh(self.again(x))))
+
+
+TOKENS = torch.tensor([[0, 3, 8, 1]])
+
+
+# -- choosing sites -----------------------------------------------------------------------------------------------------
+
+
+def test_patterns_are_names_suffixes_or_whole_regular_expressions():
+    names = ["a.q", "a.qq", "b.q", "b.v"]
+    model = nn.ModuleDict({k: nn.ModuleDict({n[2:]: nn.Linear(3, 4) for n in names if n[0] == k}) for k in "ab"})
+    for targets, exclude, expected in [
+        ("q", (), ["a.q", "b.q"]),
+        (["a.q", "v"], (), ["a.q", "b.v"]),
+        (r".*\.q+", (), ["a.q", "a.qq", "b.q"]),
+        ("all-linear", ("b.q",), ["a.q", "a.qq", "b.v"]),
+        ("all", (r"a\..*",), ["b.q", "b.v"]),
+    ]:
+        adapter = attach(model, LoRA(rank=1), targets=targets, exclude=exclude)
+        assert list(adapter.sites) == expected
+        for name in set(names) - set(expected):
+            excluded = [pattern for pattern in exclude if name not in expected]
+            assert adapter.skipped[name] == (f"excluded by {excluded[0]!r}" if excluded else "not in targets")
+        adapter.detach()
+
+
+def test_all_linear_leaves_the_output_head_and_the_convolutions():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.body, self.fc = nn.Conv1d(3, 4, 2), nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def get_classifier(self) -> nn.Module:
+            return self.fc
+
+    model = Model()
+    assert list(attach(model, LoRA(rank=1)).sites) == ["body"]
+    both = attach(model, LoRA(rank=1), targets="all", name="all")
+    assert list(both.sites) == ["conv", "body"]
+    assert both.skipped == {"fc": "output head; name it to adapt it"}
+    assert list(attach(model, LoRA(rank=1), targets=["fc"], name="named").sites) == ["fc"]
+
+
+def test_a_mapping_gives_several_methods_and_the_first_match_wins():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(5, 6), "c": nn.Linear(4, 4), "d": nn.Linear(4, 3)})
+    targets = {"a": SORSA(rank=2), "c": SVFT(), "[abc]": LoRA(rank=3), "d": Full()}
+    with refused(model, "'d' matches no layer") if False else pytest.MonkeyPatch.context():
+        adapter = attach(model, targets={k: m for k, m in targets.items() if k != "d"}, train=("d",))
+    assert {n: s.method.name for n, s in adapter.sites.items()} == {"a": "sorsa", "b": "lora", "c": "svft"}
+    assert set(adapter.whole) == {"d.weight", "d.bias"}
+    assert adapter.trainable_count == 2 * 12 + 3 * 11 + 4 + 15
+    assert set(adapter.roles()) == {"L", "C", "A", "whole"}
+    adapter.after_step()
+
+
+def test_rank_by_pattern():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(5, 6)})
+    adapter = attach(model, PiSSA(rank={"a": 2, ".*": 3}, alpha=6.0))
+    assert [site.method.rank for site in adapter.sites.values()] == [2, 3]
+    assert [site.method.scale for site in adapter.sites.values()] == [3.0, 2.0]
+    assert len(adapter._by_method()) == 1, "one method, whatever the ranks"
+
+
+def test_a_layer_that_is_trained_whole_is_not_adapted():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "head": nn.Linear(5, 3)})
+    adapter = attach(model, LoRA(rank=1), train=("head",))
+    assert list(adapter.sites) == ["a"]
+    assert adapter.skipped["head"] == "trained whole"
+    bare = nn.Linear(6, 5)  # the model is the layer: its name is empty
+    with pytest.raises(ValueError, match="trained whole"):
+        attach(bare, LoRA(rank=1), train=("weight",))
+
+
+def test_a_model_that_is_one_layer():
+    model = nn.Linear(6, 5, dtype=torch.float64)
+    before, x = snapshot(model), torch.randn(2, 6, dtype=torch.float64)
+    adapter = attach(model, PiSSA(rank=2))
+    perturb(adapter)
+    out = model(x)
+    adapter.merge()
+    close(model(x), out)
+    adapter.detach()
+    assert_same(before, snapshot(model))
+
+
+# -- tied weights -------------------------------------------------------------------------------------------------------
+
+
+def test_two_layers_with_one_weight_share_one_site():
+    model = Tied()
+    before, expected = snapshot(model), model(TOKENS)
+    adapter = attach(model, PiSSA(rank=2))
+    assert list(adapter.sites) == ["up", "down"]
+    assert adapter.sites["up"].owners == [model.up, model.again]
+    assert torch.equal(model(TOKENS), expected)
+    perturb(adapter)
+    adapted = model(TOKENS)
+    weight = model.up.weight.clone()
+    adapter.merge()
+    close(model(TOKENS), adapted)
+    assert model.again.weight is model.up.weight
+    close(model.up.weight.detach(), weight.detach() + adapter.delta("up"))
+    adapter.unmerge()
+    assert torch.equal(model(TOKENS), adapted)
+    assert adapter.trainable_count == sum(p.numel() for p in set(adapter.parameters())) == 2 * 2 * 11
+    with pytest.raises(ValueError, match="up shares its weight with other layers: folding is refused there"):
+        adapter.fold()
+    assert adapter.state == "attached"
+    adapter.detach()
+    assert_same(before, snapshot(model))
+
+
+def test_naming_one_of_two_tied_layers_is_refused():
+    model = Tied()
+    with refused(model, "up cannot be adapted: its weight is shared with again", "merging would change both"):
+        attach(model, PiSSA(rank=2), targets=["up"])
+    with refused(model, "its weight is shared with again"):
+        attach(model, PiSSA(rank=2), targets=["up", "again"], exclude=("again",))
+    assert list(attach(model, PiSSA(rank=2), targets=["up", "again"]).sites) == ["up"]
+
+
+def test_head_tied_to_an_embedding():
+    model = Tied()
+    embedding = model.embed.weight.clone()
+    adapter = attach(model, PiSSA(rank=2))
+    assert adapter.skipped["head"] == "its weight is shared with embed, which is not adapted"
+    perturb(adapter)
+    adapter.merge()
+    assert equal_bits(model.embed.weight, embedding)
+    adapter.detach()
+    with refused(model, "head cannot be adapted: its weight is shared with embed, which is not adapted"):
+        attach(model, PiSSA(rank=2), targets=["head"])
+
+
+def test_training_a_tied_head_whole_trains_what_it_shares():
+    model = Tied()
+    before = snapshot(model)
+    adapter = attach(model, PiSSA(rank=2), train=("head",))
+    assert list(adapter.whole) == ["embed.weight"]
+    perturb(adapter)
+    assert model.head.weight is model.embed.weight
+    adapter.detach()
+    assert_same(before, snapshot(model))
+
+
+# -- merge reports ------------------------------------------------------------------------------------------------------
+
+
+def test_merge_report_in_float64_and_of_nothing():
+    model, _ = host(("linear", 0))
+    adapter = adapt(model, PiSSA(rank=2))
+    assert adapter.merge().lost == {"layer": 0.0}
+    adapter.unmerge()
+    perturb(adapter)
+    report = adapter.merge()
+    assert report.worst < 1e-14
+    assert "merged 1 sites" in str(report)
+    model = nn.ModuleDict({"head": nn.Linear(3, 2)})
+    report = attach(model, HeadOnly(), train=("head",)).merge()
+    assert (report.worst, str(report)) == (0.0, "merged 0 sites")
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1e-1])
+def test_merge_report_measures_what_bfloat16_loses(size: float):
+    """Against the loss computed here: the update that arrived in the stored weight, and the one that should have."""
+    model = nn.ModuleDict({name: nn.Linear(64, 48).bfloat16() for name in "ab"})
+    base = {name: model[name].weight.detach().double() for name in "ab"}
+    adapter = attach(model, LoRA(rank=4))
+    perturb(adapter, size=size**0.5 / 2)
+    report = adapter.merge()
+    for name in "ab":
+        wanted = adapter.delta(name).double()
+        arrived = model[name].weight.detach().double() - base[name]
+        lost = float((arrived - wanted).norm() / wanted.norm())
+        assert report.lost[name] == pytest.approx(lost, rel=1e-3)
+        assert lost < 0.05 if size == 1e-1 else lost > 0.01
+    assert report.worst == max(report.lost.values())
+    assert f"at most {report.worst:.2%} at {max(report.lost, key=report.lost.__getitem__)}" in str(report)
+
+
+def test_permanent_merge_with_a_head_keeps_what_was_trained():
+    model, x = host(("linear", 0))
+    adapter = adapt(model, PiSSA(rank=2), train=("head",))
+    perturb(adapter)
+    adapted, keys = model(x), list(host(("linear", 0))[0].state_dict())
+    adapter.merge(permanent=True)
+    close(model(x), adapted)
+    assert list(model.state_dict()) == keys
+    assert not hasattr(model, "_svdpeft")
+    assert all(p.requires_grad for p in model.parameters())
+    again = adapt(model, SVFT())
+    close(model(x), adapted)
+    again.detach()
+    close(model(x), adapted)
+
+
+def test_permanent_merge_lets_the_copies_go():
+    model, _ = host(("linear", 0))
+    adapter = adapt(model, PiSSA(rank=2))
+    factors = weakref.ref(adapter.sites["layer"].factors)
+    adapter.merge(permanent=True)
+    del adapter
+    gc.collect()
+    assert factors() is None
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, dropout=0.5), PiSSA(rank=2, dropout=0.5)], ids=str)
+def test_dropout_acts_in_training_only_and_not_at_the_start(method: Any):
+    model, x = host(("linear", 0))
+    layer, base = model.layer, model.layer(x)
+    adapter = adapt(model, method)
+    layer.train()
+    assert torch.equal(layer(x), base)
+    perturb(adapter)
+    torch.manual_seed(0)
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), first)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    adapted = layer(x)
+    layer.train()
+    mean = torch.stack([layer(x).detach() for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, adapted.detach(), rtol=0, atol=0.1 * float((adapted - base).detach().abs().max()))
+    close(((layer(x) - base) * 0).detach(), torch.zeros_like(base))
+
+
+def test_penalty_sums_over_methods():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(5, 6)}).double()
+    both = attach(model, targets={"a": SORSA(rank=2, mode="loss"), "b": SORSA(rank=2, mode="loss", gamma=1.0)})
+    perturb(both)
+    parts = [s.method.penalty([s.factors]) for s in both.sites.values()]
+    close(both.penalty().detach(), (parts[0] + parts[1]).detach())
+    assert attach(model, LoRA(rank=1), name="lora").penalty() is None
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), PiSSA(rank=2), SORSA(rank=2), SVFT(pattern="banded")], ids=str)
+def test_training_lowers_the_loss_and_leaves_the_base_alone(method: Any):
+    model, x = host(("linear", 0))
+    target = torch.randn(model(x).shape, dtype=torch.float64)
+    adapter = adapt(model, method, train=("head",))
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        adapter.before_step(1e-2)
+        optimizer.step()
+        adapter.after_step(1.0)
+    assert losses[-1] < 0.8 * losses[0]
+    for n, p in model.named_parameters():
+        assert n not in frozen or equal_bits(p, frozen[n])
+
+
+def test_flags_that_were_off_before_stay_off_afterwards():
+    model, _ = host(("linear", 0))
+    model.layer.weight.requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    before = snapshot(model)
+    one, two = adapt(model, LoRA(rank=1), train=("norm",)), adapt(model, LoRA(rank=1), name="two")
+    assert model.norm.bias.requires_grad
+    one.detach()
+    assert not model.norm.bias.requires_grad
+    assert all(p.requires_grad for p in two.parameters())
+    two.detach()
+    assert_same(before, snapshot(model))
+
+
+# -- the public names ---------------------------------------------------------------------------------------------------
+
+
+def test_names_of_the_package():
+    assert svdpeft.methods() == sorted(svdpeft.methods())
+    for name in svdpeft.methods():
+        cls = svdpeft.method(name)
+        assert getattr(svdpeft, cls.__name__) is cls
+        assert cls.__name__ in dir(svdpeft)
+        if cls.reference is not None:
+            entry = svdpeft.cite(name)
+            assert entry.count("{") == entry.count("}")
+            for word in (cls.reference.key, cls.reference.title, cls.reference.authors, str(cls.reference.year)):
+                assert word in entry
+    assert svdpeft.cite("sorsa", "full", "sorsa") == svdpeft.cite("sorsa")
+
+
+def test_delta_is_what_is_added():
+    model, x = host(("conv", 0))
+    base, adapter = model.layer.weight.clone(), adapt(model, SORSA(rank=2))
+    perturb(adapter)
+    expected = model.layer(x)
+    delta = adapter.delta("layer")
+    assert delta.shape == base.shape
+    assert not delta.requires_grad
+    adapter.detach()
+    with torch.no_grad():
+        model.layer.weight.add_(delta)
+    close(model.layer(x), expected)
+    half, _ = host(("linear", 0), dtype=torch.bfloat16)
+    assert adapt(half, LoRA(rank=2)).delta("layer").dtype == torch.float32

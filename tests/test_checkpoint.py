@@ -1,0 +1,414 @@
+"""Adapter files: what is refused, by what name, and that neither the model nor an older file suffers."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Host, adapt, equal_bits, host, methods, perturb, refused, snapshot
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from svdpeft import SORSA, SVFT, CheckpointError, HeadOnly, LoRA, PiSSA, attach, checkpoint, load
+from svdpeft.checkpoint import HEADER, TENSORS, digest, restore
+
+LINEAR = ("linear", 0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """An adapter with a head, running statistics and two sites."""
+    model = two_layers()
+    adapter = attach(model, SORSA(rank=2), targets=["layer", "other"], train=("head",))
+    perturb(adapter)
+    model.train()(torch.randn(4, 7, dtype=torch.float64))
+    adapter.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def two_layers() -> Host:
+    model, _ = host(LINEAR)
+    torch.manual_seed(5)
+    model.other = nn.Linear(4, 3, dtype=torch.float64)
+    return model
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    header = json.loads((path / HEADER).read_text())
+    changed = change(header)
+    (path / HEADER).write_text(json.dumps(header if changed is None else changed))
+
+
+def retensor(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path / TENSORS)
+    change(tensors)
+    save_file(tensors, path / TENSORS)
+
+
+def no_adapter(path: Path, *words: str, model: nn.Module | None = None, **options: Any) -> None:
+    model = model or two_layers()
+    with refused(model, *words, error=CheckpointError):
+        load(model, path, **options)
+    assert not hasattr(model, "_svdpeft")
+
+
+def test_good_file_loads(saved: Path):
+    adapter = load(two_layers(), saved)
+    assert list(adapter.sites) == ["layer", "other"]
+    assert sorted(p.name for p in saved.iterdir()) == [HEADER, TENSORS]
+    json.loads((saved / HEADER).read_text())
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_adapter_folder(tmp_path: Path, saved: Path):
+    no_adapter(tmp_path / "nowhere", "is not an adapter folder", HEADER, TENSORS)
+    for name in (HEADER, TENSORS):
+        (saved / name).rename(saved / "away")
+        no_adapter(saved, "is not an adapter folder")
+        (saved / "away").rename(saved / name)
+
+
+@pytest.mark.parametrize("name", [HEADER, TENSORS])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_cut_off_file(saved: Path, name: str, share: float):
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: int(len(data) * share)])
+    no_adapter(saved, "is damaged or cut off")
+
+
+def test_file_of_something_else(saved: Path):
+    (saved / HEADER).write_bytes(b"\xff\xfe\x00garbage")
+    no_adapter(saved, "is damaged or cut off")
+    for content in ("[]", "3", "null", '"text"', "{}"):
+        (saved / HEADER).write_text(content)
+        no_adapter(saved, "has format None; this version of svdpeft reads format 1")
+
+
+def test_another_format_version(saved: Path):
+    rewrite(saved, lambda h: h.update(format=2))
+    no_adapter(saved, "has format 2; this version of svdpeft reads format 1")
+
+
+@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole"])
+def test_header_that_lacks_a_key(saved: Path, key: str):
+    rewrite(saved, lambda h: h.pop(key) and None)
+    no_adapter(saved, "is damaged: it lacks", key)
+
+
+@pytest.mark.parametrize("key", ["kind", "owners", "method", "shape", "dtype", "hash", "tensors"])
+@pytest.mark.parametrize("value", ["absent", None, 3, "text", []])
+def test_site_entry_that_is_damaged(saved: Path, key: str, value: Any):
+    def damage(header: dict[str, Any]) -> None:
+        if value == "absent":
+            del header["sites"]["other"][key]
+        else:
+            header["sites"]["other"][key] = value
+
+    if key == "dtype" and value != "absent":
+        pytest.skip("only a word in a message")
+    rewrite(saved, damage)
+    no_adapter(saved, str(saved))
+
+
+@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole"])
+@pytest.mark.parametrize("value", [None, 3, ["nonsense"], [None]])
+def test_header_entry_that_is_damaged(saved: Path, key: str, value: Any):
+    rewrite(saved, lambda h: h.update({key: value}))
+    no_adapter(saved, str(saved))
+
+
+def test_unknown_method_kind_or_option(saved: Path):
+    original = (saved / HEADER).read_text()
+    for change, words in [
+        (lambda h: h["methods"][0].update(name="sorza"), "did you mean 'sorsa'"),
+        (lambda h: h["sites"]["other"]["method"].update(name="sorza"), "did you mean 'sorsa'"),
+        (lambda h: h["sites"]["other"]["method"].update(novel=1), "novel"),
+        (lambda h: h["sites"]["other"].update(kind="lineal"), "did you mean 'linear'"),
+        (lambda h: h["sites"]["other"]["method"].update(mode="adam"), "adam"),
+    ]:
+        rewrite(saved, change)
+        no_adapter(saved, words)
+        (saved / HEADER).write_text(original)
+
+
+def test_missing_extra_and_misshapen_tensors(saved: Path):
+    original = (saved / TENSORS).read_bytes()
+    for change, words in [
+        (lambda t: t.pop("other/L0"), ("tensor other/L0 of shape [3, 2] is missing",)),
+        (lambda t: t.pop("head.weight"), ("tensor head.weight is missing",)),
+        (lambda t: t.update(spare=torch.zeros(1)), ("1 tensors have no place, such as spare",)),
+        (lambda t: t.update({"other/Z": torch.zeros(1)}), ("such as other/Z",)),
+        (lambda t: t.update({"other/L": torch.zeros(3, 3)}), ("other/L of shape [3, 2] is of shape [3, 3]",)),
+        (lambda t: t.update({"head.bias": torch.zeros(4)}), ("head.bias is [4] there, [3] in this model",)),
+        (lambda t: t.update({"norm.running_mean": torch.zeros(9)}), ("norm.running_mean is [9] there",)),
+    ]:
+        retensor(saved, change)
+        no_adapter(saved, *words)
+        (saved / TENSORS).write_bytes(original)
+
+
+def test_file_whose_factors_do_not_fit_the_layer(saved: Path):
+    """Header and tensors agree with each other and not with the site: refused at load, not in the first forward."""
+    rewrite(saved, lambda h: h["sites"]["other"]["tensors"].update(L=[4, 2]))
+    retensor(saved, lambda t: t.update({"other/L": torch.zeros(4, 2, dtype=torch.float64)}))
+    no_adapter(saved, "other/L")
+
+
+def test_site_without_one_of_its_factors(saved: Path):
+    rewrite(saved, lambda h: h["sites"]["other"]["tensors"].pop("L") and None)
+    retensor(saved, lambda t: t.pop("other/L") is None)
+    no_adapter(saved, "other")
+
+
+# -- another base -------------------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused_by_the_first_weight_that_differs(saved: Path):
+    model = two_layers()
+    with torch.no_grad():
+        model.other.weight.view(-1)[5] += 2**-50
+    no_adapter(saved, "was made for another base: the first weight that differs is other;", model=model)
+    with torch.no_grad():
+        model.layer.weight.view(-1)[0] += 2**-50
+    no_adapter(saved, "the first weight that differs is layer;", model=model)
+    adapter = load(model, saved, check_base=False)
+    assert list(adapter.sites) == ["layer", "other"]
+
+
+def test_another_dtype_says_so(saved: Path):
+    model = two_layers().float()
+    no_adapter(saved, "layer (saved for torch.float64, here torch.float32)", model=model)
+    assert load(model, saved, check_base=False).sites["layer"].factors.L.dtype == torch.float64
+    assert model(torch.randn(2, 7)).dtype == torch.float32
+
+
+def test_another_shape_is_refused_whatever_is_checked(saved: Path):
+    model = two_layers()
+    model.other = nn.Linear(4, 5, dtype=torch.float64)
+    for check in (True, False):
+        no_adapter(saved, "other is [3, 4] there, [5, 4] here", model=model, check_base=check)
+
+
+def test_model_without_the_site_or_with_another_layer_there(saved: Path):
+    model = two_layers()
+    del model.other
+    no_adapter(saved, "adapts other, which this model does not have", model=model)
+    model.other = nn.Conv1d(4, 3, 1, dtype=torch.float64)
+    no_adapter(saved, "other is a Conv1d here, not of kind 'linear'", model=model)
+    model = two_layers()
+    model.head = nn.Identity()
+    no_adapter(saved, "trains head.weight, which this model does not have", model=model)
+
+
+def test_tied_layers_must_be_tied_in_the_model_too(tmp_path: Path):
+    def build(tied: bool) -> nn.ModuleDict:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(6, 5) for name in "ab"})
+        model["b"].weight = model["a"].weight if tied else nn.Parameter(model["a"].weight.detach().clone())
+        return model
+
+    attach(build(True), PiSSA(rank=2)).save(tmp_path / "tied")
+    no_adapter(tmp_path / "tied", "b", model=build(False))
+    attach(build(False), PiSSA(rank=2), targets=["a"]).save(tmp_path / "single")
+    no_adapter(tmp_path / "single", "b", model=build(True))
+    assert load(build(True), tmp_path / "tied").sites["a"].owners
+
+
+def test_the_name_and_the_whole_parameters_must_be_free(saved: Path):
+    model = two_layers()
+    load(model, saved)
+    with refused(model, "an adapter named 'default' is attached already"):
+        load(model, saved)
+    with refused(model, "head.bias", "trained whole by another adapter"):
+        load(model, saved, name="two")
+
+
+def test_load_while_another_adapter_is_merged_or_folded(tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2), name="first")
+    perturb(adapter)
+    adapter.save(tmp_path / "a")
+    adapter.detach()
+    other = adapt(model, PiSSA(rank=2), name="other")
+    perturb(other)
+    for into in ("merge", "fold"):
+        getattr(other, into)()
+        first = load(model, tmp_path / "a")  # the base's own value is hashed, not what is written over it
+        out = model(x)
+        getattr(other, f"un{into}")()
+        torch.testing.assert_close(model(x), out, rtol=1e-10, atol=1e-12)
+        first.detach()
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", methods(), ids=str)
+def test_file_does_not_depend_on_the_state(method: Any, tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, method, train=("head",))
+    perturb(adapter)
+    model.train()(x)
+    for i, change in enumerate((None, "merge", "unmerge", "fold", "unfold")):
+        if change:
+            getattr(adapter, change)()
+        adapter.save(tmp_path / str(i))
+        for name in (HEADER, TENSORS):
+            assert (tmp_path / str(i) / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
+    with adapter.disabled(), pytest.raises(RuntimeError, match="is disabled"):
+        adapter.save(tmp_path / "never")
+    adapter.detach()
+    with pytest.raises(RuntimeError, match="is detached"):
+        adapter.save(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_what_is_not_an_adapter_folder_is_not_overwritten(tmp_path: Path):
+    model, _ = host(LINEAR)
+    adapter = adapt(model, LoRA(rank=1))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("words")
+    (tmp_path / "file").write_text("words")
+    for name in ("full", "file"):
+        with pytest.raises(FileExistsError, match="is not an adapter folder: it is not overwritten"):
+            adapter.save(tmp_path / name)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "words"
+    (tmp_path / "empty").mkdir()
+    adapter.save(tmp_path / "empty")
+    adapter.save(str(tmp_path / "deep" / "er" / "adapter"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "file", "full"]
+
+
+def test_replacing_leaves_one_complete_folder(tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2))
+    for seed in range(3):
+        perturb(adapter, seed=seed)
+        adapter.save(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    out = model(x)
+    adapter.detach()
+    load(model, tmp_path / "a")
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize("place", ["save_file", "write_text", "first rename", "second rename"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_failure_while_writing_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
+):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2))
+    perturb(adapter)
+    old = model(x)
+    adapter.save(tmp_path / "a")
+    perturb(adapter, seed=3)
+    count = {"renames": 0}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("the disk is full")
+
+    if place == "save_file":
+        monkeypatch.setattr(checkpoint, "save_file", fail)
+    elif place == "write_text":
+        monkeypatch.setattr(Path, "write_text", fail)
+    else:
+        for name in ("replace", "rename"):
+            real = getattr(os, name)
+
+            def counted(*args: Any, real: Any = real) -> None:
+                count["renames"] += 1
+                if count["renames"] == (1 if place == "first rename" else 2):
+                    fail()
+                real(*args)
+
+            monkeypatch.setattr(os, name, counted)
+    with pytest.raises(error):
+        adapter.save(tmp_path / "a")
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    adapter.detach()
+    load(model, tmp_path / "a")
+    assert torch.equal(model(x), old)
+
+
+def test_folder_can_be_read_by_those_who_may_read_its_neighbours(tmp_path: Path):
+    model, _ = host(LINEAR)
+    adapt(model, LoRA(rank=1)).save(tmp_path / "a")
+    (tmp_path / "plain").mkdir()
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_digest():
+    w = torch.randn(4, 6)
+    assert digest(w) == digest(w.clone()) == digest(w.mT.contiguous().mT)
+    for other in (w.mT, w.double(), w.view(6, 4), w + 2**-20, w.bfloat16()):
+        assert digest(other) != digest(w)
+    assert digest(torch.zeros(2, 3)) != digest(-torch.zeros(2, 3)), "every bit counts"
+
+
+# -- restore ------------------------------------------------------------------------------------------------------------
+
+
+def test_restore(tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SVFT(pattern="random"), train=("head",))
+    perturb(adapter)
+    model.train()(x)
+    model.eval()
+    out = model(x)
+    adapter.save(tmp_path / "a")
+    identity = {n: id(p) for n, p in adapter.named_parameters()}
+    perturb(adapter, seed=9)
+    model.train()(x)
+    model.eval()
+    assert not torch.equal(model(x), out)
+    restore(adapter, tmp_path / "a")
+    assert torch.equal(model(x), out)
+    assert {n: id(p) for n, p in adapter.named_parameters()} == identity, "an optimizer still holds them"
+    adapter.detach()
+    assert not hasattr(model, "_svdpeft")
+
+
+def test_restore_refuses_another_adapter(tmp_path: Path):
+    model, _ = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2))
+    adapter.save(tmp_path / "a")
+    adapter.detach()
+    for method, words in [
+        (PiSSA(rank=2), "only one of them has the tensor layer/C"),
+        (SORSA(rank=3), r"layer/.* is \[.*2.*\] there, \[.*3.*\] here"),
+        (HeadOnly(), "only one of them has the tensor"),
+    ]:
+        other = adapt(model, method)
+        perturb(other)
+        before = {n: p.clone() for n, p in other.named_parameters()}
+        with pytest.raises(CheckpointError, match=words):
+            restore(other, tmp_path / "a")
+        assert all(equal_bits(p, before[n]) for n, p in other.named_parameters())
+        other.detach()
+
+
+def test_restore_into_a_merged_adapter_is_seen_in_the_output(tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2))
+    perturb(adapter)
+    out = model(x)
+    adapter.save(tmp_path / "a")
+    perturb(adapter, seed=9)
+    adapter.merge()
+    before = snapshot(model)
+    try:
+        restore(adapter, tmp_path / "a")
+    except RuntimeError:  # either it is refused and nothing changed, or the model computes with the restored factors
+        assert snapshot(model) == before
+    else:
+        torch.testing.assert_close(model(x), out, rtol=1e-10, atol=1e-12)

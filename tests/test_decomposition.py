@@ -1,0 +1,381 @@
+"""The shared SVD core against NumPy: drivers, signs, fall-backs, structured cores, factor algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import close, differs, equal_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svdpeft.decomposition import (
+    Product,
+    band_count,
+    band_index,
+    canonical_signs,
+    check_matrix,
+    check_rank,
+    difference,
+    exact_rank,
+    random_index,
+    recompress,
+    scatter_core,
+    svd,
+    top_index,
+    truncated_svd,
+)
+
+F64 = {"dtype": torch.float64}
+SHAPES = [(6, 9), (9, 6), (5, 5), (1, 4), (4, 1), (2, 6, 9), (3, 2, 9, 4)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def check_svd(w: Tensor, found: svd.SVD, rank: int, rtol: float = 1e-10) -> None:
+    """Orthonormal bases, NumPy's singular values, and the best rank-r approximation."""
+    u, s, vh = (t.numpy() for t in found)
+    eye = np.eye(rank)
+    np.testing.assert_allclose(np.swapaxes(u, -1, -2) @ u, np.broadcast_to(eye, (*u.shape[:-2], rank, rank)), atol=rtol)
+    np.testing.assert_allclose(vh @ np.swapaxes(vh, -1, -2), np.broadcast_to(eye, (*u.shape[:-2], rank, rank)), atol=rtol)
+    bu, bs, bvh = np.linalg.svd(w.double().numpy(), full_matrices=False)
+    top = bs[..., :1]
+    np.testing.assert_allclose(s / top, bs[..., :rank] / top, atol=rtol)
+    best = (bu[..., :rank] * bs[..., None, :rank]) @ bvh[..., :rank, :]
+    np.testing.assert_allclose(((u * s[..., None, :]) @ vh) / top[..., None], best / top[..., None], atol=rtol)
+
+
+@every_shape
+@pytest.mark.parametrize("driver", ["auto", "exact", "randomized"])
+def test_drivers_on_small_matrices(shape: tuple[int, ...], driver: Any):
+    """So small that the sketch spans everything: all drivers are exact."""
+    w = torch.randn(shape, **F64)
+    for rank in {1, min(shape[-2:])}:
+        found = truncated_svd(w, rank, driver)
+        assert found.u.shape == (*shape[:-1], rank)
+        assert found.s.shape == (*shape[:-2], rank)
+        assert found.vh.shape == (*shape[:-2], rank, shape[-1])
+        check_svd(w, found, rank)
+    assert truncated_svd(w).s.shape[-1] == min(shape[-2:])
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (90, 120), (2, 90, 120)], ids=str)
+def test_randomized_is_close_on_decaying_spectra(shape: tuple[int, ...]):
+    *batch, m, n = shape
+    k, rank = min(m, n), 8
+    u = torch.linalg.qr(torch.randn(*batch, m, k, **F64)).Q
+    v = torch.linalg.qr(torch.randn(*batch, n, k, **F64)).Q
+    w = u * (0.8 ** torch.arange(k, **F64)) @ v.mT
+    state = torch.get_rng_state()
+    found = truncated_svd(w, rank, "randomized", seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    check_svd(w, found, rank)
+    torch.manual_seed(99)
+    again = truncated_svd(w, rank, "randomized", seed=3)
+    assert all(equal_bits(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_randomized_on_a_flat_spectrum_is_within_a_percent_of_the_best():
+    w = torch.randn(300, 400, **F64)
+    found = truncated_svd(w, 10, "randomized")
+    exact = torch.linalg.svdvals(w)
+    assert bool((found.s <= exact[:10] + 1e-9).all())
+    assert bool((found.s >= 0.99 * exact[:10]).all())
+    error = torch.linalg.matrix_norm(w - found.u * found.s @ found.vh)
+    assert error <= 1.001 * exact[10:].square().sum().sqrt()
+    other = truncated_svd(w, 10, "randomized", seed=1)
+    assert not torch.equal(found.s, other.s), "the seed is used"
+
+
+def test_auto_takes_the_cheap_driver_only_for_large_matrices(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    monkeypatch.setattr(svd, "_randomized", lambda w, *_: called.append(tuple(w.shape)) or svd._exact(w, ""))
+    w = torch.eye(1024)
+    truncated_svd(w, 129)
+    truncated_svd(w[:1023], 8)
+    assert not called
+    truncated_svd(w, 128)
+    assert called == [(1024, 1024)]
+    truncated_svd(w[:8, :8], 1, "randomized")
+    truncated_svd(w, 8, "exact")
+    assert called == [(1024, 1024), (8, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_computed_in_float32(dtype: torch.dtype):
+    w = torch.randn(7, 12).to(dtype)
+    found = truncated_svd(w, 4)
+    assert {t.dtype for t in found} == {torch.float32}
+    assert all(equal_bits(a, b) for a, b in zip(found, truncated_svd(w.float(), 4), strict=True))
+    check_svd(w, found, 4, rtol=1e-5)
+
+
+def test_result_is_contiguous_detached_and_leaves_the_weight_alone():
+    w = torch.randn(6, 9, requires_grad=True)
+    before = w.detach().clone()
+    found = truncated_svd(w, 2)
+    assert all(t.is_contiguous() and not t.requires_grad for t in found)
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in found)
+    assert equal_bits(w, before)
+
+
+@every_shape
+def test_signs_are_canonical(shape: tuple[int, ...]):
+    w = torch.randn(shape, **F64)
+    u, s, vh = truncated_svd(w)
+    assert bool((u.gather(-2, u.abs().argmax(-2, keepdim=True)) > 0).all())
+    rank = s.shape[-1]
+    flips = torch.tensor([(-1.0) ** i for i in range(rank)], **F64)
+    again = canonical_signs(u * flips, vh * flips[:, None])
+    assert torch.equal(again[0], u)
+    assert torch.equal(again[1], vh)
+    negated = truncated_svd(-w)
+    close(negated.u, u)
+    close(negated.vh, -vh)
+
+
+@pytest.mark.parametrize(
+    ("w", "rank", "words"),
+    [
+        (torch.ones(3, 4, dtype=torch.int64), 1, "dtype torch.int64: only floating-point weights"),
+        (torch.ones(3, 4, dtype=torch.bool), 1, "torch.bool"),
+        (torch.ones(3, 4, dtype=torch.complex64), 1, "torch.complex64"),
+        (torch.ones(3), 1, r"shape \(3\): a non-empty matrix"),
+        (torch.ones(0, 4), 1, r"shape \(0x4\)"),
+        (torch.ones(2, 3, 4, device="meta"), 1, r"\(2x3x4\) is on the meta device"),
+        (torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]]), 1, r"\(2x2\) holds 2 NaN or infinite values of 4"),
+        (torch.tensor([[1.0, -float("inf")]]), 1, "holds 1 NaN"),
+        (torch.zeros(3, 4), 1, "is all zero"),
+        (torch.ones(3, 4), 0, r"rank 0 is outside \[1, 3\]"),
+        (torch.ones(3, 4), 4, r"rank 4 is outside \[1, 3\]"),
+        (torch.ones(3, 4), -1, "rank -1 is outside"),
+        (torch.ones(3, 4), 1.5, "rank 1.5"),
+        (torch.ones(3, 4), True, "rank True"),
+    ],
+    ids=lambda v: None if isinstance(v, Tensor) else str(v)[:20],
+)
+def test_bad_input_names_the_site(w: Tensor, rank: Any, words: str):
+    with pytest.raises(ValueError, match=words) as caught:
+        truncated_svd(w, rank, where="blocks.3.attn.proj")
+    assert "blocks.3.attn.proj" in str(caught.value)
+
+
+def test_unknown_driver():
+    with pytest.raises(ValueError, match="'fast' is not one of auto, exact, randomized"):
+        truncated_svd(torch.eye(3), 1, "fast")  # type: ignore[arg-type]
+
+
+def test_zero_weight_passes_where_it_is_not_decomposed():
+    check_matrix(torch.zeros(3, 4), "here", zero=True)
+    with pytest.raises(ValueError, match="NaN"):
+        check_matrix(torch.tensor([[float("nan")]]), "here", zero=True)
+    assert check_rank(2, 3, 4, "here") == 2
+
+
+@pytest.mark.parametrize("driver", ["exact", "randomized"])
+def test_a_zero_matrix_within_a_batch_is_fine(driver: Any):
+    w = torch.randn(3, 5, 8, **F64)
+    w[1] = 0
+    found = truncated_svd(w, 3, driver)
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    assert bool((found.s[1] == 0).all())
+    check = truncated_svd(w[[0, 2]], 3, "exact")
+    close(found.u[[0, 2]], check.u)
+    eye = torch.eye(3, **F64)
+    close(found.u[1].mT @ found.u[1], eye)
+    close(found.vh[1] @ found.vh[1].mT, eye)
+
+
+# -- fall-backs ---------------------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[torch.dtype]:
+    """torch.linalg.svd does not converge the first ``times`` times; returns the dtypes that it was asked for."""
+    real, asked = torch.linalg.svd, []
+
+    def solve(w: Tensor, **options: Any) -> Any:
+        asked.append(w.dtype)
+        if len(asked) <= times:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(w, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", solve)
+    return asked
+
+
+@every_shape
+def test_second_try_in_float64(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    w = torch.randn(shape)
+    expected = truncated_svd(w.double())
+    asked = failing(monkeypatch, 1)
+    found = truncated_svd(w)
+    assert asked == [torch.float32, torch.float64]
+    assert {t.dtype for t in found} == {torch.float32}
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=1e-6)
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_third_try_by_the_gram_matrix(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    w = torch.randn(shape, dtype=dtype)
+    asked = failing(monkeypatch, 10**6)
+    found = truncated_svd(w)
+    assert len(asked) == 2
+    monkeypatch.undo()
+    check_svd(w, found, min(shape[-2:]), rtol=1e-8 if dtype == torch.float64 else 1e-5)
+    assert bool((found.s[..., :-1] >= found.s[..., 1:]).all())
+    assert bool((found.s >= 0).all())
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)], ids=str)
+def test_gram_path_of_a_rank_deficient_matrix(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    w = torch.randn(shape[0], 2, **F64) @ torch.randn(2, shape[1], **F64)
+    failing(monkeypatch, 10**6)
+    u, s, vh = truncated_svd(w)
+    assert float(s[2:].max() / s[0]) < 1e-7
+    eye = torch.eye(5, **F64)
+    close(u.mT @ u, eye)
+    close(vh @ vh.mT, eye)
+    torch.testing.assert_close(u * s @ vh, w, rtol=0, atol=1e-7)
+
+
+def test_no_driver_left_names_the_site(monkeypatch: pytest.MonkeyPatch):
+    def never(*_: Any, **__: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", never)
+    monkeypatch.setattr(torch.linalg, "eigh", never)
+    with pytest.raises(ValueError, match=r"no driver could decompose blocks.1 \(2x3\), largest entry 1"):
+        truncated_svd(torch.ones(2, 3), where="blocks.1")
+
+
+# -- cores --------------------------------------------------------------------------------------------------------------
+
+
+@given(rank=st.integers(1, 7), count=st.integers(1, 12), batch=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
+def test_scatter_core_adds_up(rank: int, count: int, batch: list[int], seed: int):
+    torch.manual_seed(seed)
+    values = torch.randn(*batch, count, **F64)
+    for index in (torch.randint(rank * rank, (count,)), torch.randint(rank * rank, (*batch, count))):
+        expected = np.zeros((*batch, rank, rank))
+        for b in np.ndindex(*batch):
+            for k in range(count):
+                position = int(index.expand(*batch, count)[b][k])
+                expected[(*b, position // rank, position % rank)] += float(values[b][k])
+        close(scatter_core(values, index, rank), torch.from_numpy(expected))
+
+
+def test_scatter_core_is_differentiable():
+    values = torch.randn(2, 5, **F64, requires_grad=True)
+    index = torch.tensor([0, 3, 3, 7, 8])
+    assert torch.autograd.gradcheck(lambda v: scatter_core(v, index, 3), values)
+
+
+@given(rank=st.integers(1, 30), d=st.integers(0, 40))
+def test_band(rank: int, d: int):
+    index = band_index(rank, d)
+    assert set(index.tolist()) == {i * rank + j for i in range(rank) for j in range(rank) if abs(i - j) <= d}
+    assert len(index) == band_count(rank, d) == len(set(index.tolist()))
+    assert torch.equal(index, index.sort().values)
+
+
+@given(rank=st.integers(1, 20), seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_random_index(rank: int, seed: int, share: float):
+    count = max(1, int(share * rank * rank))
+    found = random_index(rank, count, torch.Generator().manual_seed(seed))
+    assert len(set(found.tolist())) == count
+    assert 0 <= int(found.min()) <= int(found.max()) < rank * rank
+    assert torch.equal(found, random_index(rank, count, torch.Generator().manual_seed(seed)))
+
+
+def test_top_index():
+    score = torch.rand(3, 5, 5)
+    index = top_index(score, 7)
+    for b in range(3):
+        assert set(index[b].tolist()) == set(np.argsort(-score[b].numpy().ravel())[:7].tolist())
+        assert torch.equal(index[b], index[b].sort().values)
+
+
+# -- products -----------------------------------------------------------------------------------------------------------
+
+
+def core_of(form: str, batch: list[int], r: int) -> Tensor | None:
+    shape = {"none": None, "diagonal": (*batch, r), "matrix": (*batch, r, r)}[form]
+    return None if shape is None else torch.randn(shape, **F64)
+
+
+FORMS = st.sampled_from(["none", "diagonal", "matrix"])
+BATCH = st.lists(st.integers(1, 2), max_size=2)
+
+
+@given(m=st.integers(1, 8), n=st.integers(1, 8), r=st.integers(1, 5), form=FORMS, batch=BATCH, seed=st.integers(0, 99))
+def test_product_algebra(m: int, n: int, r: int, form: str, batch: list[int], seed: int):
+    torch.manual_seed(seed)
+    p = Product(torch.randn(*batch, m, r, **F64), core_of(form, batch, r), torch.randn(*batch, r, n, **F64), scale=0.7)
+    full = torch.eye(r, **F64).expand(*batch, r, r) if p.C is None else torch.diag_embed(p.C) if form == "diagonal" else p.C
+    dense = 0.7 * p.L @ full @ p.A
+    close(p.dense(), dense)
+    assert p.rank == r
+    small = recompress(p)
+    close(small.dense(), dense)
+    ranks = torch.linalg.matrix_rank(dense)
+    assert torch.equal(exact_rank(p), ranks)
+    assert small.rank == max(1, int(ranks.max())) <= min(m, n, r)
+    close(small.L.mT @ small.L, small.A @ small.A.mT)
+
+
+def test_recompress_drops_what_the_tolerance_says_and_keeps_the_dtype():
+    q, k = torch.linalg.qr(torch.randn(9, 4)).Q, torch.linalg.qr(torch.randn(7, 4)).Q.mT
+    p = Product(q, torch.tensor([1.0, 0.1, 1e-3, 1e-9]), k)
+    assert recompress(p).rank == 3  # 1e-9 is below float32's noise
+    assert recompress(p, 1e-2).rank == 2
+    assert recompress(p, 0.0).rank == 4
+    assert recompress(p).L.dtype == recompress(p).A.dtype == torch.float32
+    assert int(exact_rank(p, 1e-2)) == 2
+    zero = Product(torch.zeros(3, 2), None, torch.randn(2, 4))
+    assert recompress(zero).rank == 1
+    assert bool((recompress(zero).dense() == 0).all())
+    assert int(exact_rank(zero)) == 0
+
+
+@given(
+    form=FORMS,
+    moved=st.sets(st.sampled_from("LCA")),
+    batch=BATCH,
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_difference(form: str, moved: set[str], batch: list[int], dtype: torch.dtype):
+    """Right, of rank r where one outer factor is shared, and bitwise zero where nothing moved."""
+    m, n, r = 6, 8, 2
+    core = core_of(form, batch, r)
+    start = Product(
+        torch.randn(*batch, m, r).to(dtype),
+        None if core is None else core.to(dtype),
+        torch.randn(*batch, r, n).to(dtype),
+        scale=1.5,
+    )
+    copies = {k: t if t is None or k not in moved else t.clone() for k, t in zip("LCA", start[:3], strict=True)}
+    still = difference(Product(**copies, scale=1.5), start)
+    assert bool((still.dense() == 0).all())
+    one_side = "A" not in moved or not moved & {"L", "C"}
+    assert still.rank == (r if one_side or (form == "none" and "L" not in moved) else 2 * r)
+    now = Product(**{k: t if t is None or k not in moved else t + torch.randn(t.shape).to(t) for k, t in copies.items()}, scale=1.5)
+    found, wanted = difference(now, start).double().dense(), now.double().dense() - start.double().dense()
+    if dtype == torch.float64:
+        close(found, wanted)
+    else:
+        size = sum(Product(*(None if t is None else t.double().abs() for t in p[:3]), 1.5).dense() for p in (now, start))
+        assert bool(((found - wanted).abs() <= 8 * torch.finfo(dtype).eps * size).all())
+
+
+def test_difference_keeps_a_small_step_in_low_precision():
+    """One unit in the last place of every entry: [LC | −L₀C₀][A ; A₀] would round it away, this form is exact."""
+    start = Product(torch.randn(16, 2).bfloat16(), None, torch.randn(2, 16).bfloat16())
+    ulp = 2.0**-8
+    now = Product((start.L.float() * (1 + ulp)).bfloat16(), None, (start.A.float() * (1 + ulp)).bfloat16())
+    wanted = now.double().dense() - start.double().dense()
+    assert differs(wanted, torch.zeros_like(wanted))
+    assert torch.linalg.matrix_norm(difference(now, start).double().dense() - wanted) < 1e-12
