@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.registry import near_miss
-from svdpeft.sites import LISTED, Site
+from svdpeft.sites import Site, base_weight
 from svdpeft.summary import summarise
 from svdpeft.targets import Selection, Targets, rules, select, trained_whole
 from svdpeft.weights import BaseWeight, Borrowed, running_statistics
 
+Condition = Literal["attached", "merged", "folded", "disabled", "detached"]
 STATE = "_svdpeft"  # plain attribute of an adapted model
 
 
@@ -33,11 +34,6 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-
-    def weight(self, owner: nn.Module, parameter: str) -> BaseWeight:
-        """The one record of a parameter, however many adapters write into it; kept by its sites, so copies have it."""
-        listed = (site.weight for site in vars(owner).get(LISTED, []))
-        return next((w for w in listed if w.parameter == parameter), None) or BaseWeight(owner, parameter)
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def attach(
     built: list[tuple[Any, Factored, Factors]] = []
     for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         kind, owner = choice.kind, choice.owners[0]
-        raw = state.weight(owner, kind.parameter).original
+        raw = base_weight(owner, kind.parameter).original
         check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
         w = kind.to_matrix(owner, raw.to(torch.promote_types(raw.dtype, torch.float32)))
         assert isinstance(choice.method, Factored)
@@ -136,7 +132,7 @@ def install(
     weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
         owner, parameter = choice.owners[0], choice.kind.parameter
-        weight = weights.setdefault(id(getattr(owner, parameter)), state.weight(owner, parameter))
+        weight = weights.setdefault(id(getattr(owner, parameter)), base_weight(owner, parameter))
         matrix = choice.kind.to_matrix(choice.owners[0], weight.original)
         shape = (matrix[..., 0, 0].numel(), *matrix.shape[-2:])
         factors.to(matrix.device)
@@ -189,7 +185,7 @@ class Adapter:
         self.sites: Mapping[str, Site] = sites
         self.whole = whole
         self.skipped: Mapping[str, str] = skipped
-        self.state: Literal["attached", "merged", "folded", "disabled", "detached"] = "attached"
+        self.state: Condition = "attached"
         taken = {n for a in getattr(model, STATE).adapters.values() for n in a.borrowed.places}
         statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
         self.borrowed = Borrowed({**whole, **statistics})
@@ -250,20 +246,26 @@ class Adapter:
         if self.state == "disabled":  # a block within a block
             yield
             return
+        with self.unwritten():
+            self.borrowed.swap()
+            self._activate(False)
+            self.state = "disabled"
+            try:
+                yield
+            finally:
+                self.state = "attached"
+                self.borrowed.swap()
+                self._activate(True)
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Within the block nothing of this adapter is written in the base weights; afterwards again what was."""
         self._must_be("attached", "merged", "folded")
         state = self.state
         self._to("attached")
-        with torch.no_grad():
-            self.borrowed.swap()
-        self._activate(False)
-        self.state = "disabled"
         try:
             yield
         finally:
-            self.state = "attached"
-            with torch.no_grad():
-                self.borrowed.swap()
-            self._activate(True)
             self._to(state)
 
     def merge(self, permanent: bool = False) -> MergeReport:
@@ -319,7 +321,7 @@ class Adapter:
         self._leave(restore=True)
 
     @torch.no_grad()
-    def _to(self, state: Literal["attached", "merged", "folded", "detached"]) -> MergeReport:
+    def _to(self, state: Condition) -> MergeReport:
         """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
         lost: dict[str, float] = {}
         if state == self.state:

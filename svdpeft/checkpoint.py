@@ -12,21 +12,23 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter import STATE, Adapter, install
+from svdpeft.adapter import Adapter, install
 from svdpeft.methods.base import Factored, Factors, Method
-from svdpeft.registry import KINDS, METHODS, near_miss
-from svdpeft.targets import Choice
+from svdpeft.registry import KINDS, METHODS, Registry, near_miss
+from svdpeft.sites import base_weight
+from svdpeft.targets import Choice, users_of_parameters
 from svdpeft.weights import running_statistics
 
 FORMAT = 1
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+SITE_KEYS = {"kind", "owners", "method", "shape", "dtype", "hash", "tensors"}
 
 
 class CheckpointError(ValueError):
@@ -84,46 +86,64 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """
     path = Path(path)
     header, tensors = _read(path)
-    methods = [_method(json_method, path) for json_method in header["methods"]]
-    built, skipped = [], {}
-    modules = dict(model.named_modules())
-    state = getattr(model, STATE, None)
-    remaining = dict(tensors)
+    try:
+        parts = _parts(model, header, tensors, path, check_base)
+    except CheckpointError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # the header is not as we write it
+        raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
+    adapter = install(model, parts.pairs, parts.built, parts.whole, {}, name or header["name"])
+    with torch.no_grad():
+        for (owner, attribute), value in parts.values:
+            getattr(owner, attribute).copy_(value)
+    return adapter
+
+
+class _Parts(NamedTuple):
+    """What a file says, checked against the model: everything that ``install`` wants."""
+
+    pairs: list[tuple[str, Method]]
+    built: list[tuple[Choice, Factored, Factors]]
+    whole: dict[str, tuple[nn.Module, str]]
+    values: list[tuple[tuple[nn.Module, str], Tensor]]
+
+
+def _parts(
+    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path, check_base: bool
+) -> _Parts:
+    if not isinstance(header["name"], str):
+        raise TypeError(f"the name is {header['name']!r}")
+    pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
+    modules, users = dict(model.named_modules()), users_of_parameters(model)
+    remaining, built = dict(tensors), []
     for site, entry in header["sites"].items():
+        if missing := SITE_KEYS - entry.keys():
+            raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
         owners = [_layer(modules, owner, site, path) for owner in entry["owners"]]
-        kind = KINDS[entry["kind"]]()
+        kind = _known(KINDS, entry["kind"], path)()
         if not kind.handles(owners[0]):
             raise CheckpointError(f"{path}: {site} is a {type(owners[0]).__name__} here, not of kind {entry['kind']!r}")
-        parameter = getattr(owners[0], kind.parameter)
-        weight = parameter if state is None else state.weight(owners[0], kind.parameter).original
+        here = users[id(getattr(owners[0], kind.parameter))]
+        if set(here) != set(entry["owners"]):
+            raise CheckpointError(f"{path}: the weight of {site} is used by {entry['owners']} there, {list(here)} here")
+        weight = base_weight(owners[0], kind.parameter).original
         _check_base(site, entry, weight, path, check_base)
         method = _method(entry["method"], path)
         assert isinstance(method, Factored)
-        factors = {role: remaining.pop(f"{site}/{role}", None) for role in entry["tensors"]}
-        for role, tensor in factors.items():
-            shape = entry["tensors"][role]
-            if tensor is None or list(tensor.shape) != shape:
-                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-                raise CheckpointError(f"{path / TENSORS}: tensor {site}/{role} of shape {shape} is {found}")
-        present = {role: tensor for role, tensor in factors.items() if tensor is not None}
-        built.append((Choice(site, owners, kind, method), method, Factors(present, method.trains)))
+        factors = Factors(_take(remaining, site, entry["tensors"], path), method.trains)
+        _check_fit(site, method, factors, kind.to_matrix(owners[0], weight).shape, path)
+        built.append((Choice(site, owners, kind, method), method, factors))
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
-    whole = {n: place for n, place in places.items() if n in header["whole"]}
-    adapter = install(
-        model,
-        list(zip(header["patterns"], methods, strict=True)),
-        built,
-        whole,
-        skipped,
-        name or header["name"],
-    )
-    with torch.no_grad():
-        for tensor_name, value in values.items():
-            owner, attribute = places[tensor_name]
-            getattr(owner, attribute).copy_(value)
-    return adapter
+    whole = {name: place for name, place in places.items() if name in header["whole"]}
+    return _Parts(pairs, built, whole, [(places[name], value) for name, value in values.items()])
 
 
 def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -181,7 +201,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for name, tensor in places.items():
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
-    with torch.no_grad():
+    with adapter.unwritten(), torch.no_grad():
         for name, tensor in places.items():
             tensor.copy_(saved[name])
 
@@ -202,12 +222,46 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def _known(registry: Registry, name: str, path: Path) -> Any:
+    try:
+        return registry[name]
+    except ValueError as error:
+        raise CheckpointError(f"{path / HEADER}: {error}") from error
+
+
 def _method(entry: dict[str, Any], path: Path) -> Method:
     fields = dict(entry)
     try:
-        return METHODS[fields.pop("name")](**fields)
+        return _known(METHODS, fields.pop("name"), path)(**fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / HEADER}: {error}") from error
+
+
+def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]], path: Path) -> dict[str, Tensor]:
+    """Take a site's tensors out of ``remaining``; each must be there in the shape that the header states."""
+    taken = {}
+    for role, shape in shapes.items():
+        tensor = remaining.pop(f"{site}/{role}", None)
+        if tensor is None or list(tensor.shape) != shape:
+            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+            raise CheckpointError(f"{path / TENSORS}: tensor {site}/{role} of shape {shape} is {found}")
+        taken[role] = tensor
+    return taken
+
+
+@torch.no_grad()
+def _check_fit(site: str, method: Factored, factors: Factors, shape: torch.Size, path: Path) -> None:
+    """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
+    *batch, m, n = shape
+    try:
+        now = method.now(factors)
+        for role, tensor, want in (("L", now.L, [*batch, m]), ("A", now.A.mT, [*batch, n])):
+            if list(tensor.shape[:-1]) != want:
+                raise CheckpointError(f"{path / TENSORS}: {site}/{role} does not fit the {m}x{n} weight of {site}")
+        update = method.update(factors)
+        update._replace(L=update.L[..., :1, :], A=update.A[..., :1]).dense()  # one entry: do the ranks agree?
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
 
 
 def _layer(modules: dict[str, nn.Module], owner: str, site: str, path: Path) -> nn.Module:

@@ -146,6 +146,12 @@ class Site:
         return whole and alone
 
 
+def base_weight(owner: nn.Module, parameter: str) -> BaseWeight:
+    """The one record of a parameter, however many adapters write into it; kept by its sites, so that copies have it."""
+    listed = (site.weight for site in vars(owner).get(LISTED, []))
+    return next((w for w in listed if w.parameter == parameter), None) or BaseWeight(owner, parameter)
+
+
 def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
     for site in getattr(module, LISTED):

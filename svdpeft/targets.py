@@ -164,7 +164,9 @@ def _no_site(model: nn.Module, pattern: str, refused: str | None, skipped: Mappi
     known = {name.rpartition(".")[2] for name, module in model.named_modules() if kind_of(module)}
     known |= set(BROAD)
     if pattern in BROAD:
-        return f"targets={pattern!r} matches no layer: the model has none of the kinds {', '.join(KINDS)}"
+        left = [f"{name or 'the model'}: {reason}" for name, reason in skipped.items()]
+        why = "; ".join(left[:3]) or f"the model has none of the kinds {', '.join(KINDS)}"
+        return f"targets={pattern!r} matches no layer that can be adapted: {why}"
     return f"targets={pattern!r} matches no layer of the model: {near_miss(pattern, known)}"
 
 

@@ -108,6 +108,7 @@ class Borrowed:
         owner, attribute = self.places[name]
         return getattr(owner, attribute).detach()
 
+    @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's values and the kept ones: once gives the base back, twice the trained values."""
         for name, away in self._away.items():

@@ -146,7 +146,9 @@ def magnitude(kind: LayerKind, layer: Any, x: Tensor, w: Tensor, *products: Prod
 ROUNDINGS = 8
 
 
-def close_to_rounding(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype, roundings: int = ROUNDINGS) -> None:
+def close_to_rounding(
+    found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype, roundings: int = ROUNDINGS
+) -> None:
     """Assert |found − expected| <= roundings · eps(dtype) · size, elementwise."""
     error = (found.double() - expected.double()).abs()
     bound = roundings * torch.finfo(dtype).eps * size.double()
@@ -171,7 +173,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             "training": module.training,
             "attributes": sorted(vars(module)),
             "children": list(module._modules),
-            "parameters": {k: None if p is None else (id(p), p.requires_grad, bits(p)) for k, p in module._parameters.items()},
+            "parameters": {
+                k: None if p is None else (id(p), p.requires_grad, bits(p)) for k, p in module._parameters.items()
+            },
             "buffers": {k: None if b is None else (id(b), bits(b)) for k, b in module._buffers.items()},
             "hooks": {k: list(v) for k, v in vars(module).items() if k.endswith(("_hooks", "_kwargs", "_called"))},
         }

@@ -37,7 +37,7 @@ class Tied(nn.Module):
 TOKENS = torch.tensor([[0, 3, 8, 1]])
 
 
-# -- choosing sites -----------------------------------------------------------------------------------------------------
+# -- choosing sites ------------------------------------------------------------------------------------------
 
 
 def test_patterns_are_names_suffixes_or_whole_regular_expressions():
@@ -117,7 +117,7 @@ def test_a_model_that_is_one_layer():
     assert_same(before, snapshot(model))
 
 
-# -- tied weights -------------------------------------------------------------------------------------------------------
+# -- tied weights --------------------------------------------------------------------------------------------
 
 
 def test_two_layers_with_one_weight_share_one_site():
@@ -177,7 +177,7 @@ def test_training_a_tied_head_whole_trains_what_it_shares():
     assert_same(before, snapshot(model))
 
 
-# -- merge reports ------------------------------------------------------------------------------------------------------
+# -- merge reports -------------------------------------------------------------------------------------------
 
 
 def test_merge_report_in_float64_and_of_nothing():
@@ -238,7 +238,7 @@ def test_permanent_merge_lets_the_copies_go():
     assert factors() is None
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2, dropout=0.5), PiSSA(rank=2, dropout=0.5)], ids=str)
@@ -307,7 +307,7 @@ def test_flags_that_were_off_before_stay_off_afterwards():
     assert_same(before, snapshot(model))
 
 
-# -- the public names ---------------------------------------------------------------------------------------------------
+# -- the public names ----------------------------------------------------------------------------------------
 
 
 def test_names_of_the_package():

@@ -79,7 +79,7 @@ def test_unknown_names_get_the_near_miss(net: Net):
     with refused(net, "'blocks.9'"):
         attach(net, Partial(layers=("blocks.9",)))
     adapter = attach(net, LoRA(rank=2), targets=["proj"])
-    with pytest.raises(ValueError, match="no site is called 'block.0.proj': did you mean 'blocks.0.proj'"):
+    with pytest.raises(ValueError, match=r"no site is called 'block\.0\.proj': did you mean 'blocks\.0\.proj'"):
         adapter.delta("block.0.proj")
 
 
@@ -249,7 +249,14 @@ def test_wrong_state(net: Net):
                 call()
     assert torch.equal(net(x), out)
     adapter.detach()
-    for call in (adapter.merge, adapter.fold, adapter.unmerge, adapter.unfold, adapter.detach, adapter.disabled().__enter__):
+    for call in (
+        adapter.merge,
+        adapter.fold,
+        adapter.unmerge,
+        adapter.unfold,
+        adapter.detach,
+        adapter.disabled().__enter__,
+    ):
         with pytest.raises(RuntimeError, match="is detached"):
             call()
 

@@ -65,7 +65,7 @@ def test_good_file_loads(saved: Path):
     json.loads((saved / HEADER).read_text())
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def test_no_adapter_folder(tmp_path: Path, saved: Path):
@@ -168,7 +168,7 @@ def test_site_without_one_of_its_factors(saved: Path):
     no_adapter(saved, "other")
 
 
-# -- another base -------------------------------------------------------------------------------------------------------
+# -- another base --------------------------------------------------------------------------------------------
 
 
 def test_another_base_is_refused_by_the_first_weight_that_differs(saved: Path):
@@ -248,7 +248,7 @@ def test_load_while_another_adapter_is_merged_or_folded(tmp_path: Path):
         first.detach()
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", methods(), ids=str)
@@ -355,7 +355,7 @@ def test_digest():
     assert digest(torch.zeros(2, 3)) != digest(-torch.zeros(2, 3)), "every bit counts"
 
 
-# -- restore ------------------------------------------------------------------------------------------------------------
+# -- restore -------------------------------------------------------------------------------------------------
 
 
 def test_restore(tmp_path: Path):

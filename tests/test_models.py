@@ -86,9 +86,7 @@ def test_dinov2_crops_of_one_picture_are_alike(size: int) -> None:
     whole = pictures(loaded)
     cut = size // 8
     crops = F.interpolate(whole[..., cut:, cut:], size=(size, size), mode="bicubic", antialias=True)
-    features = F.normalize(
-        run(loaded, torch.cat([whole, crops])), dim=-1
-    )  # (palace, flower, palace', flower')
+    features = F.normalize(run(loaded, torch.cat([whole, crops])), dim=-1)  # (palace, flower, palace', flower')
     similarity = features @ features.T
     assert min(similarity[0, 2], similarity[1, 3]) > 0.9
     assert max(similarity[0, 1], similarity[0, 3], similarity[1, 2]) < 0.7
@@ -112,9 +110,7 @@ def test_dinov2_equals_its_onnx_graph() -> None:
     proto = onnx.load(embedded.fetch("dinov2-vits14"))
     end = [node.name for node in proto.graph.node].index(last) + 1
     del proto.graph.node[end:], proto.graph.output[:]  # the saliency decoder
-    proto.graph.output.append(
-        onnx.helper.make_tensor_value_info(f"{last}_output_0", onnx.TensorProto.FLOAT, None)
-    )
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(f"{last}_output_0", onnx.TensorProto.FLOAT, None))
     x = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     (output,) = ReferenceEvaluator(proto).run(None, {"input_image": x.numpy()})
     expected = torch.as_tensor(output)
@@ -136,9 +132,7 @@ def test_smollm2_knows_paris_and_splits_digits_first() -> None:
     assert loaded.head is None
     tokenizer, smol = loaded.processor, loaded.model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = smol.generate(**inputs, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert tokenizer.tokenize("A:\n\n12  3") == ["A", ":", "ĊĊ", "1", "2", "ĠĠ", "3"]
@@ -202,10 +196,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dtype() -> None:
-    assert (
-        model("dinov2-vits14", dtype=torch.bfloat16).model.get_parameter("norm.weight").dtype
-        == torch.bfloat16
-    )
+    assert model("dinov2-vits14", dtype=torch.bfloat16).model.get_parameter("norm.weight").dtype == torch.bfloat16
     assert model("minilm-l6", dtype=torch.float64).model.dtype == torch.float64
     assert model("smollm2-135m", dtype=torch.bfloat16).model.dtype == torch.bfloat16
 

@@ -51,7 +51,7 @@ def output(model: nn.ModuleDict, x: Array) -> Array:
     return model["layer"](torch.from_numpy(x)).detach().numpy()
 
 
-# -- LoRA ---------------------------------------------------------------------------------------------------------------
+# -- LoRA ----------------------------------------------------------------------------------------------------
 
 
 @every_shape
@@ -82,7 +82,7 @@ def test_lora_start_is_uniform():
     np.testing.assert_allclose(np.histogram(a, bins=10, range=(-1, 1))[0], len(a) / 10, rtol=0.1)
 
 
-# -- PiSSA ----------------------------------------------------------------------------------------------------------------
+# -- PiSSA ---------------------------------------------------------------------------------------------------
 
 
 @every_shape
@@ -107,7 +107,7 @@ def test_pissa(shape: tuple[int, int], alpha: float | None):
     assert adapter.trainable_count == 3 * sum(shape)
 
 
-# -- SORSA ----------------------------------------------------------------------------------------------------------------
+# -- SORSA ---------------------------------------------------------------------------------------------------
 
 
 @every_shape
@@ -143,10 +143,12 @@ def regulariser(q: Array, squared: bool = False) -> tuple[float, Array]:
 
 
 def sorsa_sites(**options: Any) -> tuple[nn.ModuleDict, Adapter, dict[str, Array]]:
-    """Two sites of different shapes and a grouped convolution, off their start; the bases by name, vectors in columns."""
+    """Two sites of different shapes and a grouped convolution, off their start; the bases by name, as columns."""
     torch.manual_seed(3)
     f = {"dtype": torch.float64}
-    model = nn.ModuleDict({"a": nn.Linear(5, 4, **f), "b": nn.Linear(3, 6, **f), "c": nn.Conv1d(4, 6, 3, groups=2, **f)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(5, 4, **f), "b": nn.Linear(3, 6, **f), "c": nn.Conv1d(4, 6, 3, groups=2, **f)}
+    )
     adapter = attach(model, SORSA(rank=2, **options), targets="all")
     perturb(adapter, size=0.1)
     return model, adapter, bases_of(adapter)
@@ -178,7 +180,7 @@ def test_sorsa_decoupled_step(norm: str, lr_scale: float):
 
 @pytest.mark.parametrize("norm", ["frobenius", "squared"])
 def test_sorsa_loss_mode(norm: str):
-    model, adapter, before = sorsa_sites(gamma=0.03, mode="loss", norm=norm)
+    _model, adapter, before = sorsa_sites(gamma=0.03, mode="loss", norm=norm)
     penalty = adapter.penalty()
     near(penalty, 0.03 * sum(regulariser(q, norm == "squared")[0] for q in before.values()))
     penalty.backward()
@@ -269,7 +271,7 @@ def test_polar_is_the_nearest_orthonormal_matrix():
         assert bool((torch.linalg.matrix_norm(q - other * signs) > best).all())
 
 
-# -- SVFT -----------------------------------------------------------------------------------------------------------------
+# -- SVFT ----------------------------------------------------------------------------------------------------
 
 
 def dense_core(f: dict[str, Array], k: int) -> Array:
@@ -402,7 +404,7 @@ def test_svft_official_topk_ranks_signed_entries_of_the_wrong_product():
         assert set(index) == set(np.argsort(-wrong.ravel())[: 3 * k - 2])
 
 
-# -- baselines --------------------------------------------------------------------------------------------------------------
+# -- baselines -----------------------------------------------------------------------------------------------
 
 
 def net() -> nn.Module:

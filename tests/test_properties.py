@@ -39,7 +39,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svdpeft import LoRA, SVFT, attach, load
+from svdpeft import SVFT, LoRA, attach, load
 from svdpeft.decomposition import Product, exact_rank, recompress
 from svdpeft.methods.base import Factored, Method
 from svdpeft.registry import KINDS, METHODS
@@ -60,7 +60,7 @@ def test_examples_are_never_square():
         assert m != n, f"{label(kind)} is {m}x{n}: a transposition would pass unseen"
 
 
-# -- 1 the start ------------------------------------------------------------------------------------------------------
+# -- 1 the start ---------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -76,7 +76,7 @@ def test_start_is_the_base_bit_for_bit(method: Method, kind: tuple[str, int]):
             assert bool((site.delta() == 0).all()) == exact
 
 
-# -- 2 disabled and detached ------------------------------------------------------------------------------------------
+# -- 2 disabled and detached ---------------------------------------------------------------------------------
 
 
 @every_kind
@@ -128,7 +128,7 @@ def test_two_adapters_leave_in_any_order(method: Method, kind: tuple[str, int], 
             model.train()(x)  # the one that stays still owns the running statistics
             model.eval()
             if not hasattr(model, "_svdpeft"):
-                model.norm.load_state_dict({k: v for k, v in model.norm.state_dict().items()})
+                model.norm.load_state_dict(dict(model.norm.state_dict().items()))
         # the last train-mode forward ran on the bare base: only then may statistics differ
         after = snapshot(model)
         for key in before:
@@ -172,7 +172,7 @@ def test_disabled_ends_when_the_block_raises():
     assert torch.equal(model(x), adapted)
 
 
-# -- 3 merging --------------------------------------------------------------------------------------------------------
+# -- 3 merging -----------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -331,7 +331,7 @@ def test_permanent_merge_beside_another_adapter(method: Method, state: str):
     close(model.layer(x), first)
 
 
-# -- 4 gradients ------------------------------------------------------------------------------------------------------
+# -- 4 gradients ---------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -379,7 +379,7 @@ FIRST_VARIANTS = [m for i, m in enumerate(methods(True)) if i == 0 or methods(Tr
 ]
 
 
-# -- 5 files ----------------------------------------------------------------------------------------------------------
+# -- 5 files -------------------------------------------------------------------------------------------------
 
 READER = """
 import json, sys, traceback, pathlib
@@ -471,12 +471,14 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 
 @every_kind
 @pytest.mark.parametrize("position", range(len(methods())), ids=lambda i: label(methods()[i]))
-def test_loaded_in_another_process_is_bit_identical(loaded_elsewhere: dict[str, str], position: int, kind: tuple[str, int]):
+def test_loaded_in_another_process_is_bit_identical(
+    loaded_elsewhere: dict[str, str], position: int, kind: tuple[str, int]
+):
     name = f"{label(kind)}-{position}"
     assert name not in loaded_elsewhere, loaded_elsewhere[name]
 
 
-# -- 6 the factored path is the dense path ------------------------------------------------------------------------------
+# -- 6 the factored path is the dense path -------------------------------------------------------------------
 
 
 @every_kind
@@ -516,7 +518,7 @@ def test_site_takes_the_same_values_by_either_path(kind: tuple[str, int]):
         close(*outputs)
 
 
-# -- 7 ranks ------------------------------------------------------------------------------------------------------------
+# -- 7 ranks -------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -525,7 +527,7 @@ def test_rank_as_stated_before_training(method: Method, kind: tuple[str, int]):
     model, _ = host(kind)
     adapter = adapt(model, method)
     site = adapter.sites["layer"]
-    batch, m, n = site.shape
+    _batch, m, n = site.shape
     stated = site.method.export_rank(m, n)
     assert 1 <= stated <= min(m, n)
     perturb(adapter)
@@ -554,7 +556,7 @@ def test_counts_are_the_formula(method: Factored, kind: tuple[str, int]):
     assert adapter.trainable_count == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# -- 8 the matrix view ----------------------------------------------------------------------------------------------------
+# -- 8 the matrix view ---------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -589,7 +591,7 @@ def test_linear_matrix_is_the_weight_and_the_transposed_one_of_gpt2():
         close(layer(x).detach(), x @ matrix.T + layer.bias.detach())
 
 
-# -- 9 seeds --------------------------------------------------------------------------------------------------------------
+# -- 9 seeds -------------------------------------------------------------------------------------------------
 
 
 def factors_of(adapter: Any) -> dict[str, dict[str, Tensor]]:
@@ -648,7 +650,7 @@ def test_thread_count_changes_factors_by_rounding_only(method: Method):
         torch.testing.assert_close(tensor, found[1][role], rtol=1e-9, atol=1e-9)
 
 
-# -- 10 folding -----------------------------------------------------------------------------------------------------------
+# -- 10 folding ----------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -707,7 +709,7 @@ def test_folded_full_rank_never_reads_the_weight(method: Method, kind: tuple[str
     close(model.layer(x), expected)
 
 
-# -- drawn layers -----------------------------------------------------------------------------------------------------------
+# -- drawn layers --------------------------------------------------------------------------------------------
 
 METHOD = st.sampled_from(methods(factored=True))
 SEED = st.integers(0, 2**16)
@@ -806,7 +808,9 @@ def test_drawn_layers_in_low_precision(
     perturb(adapter, seed=seed)
     exact = kind.add_bias(wide, kind.run(wide, x.double(), weight.double() + site.delta().double()))
     method = site.method
-    size = magnitude(kind, wide, x, weight, *(part(site.factors) for part in (method.now, method.anchor, method.update)))
+    size = magnitude(
+        kind, wide, x, weight, *(part(site.factors) for part in (method.now, method.anchor, method.update))
+    )
     close_to_rounding(layer(x), exact, size, dtype)
     adapter.merge()
     close_to_rounding(layer(x), exact, size, dtype)
@@ -817,7 +821,7 @@ def test_drawn_layers_in_low_precision(
     assert equal_bits(layer.weight, weight)
 
 
-# -- living in a larger program ---------------------------------------------------------------------------------------------
+# -- living in a larger program ------------------------------------------------------------------------------
 
 
 @every_kind
@@ -1011,7 +1015,9 @@ def test_summary_of_a_second_adapter_does_not_name_the_first_ones_factors():
 
 
 def test_summary_joins_repeated_blocks():
-    model = nn.ModuleDict({"blocks": nn.Sequential(*(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)) for _ in range(3)))})
+    model = nn.ModuleDict(
+        {"blocks": nn.Sequential(*(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)) for _ in range(3)))}
+    )
     text = attach(model, LoRA(rank=2)).summary()
     assert "×3" in text
     assert text.count("6x4") == 1
@@ -1025,7 +1031,7 @@ def test_methods_survive_json(method: Method):
 
 
 def test_head_of_a_host_is_untouched_by_a_site_beside_it():
-    model, x = host(LINEAR)
+    model, _x = host(LINEAR)
     adapter = adapt(model, SVFT())
     perturb(adapter)
     assert isinstance(model, Host)

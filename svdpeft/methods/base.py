@@ -214,9 +214,10 @@ class Factored(Method):
         """
         rank = self.rank
         if isinstance(rank, Mapping):
-            rank = next((r for pattern, r in rank.items() if matches(pattern, site)), "none")
-            if rank == "none":
-                raise ValueError(f"no pattern of rank={dict(self.rank)!r} matches {site}; '.*' matches the rest")  # type: ignore[arg-type]
+            matching = [value for pattern, value in rank.items() if matches(pattern, site)]
+            if not matching:
+                raise ValueError(f"no pattern of rank={rank!r} matches {site}; '.*' matches the rest")
+            rank = matching[0]
         if rank is None:
             rank = min(m, n)
         if clip and isinstance(rank, int):
