@@ -207,7 +207,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
             label=f"{row.label}  {100 * row.mean:.1f} %",
         )
     axes.set(xscale="log", xlabel="trainable parameters, head included", title=title(records))
-    axes.set_ylabel(f"{found[0].metric} in %; line: worst to best of {len(found[0].values)} seeds")
+    axes.set_ylabel(f"{found[0].metric} in %; line: worst to best seed")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
