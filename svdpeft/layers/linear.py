@@ -40,7 +40,7 @@ class Linear(LayerKind):
         z = self._down(x, product)
         rows = out.view(-1, out.shape[-1])
         rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
-        return out
+        return rows.view(out.shape)  # not `out`: torch 2.11 takes it for a leaf in a second adapter's in-place addition
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         torch_linear = nn.Linear(7, 5, dtype=torch.float64)
