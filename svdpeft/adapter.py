@@ -6,6 +6,7 @@ The base weight is not touched unless the user merges or folds, and then every b
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,15 @@ from tqdm.auto import tqdm
 
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.reach import unwatch, watch
 from svdpeft.registry import near_miss
 from svdpeft.sites import Site, base_weight
 from svdpeft.summary import summarise
-from svdpeft.targets import Selection, Targets, rules, select, trained_whole
-from svdpeft.weights import BaseWeight, Borrowed, running_statistics
+from svdpeft.targets import Choice, Selection, Targets, rules, select, trained_whole
+from svdpeft.weights import BaseWeight, Borrowed, Frozen, running_statistics
 
 Condition = Literal["attached", "merged", "folded", "disabled", "detached"]
+BatchNorm = Literal["train", "frozen"]
 STATE = "_svdpeft"  # plain attribute of an adapted model
 
 
@@ -34,6 +37,10 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def sites(self) -> list[Site]:
+        """The sites of all adapters."""
+        return [site for adapter in self.adapters.values() for site in adapter.sites.values()]
 
 
 @dataclass(frozen=True)
@@ -67,20 +74,25 @@ def attach(
     name: str = "default",
     seed: int = 0,
     clip_rank: bool = False,
+    batch_norm: BatchNorm = "train",
 ) -> Adapter:
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
     Args:
         model: any module with its weights loaded. Bad input raises before anything of it changes.
         method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
-        targets: ``"all-linear"`` (every linear layer but the output head), ``"all"`` (every layer of a known kind but
-            the head), patterns, or a mapping from pattern to method. A pattern is a name, a suffix of whole dotted
-            parts, or a regular expression for the whole name.
+        targets: ``"all-linear"`` (every weight that multiplies the features of its input, but the output head),
+            ``"all"`` (every weight of a known kind but the head), patterns, or a mapping from pattern to method. A
+            pattern is a name, a suffix of whole dotted parts, or a regular expression for the whole name; of RWKV also
+            ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
+            weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
         exclude: patterns of layers that are left alone.
         train: patterns of modules or parameters of the base that are trained whole, such as a new head.
         name: of the adapter; several of different names add up.
         seed: of every random draw; each site's own depends on this and on its name only.
         clip_rank: lower a rank that is too large for a small matrix instead of raising.
+        batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
+            changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
 
     Returns:
         The adapter. The model's outputs are the base model's.
@@ -96,33 +108,37 @@ def attach(
     """
     state = getattr(model, STATE, None) or _State(model)
     _check_name(name, state)
+    if batch_norm not in ("train", "frozen"):
+        raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
     pairs = rules(targets, method)
     whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
     _check_whole(whole, state)
     factored = [(pattern, m) for pattern, m in pairs if m.factored]
     selection = select(model, factored, exclude, whole) if factored else Selection()
-    built: list[tuple[Any, Factored, Factors]] = []
+    built: list[tuple[Choice, Factored, Factors]] = []
     for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
-        kind, owner = choice.kind, choice.owners[0]
-        raw = base_weight(owner, kind.parameter).original
+        place = choice.places[0]
+        raw = base_weight(place.module, place.parameter).original
         check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
-        w = kind.to_matrix(owner, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        w = place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
         assert isinstance(choice.method, Factored)
-        resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank)
+        _check_dropout(choice)
+        resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank, roles=choice.roles)
         site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
         built.append((choice, resolved, resolved.factors(w, site_seed, choice.name)))
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
-    return install(model, pairs, built, whole, selection.skipped, name)
+    return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
 
 
 def install(
     model: nn.Module,
     pairs: Sequence[tuple[str, Method]],
-    built: Sequence[tuple[Any, Factored, Factors]],
+    built: Sequence[tuple[Choice, Factored, Factors]],
     whole: Mapping[str, tuple[nn.Module, str]],
     skipped: Mapping[str, str],
     name: str,
+    batch_norm: BatchNorm,
 ) -> Adapter:
     """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
     state: _State = getattr(model, STATE, None) or _State(model)
@@ -131,19 +147,31 @@ def install(
     sites: dict[str, Site] = {}
     weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
-        owner, parameter = choice.owners[0], choice.kind.parameter
-        weight = weights.setdefault(id(getattr(owner, parameter)), base_weight(owner, parameter))
-        matrix = choice.kind.to_matrix(choice.owners[0], weight.original)
-        shape = (matrix[..., 0, 0].numel(), *matrix.shape[-2:])
+        place = choice.places[0]
+        parameter = place.module._parameters[place.parameter]
+        weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter))
+        matrix = place.kind.to_matrix(place.module, weight.original)
+        shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
         factors.to(matrix.device)
-        sites[choice.name] = Site(choice.name, choice.owners, choice.kind, method, factors, weight, shape)
+        sites[choice.name] = Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
     setattr(model, STATE, state)
-    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped))
+    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
     state.adapters[name] = adapter
     for site in sites.values():
         site.install(name)
     _set_requires_grad(model, state)
+    if sites:
+        watch(model, state.sites)
     return adapter
+
+
+def _check_dropout(choice: Choice) -> None:
+    method, place = choice.method, next((p for p in choice.places if p.read), None)
+    if isinstance(method, Factored) and method.dropout and place is not None:
+        raise ValueError(
+            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "
+            "has no input of its own to drop; set dropout=0, or leave it out"
+        )
 
 
 def _check_name(name: str, state: _State) -> None:
@@ -151,8 +179,6 @@ def _check_name(name: str, state: _State) -> None:
         raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
-    if hasattr(nn.ModuleDict(), name):  # the factors are children of a ModuleDict by this name
-        raise ValueError(f"adapter name {name!r} is taken by torch: it is an attribute of nn.ModuleDict")
 
 
 def _check_whole(whole: Mapping[str, Any], state: _State) -> None:
@@ -178,6 +204,7 @@ class Adapter:
         sites: dict[str, Site],
         whole: dict[str, tuple[nn.Module, str]],
         skipped: dict[str, str],
+        batch_norm: BatchNorm,
     ) -> None:
         self.model, self.name = model, name
         self.patterns = [pattern for pattern, _ in pairs]
@@ -189,6 +216,8 @@ class Adapter:
         taken = {n for a in getattr(model, STATE).adapters.values() for n in a.borrowed.places}
         statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
         self.borrowed = Borrowed({**whole, **statistics})
+        self.batch_norm: BatchNorm = batch_norm
+        self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._stepped = False
 
     # -- what there is --------------------------------------------------------------------------------------------
@@ -228,6 +257,36 @@ class Adapter:
         """Return ΔW of one site, dense, in the weight's own layout and at least float32."""
         return self.site(name).delta()
 
+    @property
+    def unreached(self) -> list[str]:
+        """The sites that no eager forward of the model has touched so far; what trains there gets no gradient."""
+        return [name for name, site in self.sites.items() if not site.reached]
+
+    def check_reach(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Run the model once on a sample batch, in evaluation mode, and see which sites it touches.
+
+        Weights that the model reads instead of calling their layer are found and served from then on. The first batch
+        of a training loop does the same by itself.
+
+        Args:
+            args: what the model is called with.
+            kwargs: what the model is called with.
+
+        Returns:
+            The sites that it did not touch.
+        """
+        self._must_be("attached", "merged", "folded")
+        training = [module for module in self.model.modules() if module.training]
+        watch(self.model, getattr(self.model, STATE).sites)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*were not touched by the first batch")  # they are returned
+                self.model.eval()(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+        return self.unreached
+
     def summary(self) -> str:
         """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
         return summarise(self)
@@ -249,6 +308,8 @@ class Adapter:
         with self.unwritten():
             self.borrowed.swap()
             self._activate(False)
+            if self.frozen:
+                self.frozen.release()
             self.state = "disabled"
             try:
                 yield
@@ -256,6 +317,8 @@ class Adapter:
                 self.state = "attached"
                 self.borrowed.swap()
                 self._activate(True)
+                if self.frozen:
+                    self.frozen.hold()
 
     @contextmanager
     def unwritten(self) -> Iterator[None]:
@@ -305,7 +368,7 @@ class Adapter:
                     f"dropout {site.method.dropout} at {site.name}: folded, it would also drop the part of W0 that the "
                     "factors took over; fold() needs dropout=0"
                 )
-            if len(site.owners) > 1:
+            if len(site.places) > 1:
                 raise ValueError(f"{site.name} shares its weight with other layers: folding is refused there")
         self._to("folded")
 
@@ -329,14 +392,14 @@ class Adapter:
         for site in self.sites.values():
             if state == "attached":
                 site.skip_base(False)
-                if site.weight.written(self.name):
-                    site.weight.erase(self.name)
+                if site.weight.written(site.key):
+                    site.weight.erase(site.key)
             elif state == "merged":
-                lost[site.name] = site.weight.write(self.name, site.delta)
+                lost[site.name] = site.weight.write(site.key, site.delta)
             elif site.can_skip_base():
                 site.skip_base(True)
             elif site.method.anchor(site.factors) is not None:
-                site.weight.write(self.name, site.start)
+                site.weight.write(site.key, site.start)
             site.folded = state == "folded"
         self.state = state
         self._activate(state != "merged")
@@ -351,10 +414,12 @@ class Adapter:
         state: _State = getattr(self.model, STATE)
         for site in self.sites.values():
             if not restore:
-                site.weight.keep(self.name)
-            site.remove(self.name)
+                site.weight.keep(site.key)
+            site.remove()
         if restore:
             self.borrowed.swap()
+        if self.frozen:
+            self.frozen.release()
         del state.adapters[self.name]
         self.state = "detached"
         if state.adapters:
@@ -362,6 +427,7 @@ class Adapter:
             heir.borrowed.add({n: place for n, place in self.borrowed.places.items() if n not in self.whole})
             _set_requires_grad(self.model, state)
             return
+        unwatch(self.model)
         delattr(self.model, STATE)
         parameters = dict(self.model.named_parameters())
         for name, required in state.required_grad.items():

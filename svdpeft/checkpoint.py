@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter, install
+from svdpeft.inventory import users_of_parameters
+from svdpeft.layers.base import LayerKind
+from svdpeft.layers.fused import Part
+from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.registry import KINDS, METHODS, Registry, near_miss
-from svdpeft.sites import base_weight
-from svdpeft.targets import Choice, users_of_parameters
+from svdpeft.sites import Place, base_weight
+from svdpeft.targets import Choice
 from svdpeft.weights import running_statistics
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
-SITE_KEYS = {"kind", "owners", "method", "shape", "dtype", "hash", "tensors"}
+SITE_KEYS = {"places", "part", "rows", "method", "shape", "dtype", "hash", "tensors"}
+PLACE_KEYS = {"layer", "parameter", "kind", "axes", "read"}
 
 
 class CheckpointError(ValueError):
@@ -98,7 +104,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         RuntimeError,
     ) as error:  # the header is not as we write it
         raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
-    adapter = install(model, parts.pairs, parts.built, parts.whole, {}, name or header["name"])
+    adapter = install(
+        model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
+    )
     with torch.no_grad():
         for (owner, attribute), value in parts.values:
             getattr(owner, attribute).copy_(value)
@@ -121,24 +129,25 @@ def _parts(
         raise TypeError(f"the name is {header['name']!r}")
     pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
-    remaining, built = dict(tensors), []
+    remaining, built, checked = dict(tensors), [], set()
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
-        owners = [_layer(modules, owner, site, path) for owner in entry["owners"]]
-        kind = _known(KINDS, entry["kind"], path)()
-        if not kind.handles(owners[0]):
-            raise CheckpointError(f"{path}: {site} is a {type(owners[0]).__name__} here, not of kind {entry['kind']!r}")
-        here = users[id(getattr(owners[0], kind.parameter))]
-        if set(here) != set(entry["owners"]):
-            raise CheckpointError(f"{path}: the weight of {site} is used by {entry['owners']} there, {list(here)} here")
-        weight = base_weight(owners[0], kind.parameter).original
-        _check_base(site, entry, weight, path, check_base)
+        places = [_place(modules, place, entry["rows"], site, path) for place in entry["places"]]
+        first = places[0]
+        parameter = first.module._parameters[first.parameter]
+        there = {(place["layer"], place["parameter"]) for place in entry["places"]}
+        here = users[id(parameter)]
+        if set(here) != there:
+            raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
+        weight = base_weight(first.module, first.parameter).original
+        _check_base(site, entry, weight, path, check_base and id(parameter) not in checked)
+        checked.add(id(parameter))  # the parts of a fused weight have one hash
         method = _method(entry["method"], path)
         assert isinstance(method, Factored)
         factors = Factors(_take(remaining, site, entry["tensors"], path), method.trains)
-        _check_fit(site, method, factors, kind.to_matrix(owners[0], weight).shape, path)
-        built.append((Choice(site, owners, kind, method), method, factors))
+        _check_fit(site, method, factors, first.kind.to_matrix(first.module, weight).shape, path)
+        built.append((Choice(site, places, method, entry["part"]), method, factors))
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
@@ -153,16 +162,19 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if adapter.state in ("disabled", "detached"):  # the model holds the base's values, not the trained ones
         raise RuntimeError(f"adapter {adapter.name!r} is {adapter.state}: it cannot be saved now")
     names = {id(module): name for name, module in adapter.model.named_modules()}
+    weights = {id(site.weight): site.weight for site in adapter.sites.values()}
+    hashes = {key: digest(weight.original) for key, weight in weights.items()}
     for name, site in adapter.sites.items():
         factors = site.factors.tensors()
         tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
         sites[name] = {
-            "kind": site.kind.name,
-            "owners": [names[id(owner)] for owner in site.owners],
+            "places": [_describe(place, names) for place in site.places],
+            "part": site.part,
+            "rows": _rows(site.kind),
             "method": site.method.to_json(),
             "shape": list(site.weight.original.shape),
             "dtype": str(site.weight.original.dtype),
-            "hash": digest(site.weight.original),
+            "hash": hashes[id(site.weight)],
             "tensors": {role: list(t.shape) for role, t in factors.items()},
         }
     changed = adapter.borrowed.changed()
@@ -175,6 +187,8 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "patterns": list(adapter.patterns),
         "sites": sites,
         "whole": list(adapter.whole),
+        "skipped": dict(adapter.skipped),
+        "batch_norm": adapter.batch_norm,
     }
     return tensors, header
 
@@ -217,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         version = header.get("format") if isinstance(header, dict) else None
         raise CheckpointError(f"{path / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
-    if missing := {"name", "methods", "patterns", "sites", "whole"} - header.keys():
+    if missing := {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"} - header.keys():
         raise CheckpointError(f"{path / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
     return header, tensors
 
@@ -264,10 +278,34 @@ def _check_fit(site: str, method: Factored, factors: Factors, shape: torch.Size,
         raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
 
 
-def _layer(modules: dict[str, nn.Module], owner: str, site: str, path: Path) -> nn.Module:
-    if owner not in modules:
-        raise CheckpointError(f"{path} adapts {site}, which this model does not have: {near_miss(owner, modules)}")
-    return modules[owner]
+def _describe(place: Place, names: Mapping[int, str]) -> dict[str, Any]:
+    kind = place.kind.whole if isinstance(place.kind, Part) else place.kind
+    axes = list(kind.axes) if isinstance(kind, Raw) else []
+    layer = names[id(place.module)]
+    return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes, "read": place.read}
+
+
+def _rows(kind: LayerKind) -> dict[str, Any] | None:
+    return {"of": kind.total, "ranges": [list(r) for r in kind.rows]} if isinstance(kind, Part) else None
+
+
+def _place(
+    modules: dict[str, nn.Module], entry: dict[str, Any], rows: dict[str, Any] | None, site: str, path: Path
+) -> Place:
+    if missing := PLACE_KEYS - entry.keys():
+        raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
+    layer, parameter = entry["layer"], entry["parameter"]
+    if layer not in modules or modules[layer]._parameters.get(parameter) is None:
+        missing = f"{layer}.{parameter}" if layer in modules else layer
+        known = modules if layer not in modules else [f"{layer}.{key}" for key in modules[layer]._parameters]
+        raise CheckpointError(f"{path} adapts {site}, which this model does not have: {near_miss(missing, known)}")
+    module, cls = modules[layer], _known(KINDS, entry["kind"], path)
+    if cls is not Raw and cls.match(module, parameter) is None:
+        raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
+    kind = Raw(tuple(entry["axes"])) if cls is Raw else cls()
+    if rows is not None:
+        kind = Part(kind, rows["ranges"], rows["of"])
+    return Place(module, parameter, kind, bool(entry["read"]))
 
 
 def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> None:

@@ -1,45 +1,93 @@
-"""From words to sites: which layers of a model are adapted, which are trained whole, and why the rest is left.
+"""From words to sites: which weights of a model are adapted, which are trained whole, and why the rest is left.
 
 Patterns mean the same everywhere (targets, exclude, train, rank): a name, a suffix of whole dotted parts, or a
-regular expression that matches the whole name.
+regular expression that matches the whole name. A target may end in brackets: ``qkv[q,v]`` are parts of a fused weight,
+``spectral[in,out,mode]`` the axes of a raw parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
-from svdpeft.layers.base import LayerKind
+from svdpeft.inventory import Weight, by_identity, views, weights_of
+from svdpeft.layers.fused import Part, parts_of
+from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factors, Method, matches
 from svdpeft.registry import KINDS, near_miss
+from svdpeft.sites import Place
 
 Targets = str | Sequence[str] | Mapping[str, Method]
 BROAD = ("all-linear", "all")
+BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One weight that will be adapted: the layers that use it, their kind, and by which method."""
+    """One weight, or one part of it, that will be adapted: where it is used, and by which method."""
 
     name: str
-    owners: list[nn.Module]
-    kind: LayerKind
+    places: list[Place]
     method: Method
+    part: str = ""
+    roles: tuple[str, ...] = ()
 
 
 @dataclass
 class Selection:
-    """What ``select`` found; ``skipped`` says of every layer with a matrix that is left, why."""
+    """What ``select`` found; ``skipped`` says of every weight with a matrix that is left, why."""
 
     choices: list[Choice] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind that adapts this layer, or ``None``."""
-    return next((kind() for kind in KINDS.values() if kind.handles(module)), None)
+@dataclass(frozen=True)
+class Rule:
+    """One entry of ``targets``.
+
+    Args:
+        text: as the user wrote it.
+        pattern: without its brackets.
+        words: in the brackets: parts of a fused weight, or axes of a raw parameter.
+        method: for what it names.
+    """
+
+    text: str
+    pattern: str
+    words: tuple[str, ...]
+    method: Method
+
+    @classmethod
+    def parse(cls, text: str, method: Method) -> Rule:
+        """Take the brackets apart; those of a regular expression (``[0-3]``, ``[^.]``) stay where they are."""
+        found = BRACKETS.fullmatch(text)
+        if found is None:
+            return cls(text, text, (), method)
+        return cls(text, found[1], tuple(word.strip() for word in found[2].split(",")), method)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The words, where they are axes."""
+        return self.words if {"in", "out"} <= set(self.words) else ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The words, where they are parts."""
+        return () if self.axes else self.words
+
+    def wants(self, weight: Weight) -> bool:
+        """Whether the rule names a weight."""
+        if self.pattern in BROAD:
+            kind = weight.kind
+            return not weight.head and kind is not None and (self.pattern == "all" or kind.linear)
+        if weight.kind is None and not self.axes:  # a regular expression for layers does not mean raw parameters
+            return weight.name == self.pattern or weight.name.endswith("." + self.pattern)
+        return any(matches(self.pattern, name) for name in (weight.name, *weight.roles))
 
 
 def rules(targets: Targets, method: Method | None) -> list[tuple[str, Method]]:
@@ -87,108 +135,157 @@ def select(
 
     Args:
         model: any module.
-        pairs: (pattern, method) rules; the first that matches a layer decides.
-        exclude: patterns of layers that are left alone.
+        pairs: (pattern, method) rules; the first that matches a weight, or a part of it, decides.
+        exclude: patterns of sites that are left alone.
         whole: names of parameters that are trained whole.
 
     Raises:
-        ValueError: a pattern matches no layer that can be adapted, or a named layer shares its weight with one that
-            is not adapted.
+        ValueError: a pattern matches no weight that can be adapted, or names one that cannot be: of a tied weight only
+            one user, a part that does not exist, a quantised weight, a view of another.
     """
     selection, trained = Selection(), {id(model.get_parameter(name)) for name in whole}
-    heads = _output_layers(model)
-    users = users_of_parameters(model)
-    read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    hits = {pattern: 0 for pattern, _ in pairs}
-    refused: dict[str, str] = {}  # pattern -> why a layer that it names cannot be adapted
+    listed = [Rule.parse(text, method) for text, method in pairs]
+    weights = weights_of(model)
+    shared, users = views(weights), by_identity(weights)
+    hits = dict.fromkeys((rule.text for rule in listed), 0)
+    refused: dict[str, str] = {}  # rule -> why a weight that it names cannot be adapted
     taken: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, Factors) or not any(p.ndim > 1 for p in module.parameters(recurse=False)):
+    for weight in weights:
+        wanting = [rule for rule in listed if rule.wants(weight)]
+        excluded = next((p for p in exclude if any(matches(p, n) for n in (weight.name, *weight.roles))), None)
+        named = next((rule for rule in wanting if rule.pattern not in BROAD), None)
+        reason, fatal = _why_not(weight, wanting, excluded, trained, shared)
+        if reason is None and id(weight.tensor) in taken:
+            for rule in wanting[:1]:
+                hits[rule.text] += 1
             continue
-        kind = kind_of(module)
-        rule = next((rule for rule in pairs if _wants(rule[0], name, kind, module in heads)), None)
-        excluded = next((pattern for pattern in exclude if matches(pattern, name)), None)
-        reason = None
-        if rule is None:
-            reason = "output head; name it to adapt it" if module in heads else "not in targets"
-        elif excluded is not None:
-            reason = f"excluded by {excluded!r}"
-        elif kind is None:
-            reason = f"no layer kind adapts a {type(module).__name__}"
-        elif module in read:
-            reason = "its weight is read by nn.MultiheadAttention, which never calls the layer"
-        elif module._parameters.get(kind.parameter) is None:
-            reason = "its weight is computed by a parametrisation"
-        elif id(module._parameters[kind.parameter]) in trained:
-            reason = "trained whole"
-        if reason is None and kind is not None and rule is not None:
-            parameter = module._parameters[kind.parameter]
-            if id(parameter) in taken:
-                hits[rule[0]] += 1
-                continue
-            owners = users[id(parameter)]
-            strangers = [
-                other
-                for other, owner in owners.items()
-                if not kind.handles(owner)
-                or not any(_wants(pattern, other, kind, owner in heads) for pattern, _ in pairs)
-                or any(matches(pattern, other) for pattern in exclude)
-            ]
-            if not strangers:
-                taken.add(id(parameter))
-                hits[rule[0]] += 1
-                selection.choices.append(Choice(name, list(owners.values()), kind, rule[1]))
-                continue
-            reason = f"its weight is shared with {strangers[0]}, which is not adapted"
-        assert reason is not None
-        selection.skipped[name] = reason
-        if rule is not None and rule[0] not in BROAD and excluded is None:
-            refused.setdefault(rule[0], f"{name}: {reason}")
-            if "shared" in reason:
-                raise ValueError(f"{name} cannot be adapted: {reason}; merging would change both")
-    for pattern, count in hits.items():
-        if count == 0:
-            raise ValueError(_no_site(model, pattern, refused.get(pattern), selection.skipped))
+        if reason is None:
+            others = [other for other in users[id(weight.tensor)] if other is not weight]
+            reason = _why_not_shared(weight, others, listed, exclude)
+            fatal = reason is not None
+        if reason is None:
+            taken.add(id(weight.tensor))
+            same = [weight, *(o for o in users[id(weight.tensor)] if o is not weight)]
+            for choice, rule in _choose(model, same, wanting, exclude, selection.skipped):
+                hits[rule.text] += 1
+                selection.choices.append(choice)
+            continue
+        selection.skipped[weight.name] = reason
+        if named is not None and excluded is None:
+            refused.setdefault(named.text, f"{weight.name}: {reason}")
+            if fatal:
+                raise ValueError(f"{weight.name} cannot be adapted: {reason}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            layer, _, parameter = name.rpartition(".parametrizations.")
+            selection.skipped[layer] = f"its {parameter} is computed by a parametrisation"
+            for rule in listed:
+                if matches(rule.pattern, layer):
+                    refused.setdefault(rule.text, f"{layer}: {selection.skipped[layer]}")
+    for rule in listed:
+        if hits[rule.text] == 0:
+            raise ValueError(_no_site(rule, weights, refused.get(rule.text), selection.skipped))
     return selection
 
 
-def _wants(pattern: str, name: str, kind: LayerKind | None, head: bool) -> bool:
-    if pattern in BROAD:
-        return not head and (pattern == "all" or (kind is not None and kind.linear))
-    return matches(pattern, name)
+def _why_not(
+    weight: Weight, wanting: list[Rule], excluded: str | None, trained: set[int], shared: Mapping[int, str]
+) -> tuple[str | None, bool]:
+    """Return why a weight is left, and whether that is an error where it was named."""
+    kind, tensor = weight.kind, weight.tensor
+    if not wanting:
+        if weight.head:
+            return "output head; name it to adapt it", False
+        if kind is None:
+            return "a raw parameter; name it to adapt it", False
+        return "not in targets", False
+    if excluded is not None:
+        return f"excluded by {excluded!r}", False
+    if id(tensor) in trained:
+        return "trained whole", False
+    if tensor.is_complex():
+        return f"it is {tensor.dtype}: keep real and imaginary part as one real parameter (view_as_complex)", True
+    plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and tensor.element_size() > 1
+    if not plain or tensor.layout is not torch.strided:
+        what = f"{type(tensor).__name__} of {tensor.dtype}"
+        return f"its weight is a {what}: stored, or quantised, in a way that is not known here", True
+    if tensor.is_meta:
+        return "its weight is on the meta device and has no values yet", True
+    if id(tensor) in shared:
+        return f"it shares memory with {shared[id(tensor)]}, of which it is a view: merging would change both", True
+    if isinstance(weight.module, nn.RNNBase):
+        return f"{type(weight.module).__name__} keeps references of its own to its weights", True
+    return None, False
 
 
-def _no_site(model: nn.Module, pattern: str, refused: str | None, skipped: Mapping[str, str]) -> str:
+def _why_not_shared(weight: Weight, others: list[Weight], rules: Sequence[Rule], exclude: Sequence[str]) -> str | None:
+    """A tied weight is adapted for all its users or for none: merging changes all of them."""
+    mine = _view(weight)
+    for other in others:
+        wanted = any(rule.wants(other) for rule in rules) and not any(matches(p, other.name) for p in exclude)
+        if not wanted:
+            return (
+                f"its weight is shared with {other.name}, which is not adapted; merging would change both. Name both "
+                "and they share one adapter"
+            )
+        if _view(other) != mine:
+            return f"its weight is shared with {other.name}, which sees another matrix in it"
+    return None
+
+
+def _view(weight: Weight) -> tuple[Any, ...]:
+    kind = weight.kind or Raw()
+    matrix = kind.to_matrix(weight.module, weight.tensor)
+    return matrix.shape, matrix.stride(), matrix.data_ptr()
+
+
+def _choose(
+    model: nn.Module, users: list[Weight], wanting: list[Rule], exclude: Sequence[str], skipped: dict[str, str]
+) -> list[tuple[Choice, Rule]]:
+    """Turn one weight into one choice, or into one per part."""
+    weight, first = users[0], wanting[0]
+    above, _, leaf = weight.name.rpartition(".")
+    kind = weight.kind or Raw(first.axes)
+    if isinstance(kind, Raw):
+        kind.check(weight.tensor, weight.name)
+    rows = parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
+    if not (kind.split and rows) and not any(rule.parts for rule in wanting):
+        if first.axes and weight.kind is not None:
+            raise ValueError(f"targets={first.text!r}: {weight.name} is of kind {kind.name!r}, which knows its axes")
+        places = [Place(w.module, w.parameter, w.kind or kind, w.read) for w in users]
+        return [(Choice(weight.name, places, first.method, roles=weight.roles), first)]
+    chosen: dict[str, Rule] = {}
+    for rule in wanting:
+        for part in rule.parts or rows:
+            if part not in rows:
+                known = f"it has {', '.join(rows)}" if rows else "its weight is not known to be made of parts"
+                raise ValueError(f"targets={rule.text!r}: {weight.name} has no part {part!r}; {known}")
+            chosen.setdefault(part, rule)
+    found = []
+    for part, runs in rows.items():
+        name = f"{weight.name}[{part}]"
+        rule, excluded = chosen.get(part), next((p for p in exclude if matches(p, name)), None)
+        if rule is None or excluded is not None:
+            skipped[name] = "not in targets" if rule is None else f"excluded by {excluded!r}"
+            continue
+        places = []
+        for w in users:
+            whole = w.kind or kind
+            total = whole.to_matrix(w.module, w.tensor).shape[-2]
+            places.append(Place(w.module, w.parameter, Part(whole, runs, total), w.read))
+        found.append((Choice(name, places, rule.method, part, weight.roles), rule))
+    return found
+
+
+def _no_site(rule: Rule, weights: Sequence[Weight], refused: str | None, skipped: Mapping[str, str]) -> str:
     if refused:
-        return f"targets={pattern!r} matches no layer that can be adapted; {refused}"
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if kind_of(module)}
-    known |= set(BROAD)
-    if pattern in BROAD:
+        return f"targets={rule.text!r} matches no weight that can be adapted; {refused}"
+    if rule.pattern in BROAD:
         left = [f"{name or 'the model'}: {reason}" for name, reason in skipped.items()]
         why = "; ".join(left[:3]) or f"the model has none of the kinds {', '.join(KINDS)}"
-        return f"targets={pattern!r} matches no layer that can be adapted: {why}"
-    return f"targets={pattern!r} matches no layer of the model: {near_miss(pattern, known)}"
-
-
-def users_of_parameters(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """Group the layers that hold a parameter by its identity: more than one means that it is tied."""
-    users: dict[int, dict[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), {})[name] = module
-    return users
-
-
-def _output_layers(model: nn.Module) -> set[nn.Module]:
-    """The classifier of a timm model, the vocabulary head of a transformers one: their own words for it."""
-    found: set[nn.Module] = set()
-    for accessor in ("get_output_embeddings", "get_classifier"):
-        ask: Callable[[], object] | None = getattr(model, accessor, None)
-        head = ask() if callable(ask) else None
-        if isinstance(head, nn.Module):
-            found |= set(head.modules())
-    return found
+        return f"targets={rule.text!r} matches no weight that can be adapted: {why}"
+    known = {weight.name.rpartition(".")[2] for weight in weights} | {r for w in weights for r in w.roles} | set(BROAD)
+    return f"targets={rule.text!r} matches no weight of the model: {near_miss(rule.pattern, known)}"
 
 
 def _prefixes(name: str) -> list[str]:

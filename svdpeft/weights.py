@@ -29,7 +29,9 @@ class BaseWeight:
     @property
     def tensor(self) -> Tensor:
         """The parameter as it is now, detached (shares memory)."""
-        return getattr(self.owner, self.parameter).detach()
+        parameter = self.owner._parameters[self.parameter]  # not the attribute: it may be read with the update added
+        assert parameter is not None
+        return parameter.detach()
 
     @property
     def original(self) -> Tensor:
@@ -123,12 +125,51 @@ class Borrowed:
         }
 
 
+class Frozen:
+    """Normalisation layers held in evaluation mode, whatever mode their model is put into.
+
+    Args:
+        model: all its layers with running statistics, but those that another adapter holds already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if _has_statistics(m) and "train" not in vars(m)]
+        self.hold()
+
+    def hold(self) -> None:
+        """Put them into evaluation mode and keep them there."""
+        for layer in self.layers:
+            layer.train = _Held(layer)  # type: ignore[method-assign]
+            layer.training = False
+
+    def release(self) -> None:
+        """Give them the mode that was last asked for."""
+        for layer in self.layers:
+            mode = vars(layer).pop("train").mode
+            layer.train(mode)
+
+
+class _Held:
+    """Stands in the place of a layer's ``train``; a class and no closure, so that the model can be pickled."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.mode = layer, layer.training
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.mode = mode
+        return self.layer
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and bool(module.track_running_stats)
+
+
 def running_statistics(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Places of the statistics that a forward pass in training mode changes."""
     return {
         f"{name}.{attribute}".lstrip("."): (module, attribute)
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if _has_statistics(module)
         for attribute, value in module._buffers.items()
         if value is not None
     }

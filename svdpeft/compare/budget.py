@@ -17,8 +17,8 @@ def shapes(model: nn.Module, method: Method, targets: Sequence[str], exclude: Se
     """Return name and shape of the sites that ``attach`` would adapt."""
     found = []
     for choice in select(model, [(pattern, method) for pattern in targets], exclude, ()).choices:
-        owner = choice.owners[0]
-        matrix = choice.kind.to_matrix(owner, getattr(owner, choice.kind.parameter))
+        place = choice.places[0]
+        matrix = place.kind.to_matrix(place.module, place.module.get_parameter(place.parameter))
         found.append((choice.name, matrix[..., 0, 0].numel(), *matrix.shape[-2:]))
     return found
 

@@ -1,9 +1,13 @@
-"""What a layer kind is: how one kind of layer shows its weight as matrices and applies factors to an input."""
+"""What a layer kind is: how one kind of layer shows its weight as matrices, and how factors are applied to an input.
+
+Every kind gives the matrix view; that is enough to adapt a weight where it is read (W0 + ΔW stands in its place). A
+``CalledKind`` can also add the update to the output of a layer that is called, without building ΔW.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,23 +16,52 @@ from svdpeft.decomposition import Product
 POSITIONS = 1024  # tokens or pixels in a batch, for the choice between the two paths
 SMALL = 2**18  # entries; a larger ΔW is never built, since autograd would keep a copy of the weight per site
 
+Rows = tuple[tuple[int, int, int], ...]  # rows of a matrix, as (start, stop, step) ranges
+
+
+class Example(NamedTuple):
+    """A module in float64 with an input, for the property tests; no matrix of it is square.
+
+    Args:
+        module: called as ``module(x)``; gives one tensor.
+        x: its input.
+        targets: names below the module that are adapted; ``""`` is the module itself.
+    """
+
+    module: nn.Module
+    x: Tensor
+    targets: tuple[str, ...] = ("",)
+
 
 class LayerKind(ABC):
-    """Stateless: every method takes the layer. An update is never given a bias; the base layer has added it."""
+    """How a weight is a batch of matrices. Every method takes the layer that holds it."""
 
     name: ClassVar[str]
-    # Dotted names of the classes whose ``forward`` this kind mirrors. Names, not classes, so that an optional
-    # library is not imported; and a subclass with a ``forward`` of its own (weight standardisation, say) is
-    # another layer, on which the same update would merge wrongly.
-    forwards: ClassVar[tuple[str, ...]]
-    linear: ClassVar[bool] = False  # taken by targets="all-linear"
+    classes: ClassVar[tuple[str, ...]] = ()  # dotted names, so that an optional library is not imported
     parameter: ClassVar[str] = "weight"
+    linear: ClassVar[bool] = False  # multiplies the last axis of its input: taken by targets="all-linear"
+    reads: ClassVar[tuple[str, ...]] = ()  # children whose weight the layer reads without calling them
+    split: ClassVar[bool] = False  # its parts are always adapted apart
 
     @classmethod
-    def handles(cls, module: nn.Module) -> bool:
-        """Whether the layer's ``forward`` is one that this kind mirrors."""
-        owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
-        return f"{owner.__module__}.{owner.__qualname__}" in cls.forwards
+    def match(cls, module: nn.Module, parameter: str) -> int | None:
+        """How far up the layer's class hierarchy this kind's class is, or ``None``: the nearest kind adapts it."""
+        if parameter != cls.parameter:
+            return None
+        return next((i for i, c in enumerate(type(module).__mro__) if dotted(c) in cls.classes), None)
+
+    @classmethod
+    def roles(cls, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Further names by which targets may call the weights of a model this kind knows: site name -> roles."""
+        return {}
+
+    def called(self, module: nn.Module) -> bool:
+        """Whether the layer's own ``forward`` is one that this kind can add an update to."""
+        return False
+
+    def parts(self, module: nn.Module, parameter: str) -> dict[str, Rows]:
+        """Parts of the weight that this kind knows of, as rows of its matrix."""
+        return {}
 
     @abstractmethod
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
@@ -39,28 +72,8 @@ class LayerKind(ABC):
         """The inverse: matrices (*b, m, n) as a weight in the layer's own layout."""
 
     @abstractmethod
-    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        """Return what the layer would give for ``x`` with weight ``s L C A`` and no bias, without building it."""
-
-    @abstractmethod
-    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-        """Return what the layer gives for ``x`` with weight ``w`` (stored layout) and no bias."""
-
-    @abstractmethod
-    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
-        """Return ``out`` plus the layer's bias, if it has one."""
-
-    @abstractmethod
-    def examples(self) -> list[tuple[nn.Module, Tensor]]:
-        """Layers in float64 with an input each, never square: every property test runs over them."""
-
-    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        """Add the update to the layer's fresh output, in place."""
-        return out.add_(self.apply(module, x, product))
-
-    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        """The same by way of the dense ΔW: cheaper where the matrices are tiny."""
-        return out.add_(self.run(module, x, self.from_matrix(module, product.dense())))
+    def examples(self) -> list[Example]:
+        """What every property test runs over."""
 
     def prefers_dense(self, shape: tuple[int, int, int], rank: int, mixes: bool) -> bool:
         """Whether building ΔW costs fewer multiplications than going through the factors.
@@ -74,3 +87,38 @@ class LayerKind(ABC):
         thin = POSITIONS * (rank * (m + n) + mixes * rank * rank)
         dense = POSITIONS * m * n + rank * m * n + mixes * m * rank * rank
         return batch * m * n <= SMALL and dense < thin
+
+
+class CalledKind(LayerKind):
+    """A layer that is called with one input. An update is never given a bias; the base layer has added it."""
+
+    def called(self, module: nn.Module) -> bool:
+        # A subclass with a ``forward`` of its own (weight standardisation, say) computes something else from its
+        # weight: it is adapted where that forward reads the weight.
+        owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+        return dotted(owner) in self.classes
+
+    @abstractmethod
+    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
+        """Return what the layer would give for ``x`` with weight ``s L C A`` and no bias, without building it."""
+
+    @abstractmethod
+    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        """Return what the layer gives for ``x`` with weight ``w`` (stored layout) and no bias."""
+
+    @abstractmethod
+    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
+        """Return ``out`` plus the layer's bias, if it has one."""
+
+    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+        """Add the update to the layer's fresh output, in place."""
+        return out.add_(self.apply(module, x, product))
+
+    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+        """The same by way of the dense ΔW: cheaper where the matrices are tiny."""
+        return out.add_(self.run(module, x, self.from_matrix(module, product.dense())))
+
+
+def dotted(cls: type) -> str:
+    """``nn.Linear`` -> ``torch.nn.modules.linear.Linear``."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import LayerKind
+from svdpeft.layers.base import CalledKind, Example
 from svdpeft.registry import KINDS
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @KINDS.register("conv")
-class Conv(LayerKind):
+class Conv(CalledKind):
     """A thin convolution with the layer's own stride, padding, dilation and groups, then a 1×1 one per group."""
 
-    forwards: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3))
+    classes: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3))
 
     def to_matrix(self, module: Any, w: Tensor) -> Tensor:
         return rearrange(w, "(g out) inner ... -> g out (inner ...)", g=module.groups)
@@ -37,8 +37,8 @@ class Conv(LayerKind):
         if product.C is not None and product.C.ndim == 2:
             z = z * product.C.reshape(-1, *ones)
         elif product.C is not None:
-            z = _pointwise(z, product.C, ones)
-        return _pointwise(z, product.L * product.scale, ones)
+            z = pointwise(z, product.C, ones)
+        return pointwise(z, product.L * product.scale, ones)
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         return module._conv_forward(x, w, None)
@@ -48,27 +48,21 @@ class Conv(LayerKind):
             out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *(1,) * len(module.kernel_size))
         )
 
-    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+    def examples(self) -> list[Example]:
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, dtype=torch.float64)
+
         return [
-            (nn.Conv2d(6, 4, (3, 2), stride=2, padding=1, groups=2).double(), torch.randn(3, 6, 9, 8).double()),
-            (
-                nn.Conv2d(3, 5, 3, dilation=2, padding=2, padding_mode="reflect").double(),
-                torch.randn(2, 3, 7, 9).double(),
-            ),
-            (nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False).double(), torch.randn(2, 4, 6, 5).double()),
-            (nn.Conv2d(7, 3, 1).double(), torch.randn(2, 7, 3, 4).double()),
-            (
-                nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular").double(),
-                torch.randn(2, 4, 9).double(),
-            ),
-            (
-                nn.Conv3d(2, 5, (1, 2, 3), padding_mode="replicate", padding=1).double(),
-                torch.randn(1, 2, 3, 4, 5).double(),
-            ),
+            Example(nn.Conv2d(6, 4, (3, 2), stride=2, padding=1, groups=2).double(), randn(3, 6, 9, 8)),
+            Example(nn.Conv2d(3, 5, 3, dilation=2, padding=2, padding_mode="reflect").double(), randn(2, 3, 7, 9)),
+            Example(nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False).double(), randn(2, 4, 6, 5)),
+            Example(nn.Conv2d(7, 3, 1).double(), randn(2, 7, 3, 4)),
+            Example(nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular").double(), randn(2, 4, 9)),
+            Example(nn.Conv3d(2, 5, (1, 2, 3), padding_mode="replicate", padding=1).double(), randn(1, 2, 3, 4, 5)),
         ]
 
 
-def _pointwise(z: Tensor, matrices: Tensor, ones: tuple[int, ...]) -> Tensor:
+def pointwise(z: Tensor, matrices: Tensor, ones: tuple[int, ...]) -> Tensor:
     """A 1×1 convolution: (N, g·q, *space) by (g, p, q) -> (N, g·p, *space)."""
     groups, p, q = matrices.shape
     return CONV[len(ones)](z, matrices.reshape(groups * p, q, *ones), groups=groups)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from svdpeft.layers.base import Example
 from svdpeft.layers.linear import Linear
 from svdpeft.registry import KINDS
 
@@ -15,7 +16,7 @@ from svdpeft.registry import KINDS
 class HFConv1D(Linear):
     """y = x W + bias: the matrix is the transposed weight."""
 
-    forwards: ClassVar = ("transformers.pytorch_utils.Conv1D",)
+    classes: ClassVar = ("transformers.pytorch_utils.Conv1D",)
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         return w.mT
@@ -26,10 +27,10 @@ class HFConv1D(Linear):
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         return x @ w
 
-    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+    def examples(self) -> list[Example]:
         from transformers.pytorch_utils import Conv1D
 
         layer = Conv1D(7, 4).double()
         nn.init.normal_(layer.bias)  # zero at construction
         nn.init.normal_(layer.weight)
-        return [(layer, torch.randn(2, 3, 4).double())]
+        return [Example(layer, torch.randn(2, 3, 4).double())]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from svdpeft.layers.base import Example
 from svdpeft.layers.conv import Conv
 from svdpeft.registry import KINDS
 
@@ -15,15 +16,15 @@ from svdpeft.registry import KINDS
 class ConvSame(Conv):
     """A convolution that pads more on the right than on the left where the stride leaves an odd remainder."""
 
-    forwards: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
+    classes: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         from timm.layers.conv2d_same import conv2d_same
 
         return conv2d_same(x, w, None, module.stride, module.padding, module.dilation, module.groups)
 
-    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+    def examples(self) -> list[Example]:
         from timm.layers.conv2d_same import Conv2dSame
 
         layer = Conv2dSame(4, 6, 3, stride=2, groups=2, dtype=torch.float64)
-        return [(layer, torch.randn(2, 4, 8, 7).double())]
+        return [Example(layer, torch.randn(2, 4, 8, 7).double())]

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import LayerKind
+from svdpeft.layers.base import CalledKind, Example
 from svdpeft.registry import KINDS
 
 
 @KINDS.register("linear")
-class Linear(LayerKind):
+class Linear(CalledKind):
     """y = x Wᵀ + bias: the weight is the matrix."""
 
-    forwards: ClassVar = ("torch.nn.modules.linear.Linear",)
+    classes: ClassVar = ("torch.nn.modules.linear.Linear",)
     linear: ClassVar = True
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ class Linear(LayerKind):
         rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
         return rows.view(out.shape)  # not `out`: torch 2.11 takes it for a leaf in a second adapter's in-place addition
 
-    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+    def examples(self) -> list[Example]:
         torch_linear = nn.Linear(7, 5, dtype=torch.float64)
         wide = nn.Linear(6, 11, bias=False, dtype=torch.float64)
-        return [(torch_linear, torch.randn(2, 3, 7).double()), (wide, torch.randn(4, 6).double())]
+        return [Example(torch_linear, torch.randn(2, 3, 7).double()), Example(wide, torch.randn(4, 6).double())]
 
     @staticmethod
     def _down(x: Tensor, product: Product) -> Tensor:

@@ -203,7 +203,7 @@ class Factored(Method):
         """s, the factor in front of L C A."""
         return 1.0 if self.alpha is None else self.alpha / self._rank
 
-    def at(self, site: str, m: int, n: int, clip: bool = False):
+    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()):
         """Return this method with the rank of one site as a number.
 
         Args:
@@ -211,10 +211,12 @@ class Factored(Method):
             m: rows of the site's matrices.
             n: columns.
             clip: lower a rank that is larger than min(m, n) instead of refusing it.
+            roles: further names of the site that a pattern may mean.
         """
         rank = self.rank
         if isinstance(rank, Mapping):
-            matching = [value for pattern, value in rank.items() if matches(pattern, site)]
+            names = (site, *roles)
+            matching = [value for pattern, value in rank.items() if any(matches(pattern, n) for n in names)]
             if not matching:
                 raise ValueError(f"no pattern of rank={rank!r} matches {site}; '.*' matches the rest")
             rank = matching[0]

@@ -1,0 +1,50 @@
+"""Embeddings: a row of the weight per token.
+
+stored (tokens, width) = the matrix, the same view that a tied output layer has of it
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svdpeft.decomposition import Product
+from svdpeft.layers.base import CalledKind, Example
+from svdpeft.registry import KINDS
+
+
+@KINDS.register("embedding")
+class Embedding(CalledKind):
+    """Rows of L are looked up and multiplied by C A: no gradient of the size of the vocabulary but L's own."""
+
+    classes: ClassVar = ("torch.nn.modules.sparse.Embedding",)
+
+    @classmethod
+    def match(cls, module: Any, parameter: str) -> int | None:
+        found = super().match(module, parameter)
+        # With max_norm the forward pass itself rewrites the base weight.
+        return None if found is None or module.max_norm is not None else found
+
+    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
+        return w
+
+    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def apply(self, module: Any, x: Tensor, product: Product) -> Tensor:
+        z = self.run(module, x, product.L)
+        if product.C is not None:
+            z = z * product.C if product.C.ndim == 1 else z @ product.C
+        return z @ product.A * product.scale
+
+    def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
+        return F.embedding(x, w)
+
+    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
+        return out
+
+    def examples(self) -> list[Example]:
+        return [Example(nn.Embedding(11, 5, padding_idx=0).double(), torch.tensor([[1, 3, 10, 0], [2, 4, 5, 9]]))]
