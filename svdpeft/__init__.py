@@ -9,8 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from svdpeft.adapter import Adapter, MergeReport, attach
+from svdpeft.adapter import Adapter, MergeReport
 from svdpeft.checkpoint import CheckpointError, load
+from svdpeft.install import attach
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS
 

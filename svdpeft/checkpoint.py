@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter, install
+from svdpeft.adapter import Adapter
+from svdpeft.install import install
 from svdpeft.inventory import users_of_parameters
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.fused import Part

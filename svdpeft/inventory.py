@@ -65,6 +65,8 @@ def weights_of(model: nn.Module) -> list[Weight]:
             if tensor is None or isinstance(tensor, nn.UninitializedParameter) or tensor.ndim < 2:
                 continue
             kind = kind_of(module, parameter)
+            if kind is None and sum(size > 1 for size in tensor.shape) < 2:
+                continue  # a vector with axes to broadcast along
             if kind is not None:
                 read |= {getattr(module, child) for child in kind.reads}
             whole = kind is not None and parameter == kind.parameter

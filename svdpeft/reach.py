@@ -166,5 +166,6 @@ class _Reads(TorchFunctionMode):
         self.read.update(places)
         for place in places:
             place.reached = True
+            place.site.use_base()  # what is read is the weight, and no factors alone
         by_site = {place.site: place for place in places if place.site.active}
         return adapted(value, list(by_site.values())) if by_site else value

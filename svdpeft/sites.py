@@ -216,9 +216,13 @@ class Site:
 
     def can_skip_base(self) -> bool:
         """Whether the factors hold the whole weight and nobody else has a hand in the layer's forward."""
-        whole = self.method.replaces_weight(*self.shape[1:]) and not self.part
-        return whole and all(
-            "forward" not in vars(p.module) and not p.read and getattr(p.module, PLACES) == [p] for p in self.places
+        return self.method.replaces_weight(*self.shape[1:]) and all(
+            isinstance(p.kind, CalledKind)
+            and p.kind.multiplies
+            and not p.read
+            and "forward" not in vars(p.module)
+            and getattr(p.module, PLACES) == [p]
+            for p in self.places
         )
 
 

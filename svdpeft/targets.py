@@ -145,6 +145,9 @@ def select(
     """
     selection, trained = Selection(), {id(model.get_parameter(name)) for name in whole}
     listed = [Rule.parse(text, method) for text, method in pairs]
+    for known in KINDS.values():
+        if objection := known.objection(model):
+            raise ValueError(objection)
     weights = weights_of(model)
     shared, users = views(weights), by_identity(weights)
     hits = dict.fromkeys((rule.text for rule in listed), 0)
@@ -247,7 +250,7 @@ def _choose(
     above, _, leaf = weight.name.rpartition(".")
     kind = weight.kind or Raw(first.axes)
     if isinstance(kind, Raw):
-        kind.check(weight.tensor, weight.name)
+        kind.check_axes(weight.tensor, weight.name)
     rows = parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
     if not (kind.split and rows) and not any(rule.parts for rule in wanting):
         if first.axes and weight.kind is not None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter, attach
+from svdpeft.adapter import Adapter
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import LayerKind
+from svdpeft.install import attach
+from svdpeft.layers.base import CalledKind, LayerKind
 from svdpeft.methods.base import Method
 from svdpeft.registry import KINDS, METHODS
 
@@ -70,6 +71,8 @@ every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
 class Host(nn.Module):
     """A layer under test as part of a model: a norm with running statistics, a nonlinearity and a head follow."""
 
+    targets: tuple[str, ...] = ("layer",)  # what of it is adapted
+
     def __init__(self, layer: nn.Module, width: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.layer = layer
@@ -87,9 +90,23 @@ def example(kind: tuple[str, int], seed: int = 0) -> tuple[LayerKind, nn.Module,
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     found = KINDS[kind[0]]()
-    layer, x = found.examples()[kind[1]]
+    layer, x, _ = found.examples()[kind[1]]
     torch.set_rng_state(state)
     return found, layer, x
+
+
+def below(kind: tuple[str, int], name: str = "layer") -> tuple[str, ...]:
+    """The targets of an example that is called ``name`` in its model."""
+    return tuple(f"{name}.{target}".removesuffix(".") for target in KINDS[kind[0]]().examples()[kind[1]].targets)
+
+
+def called(kind: tuple[str, int]) -> bool:
+    """Whether the example is one layer that is called, so that the factored path can be asked for."""
+    found, layer, _ = example(kind)
+    return isinstance(found, CalledKind) and found.called(layer)
+
+
+every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
 
 
 def host(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Host, Tensor]:
@@ -100,15 +117,57 @@ def host(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float6
     state = torch.get_rng_state()
     torch.manual_seed(seed + 1)
     model = Host(layer, width).to(dtype).eval()
+    model.targets = below(kind)
     torch.set_rng_state(state)
-    return model, x.to(dtype)
+    return model, x.to(dtype) if x.is_floating_point() else x
+
+
+def frozen(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of a base that does not train: torch picks a linear layer's kernel by whether its weight does."""
+    flags = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        out = model.requires_grad_(False)(x)
+    for p, flag in zip(model.parameters(), flags, strict=True):
+        p.requires_grad_(flag)
+    return out
+
+
+def weight_of(model: nn.Module, site: Any) -> str:
+    """The full name of the parameter that a site adapts."""
+    place = site.places[0]
+    name = next(name for name, module in model.named_modules() if module is place.module)
+    return f"{name}.{place.parameter}".lstrip(".")
+
+
+def weights_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The base weights of all sites by name, as they are stored."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name] for name in dict.fromkeys(weight_of(model, s) for s in adapter.sites.values())}
+
+
+def updated(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """W0 + ΔW of every adapted weight, without asking the model."""
+    total = {name: w.detach().clone() for name, w in weights_of(model, adapter).items()}
+    for site in adapter.sites.values():
+        total[weight_of(model, site)] += site.delta()
+    return total
+
+
+def expected_of(kind: tuple[str, int], x: Tensor, weights: dict[str, Tensor], layer: bool = False) -> Tensor:
+    """What a fresh base gives with other weights in the place of its own; ``layer``: its layer alone."""
+    model, _ = host(kind)
+    with torch.no_grad():
+        for name, w in weights.items():
+            model.get_parameter(name).copy_(w)
+        return (model.layer if layer else model)(x)
 
 
 def adapt(model: nn.Module, method: Method, **options: Any) -> Adapter:
     """Attach to the layer under test, ranks clipped to it; methods without factors get the head to train."""
     if not method.factored:
         options.setdefault("train", ("head",))
-    return attach(model, method, **{"targets": ["layer"], "clip_rank": True, "seed": 5, **options})
+    targets = list(getattr(model, "targets", ["layer"]))
+    return attach(model, method, **{"targets": targets, "clip_rank": True, "seed": 5, **options})
 
 
 def perturb(adapter: Adapter, size: float = 0.3, seed: int = 7) -> None:
@@ -129,16 +188,18 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() > 1e-3)
 
 
-def magnitude(kind: LayerKind, layer: Any, x: Tensor, w: Tensor, *products: Product | None) -> Tensor:
+def magnitude(kind: CalledKind, layer: Any, x: Tensor, w: Tensor, *products: Product | None) -> Tensor:
     """The sum of the absolute values of all terms in the layer's output, float64: what rounding is relative to."""
-    x = x.double().abs()
+    x = x.double().abs() if x.is_floating_point() else x
     total = kind.run(layer, x, w.double().abs())
     for p in products:
         if p is not None:
             core = None if p.C is None else p.C.double().abs()
             positive = Product(p.L.double().abs(), core, p.A.double().abs(), abs(p.scale))
             total = total + kind.run(layer, x, kind.from_matrix(layer, positive.dense()))
-    return total if layer.bias is None else total + kind.add_bias(layer, torch.zeros_like(total)).abs()
+    return (
+        total if getattr(layer, "bias", None) is None else total + kind.add_bias(layer, torch.zeros_like(total)).abs()
+    )
 
 
 # Every output is a sum of terms that are rounded at most this often in the layer's dtype (input, weight, factor, three

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import adapt, close, kinds, label, perturb
+from helpers import adapt, close, host, kinds, label, perturb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft import LoRA, PiSSA, attach
+from svdpeft.inventory import kind_of
 from svdpeft.layers.base import POSITIONS, SMALL
+from svdpeft.layers.conv import Conv
 from svdpeft.layers.linear import Linear
-from svdpeft.registry import KINDS
-from svdpeft.targets import kind_of
 
 
 class Renamed(nn.Linear):
@@ -28,41 +28,117 @@ class Standardised(nn.Conv2d):
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=label)
-def test_examples_belong_to_their_own_kind_only(kind: tuple[str, int]):
-    layer, x = KINDS[kind[0]]().examples()[kind[1]]
-    assert [name for name in KINDS if KINDS[name].handles(layer)] == [kind[0]]
-    assert x.dtype == torch.float64
-    assert next(layer.parameters()).dtype == torch.float64
+def test_examples_belong_to_their_own_kind(kind: tuple[str, int]):
+    model, x = host(kind)
+    adapter = adapt(model, LoRA(rank=1))
+    assert kind[0] in {site.kind.name for site in adapter.sites.values()}
+    assert x.dtype == torch.float64 or not x.is_floating_point()
+    assert next(model.parameters()).dtype == torch.float64
+
+
+class Wide(nn.Linear):
+    """A forward of its own that is not linear in the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, torch.tanh(self.weight), self.bias)
 
 
 def test_subclasses():
+    """One that keeps the forward is hooked; one with a forward of its own is adapted where that reads the weight."""
     assert isinstance(kind_of(Renamed(3, 4)), Linear)
-    assert kind_of(Standardised(3, 4, 2)) is None
-    for other in (
-        nn.ConvTranspose2d(3, 4, 2),
-        nn.Bilinear(2, 3, 4),
-        nn.LayerNorm(3),
-        nn.Embedding(3, 4),
-        nn.Identity(),
-    ):
+    assert isinstance(kind_of(Standardised(3, 4, 2)), Conv)
+    for other in (nn.LayerNorm((3, 2)), nn.Identity(), nn.Embedding(3, 4, max_norm=1.0), nn.LSTM(2, 3)):
         assert kind_of(other) is None
-    model = nn.ModuleDict({"a": Renamed(3, 4), "b": Standardised(3, 4, 2)})
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": Renamed(3, 4), "b": Standardised(3, 4, 2), "c": Wide(3, 5)}).double()
     adapter = attach(model, LoRA(rank=1), targets="all")
-    assert list(adapter.sites) == ["a"]
-    assert adapter.skipped == {"b": "no layer kind adapts a Standardised"}
+    assert {name: site.path for name, site in adapter.sites.items()} == {
+        "a": "factored",
+        "b": "parametrised",
+        "c": "parametrised",
+    }
+    perturb(adapter)
+    x, image = torch.randn(2, 3).double(), torch.randn(2, 3, 4, 5).double()
+    adapted = [model["a"](x), model["b"](image), model["c"](x)]
+    adapter.merge()
+    for found, expected in zip([model["a"](x), model["b"](image), model["c"](x)], adapted, strict=True):
+        close(found, expected)
 
 
-def test_attention_projection_that_is_read_and_not_called():
-    """MultiheadAttention reads out_proj.weight: a hook there would never run, and merging would change the output."""
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    model = nn.ModuleDict({"attention": attention, "proj": nn.Linear(8, 5)})
-    adapter = attach(model, LoRA(rank=2), targets="all")
-    assert list(adapter.sites) == ["proj"]
-    assert adapter.skipped["attention"] == "no layer kind adapts a MultiheadAttention"
-    assert adapter.skipped["attention.out_proj"].startswith("its weight is read by nn.MultiheadAttention")
-    assert "attention.out_proj" in adapter.summary()
-    with pytest.raises(ValueError, match=r"attention.out_proj: its weight is read by nn.MultiheadAttention"):
-        attach(model, LoRA(rank=2), targets=["out_proj"], name="two")
+def test_the_class_of_a_read_layer_keeps_its_name_and_comes_back():
+    model = nn.ModuleDict({"b": Standardised(3, 4, 2)})
+    adapter = attach(model, LoRA(rank=1), targets="all")
+    assert type(model["b"]) is not Standardised
+    assert isinstance(model["b"], Standardised)
+    assert type(model["b"]).__name__ == "Standardised"
+    assert list(dict(model.named_parameters()))[:2] == ["b.weight", "b.bias"], "the base's names are as they were"
+    adapter.detach()
+    assert type(model["b"]) is Standardised
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.proj = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "fast path"])
+def test_multihead_attention_is_three_matrices_and_an_output_merged_once(weights: bool):
+    model = Block().double().eval()
+    x = torch.randn(2, 4, 6).double()
+    adapter = attach(model, PiSSA(rank=2))
+    assert [f"{name}: {site.path}" for name, site in adapter.sites.items()] == [
+        "attention.in_proj_weight[q]: parametrised",
+        "attention.in_proj_weight[k]: parametrised",
+        "attention.in_proj_weight[v]: parametrised",
+        "attention.out_proj: parametrised",
+        "proj: dense",
+    ]
+    perturb(adapter)
+    with torch.set_grad_enabled(weights):  # without a gradient torch takes its fused kernel
+        expected = model(x)
+        base = model.attention.in_proj_weight.detach()
+        adapter.merge()
+        close(model(x), expected)
+        assert torch.equal(model.attention._parameters["in_proj_weight"], model.attention.in_proj_weight)
+        close(base, model.attention.in_proj_weight.detach())
+
+
+def test_multihead_attention_against_three_own_matrices():
+    """The parts q, k, v of in_proj_weight are what the attention itself uses as q, k and v."""
+    attention = nn.MultiheadAttention(6, 2, batch_first=True, bias=False).double()
+    model = nn.ModuleDict({"attention": attention})
+    x = torch.randn(2, 4, 6).double()
+    for part in "qkv":
+        adapter = attach(model, LoRA(rank=2), targets=[f"in_proj_weight[{part}]"])
+        assert list(adapter.sites) == [f"attention.in_proj_weight[{part}]"]
+        perturb(adapter)
+        q, k, v = (attention._parameters["in_proj_weight"].detach().chunk(3)["qkv".index(p)].clone() for p in "qkv")
+        delta = adapter.delta(f"attention.in_proj_weight[{part}]").chunk(3)["qkv".index(part)]
+        {"q": q, "k": k, "v": v}[part].add_(delta)
+        heads = [(x @ w.T).unflatten(-1, (2, 3)).transpose(1, 2) for w in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2) @ attention.out_proj.weight.T
+        close(attention(x, x, x)[0].detach(), out.detach())
+        adapter.detach()
+
+
+def test_transformer_encoder_layer_keeps_the_update_on_its_fast_path():
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).double().eval()
+    x = torch.randn(2, 5, 8).double()
+    with torch.no_grad():
+        base = model(x)
+        adapter = attach(model, PiSSA(rank=2))
+        assert len(adapter.sites) == 6
+        torch.testing.assert_close(model(x), base)
+        perturb(adapter)
+        adapted = model(x)
+        adapter.merge()
+        close(model(x), adapted)
+    assert not torch.allclose(adapted, base)
 
 
 def test_parametrised_weight_is_left_and_reported():

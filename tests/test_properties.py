@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -18,14 +19,18 @@ from helpers import (
     Host,
     adapt,
     assert_same,
+    called,
     close,
     close_to_rounding,
     differs,
     equal_bits,
+    every_called,
     every_factored,
     every_kind,
     every_method,
     example,
+    expected_of,
+    frozen,
     host,
     kinds,
     label,
@@ -33,6 +38,9 @@ from helpers import (
     methods,
     perturb,
     snapshot,
+    updated,
+    weight_of,
+    weights_of,
 )
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
@@ -45,7 +53,14 @@ from svdpeft.methods.base import Factored, Method
 from svdpeft.registry import KINDS, METHODS
 
 HALVES = (torch.float32, torch.bfloat16)
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 LINEAR = ("linear", 0)
+READ = ("rwkv", 0)  # an example whose weights are read
 
 
 def test_every_registered_method_and_kind_has_rows():
@@ -53,11 +68,13 @@ def test_every_registered_method_and_kind_has_rows():
     assert {name for name, _ in kinds()} == set(KINDS)
 
 
-def test_examples_are_never_square():
-    for kind in kinds():
-        found, layer, _ = example(kind)
-        *_, m, n = found.to_matrix(layer, layer.weight).shape
-        assert m != n, f"{label(kind)} is {m}x{n}: a transposition would pass unseen"
+def test_examples_show_matrices_that_are_not_square():
+    for name in KINDS:
+        shapes = set()
+        for kind in (kind for kind in kinds() if kind[0] == name):
+            model, _ = host(kind)
+            shapes |= {site.shape[1:] for site in adapt(model, LoRA(rank=1)).sites.values()}
+        assert any(m != n for m, n in shapes), f"{name} is {shapes}: a transposition would pass unseen"
 
 
 # -- 1 the start ---------------------------------------------------------------------------------------------
@@ -68,12 +85,15 @@ def test_examples_are_never_square():
 def test_start_is_the_base_bit_for_bit(method: Method, kind: tuple[str, int]):
     for dtype in (torch.float64, *HALVES):
         model, x = host(kind, dtype=dtype)
-        expected = model(x)
+        expected = frozen(model, x)
         adapter = adapt(model, method)
         exact = all(site.method.exact_start for site in adapter.sites.values())
-        assert torch.equal(model(x), expected) == exact
+        assert torch.equal(frozen(model, x), expected) == exact
         for site in adapter.sites.values():
             assert bool((site.delta() == 0).all()) == exact
+            name = weight_of(model, site)
+            read = operator.attrgetter(name)(model)  # what the model's own code gets
+            assert torch.equal(read, weights_of(model, adapter)[name]) == (exact or not site.places[0].read)
 
 
 # -- 2 disabled and detached ---------------------------------------------------------------------------------
@@ -83,7 +103,7 @@ def test_start_is_the_base_bit_for_bit(method: Method, kind: tuple[str, int]):
 @every_method
 def test_disabled_and_detached_are_the_base(method: Method, kind: tuple[str, int]):
     model, x = host(kind)
-    before, expected = snapshot(model), model(x)
+    before, expected = snapshot(model), frozen(model, x)
     values = {k: v.clone() for k, v in model.state_dict().items()}
     adapter = adapt(model, method, train=("head",))
     perturb(adapter)
@@ -93,8 +113,8 @@ def test_disabled_and_detached_are_the_base(method: Method, kind: tuple[str, int
     for change, back in ((None, None), ("merge", "unmerge"), ("fold", "unfold")):
         if change:
             getattr(adapter, change)()
-        with adapter.disabled():
-            assert torch.equal(model(x), expected)
+        with adapter.disabled(), torch.no_grad():
+            assert torch.equal(frozen(model, x), expected)
             assert all(equal_bits(model.state_dict()[k], v) for k, v in values.items())
         close(model(x), adapted)
         if back:
@@ -102,7 +122,7 @@ def test_disabled_and_detached_are_the_base(method: Method, kind: tuple[str, int
     assert torch.equal(model(x), adapted)
     adapter.detach()
     assert_same(before, snapshot(model))
-    assert torch.equal(model(x), expected)
+    assert torch.equal(frozen(model, x), expected)
 
 
 @every_kind
@@ -179,24 +199,60 @@ def test_disabled_ends_when_the_block_raises():
 @every_factored
 def test_merged_is_adapted_and_every_bit_returns(method: Method, kind: tuple[str, int]):
     model, x = host(kind)
-    found = KINDS[kind[0]]()
-    base, adapter = model.layer.weight.clone(), adapt(model, method)
+    adapter = adapt(model, method)
+    base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
     perturb(adapter)
     adapted = model.layer(x)
-    assert differs(adapted, found.add_bias(model.layer, found.run(model.layer, x, base)))
+    assert differs(adapted, expected_of(kind, x, {}, layer=True))
+    new = updated(model, adapter)
+    close(adapted.detach(), expected_of(kind, x, new, layer=True))
     report = adapter.merge()
     close(model.layer(x), adapted)
-    close(model.layer.weight.detach(), base + adapter.delta("layer"))
+    for name, w in weights_of(model, adapter).items():
+        close(w.detach(), new[name])
     assert report.worst < 1e-12
     adapter.unmerge()
     for _ in range(10):
         adapter.merge()
         adapter.unmerge()
-    assert equal_bits(model.layer.weight, base)
+    assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
     assert torch.equal(model.layer(x), adapted)
 
 
 @every_kind
+@every_factored
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_low_precision_weight_is_rounded_once(method: Method, kind: tuple[str, int], dtype: torch.dtype):
+    """What is read and what is merged is W0 + ΔW, formed in float32 at least, to within one rounding."""
+    model, _ = host(kind, dtype=dtype)
+    adapter = adapt(model, method)
+    base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
+    perturb(adapter)
+    size = {name: w.detach().double().abs() for name, w in base.items()}
+    for site in adapter.sites.values():
+        for part in (site.method.now, site.method.anchor, site.method.update):
+            if (p := part(site.factors)) is not None:
+                core = None if p.C is None else p.C.double().abs()
+                positive = Product(p.L.double().abs(), core, p.A.double().abs(), abs(p.scale)).dense()
+                size[weight_of(model, site)] += site.kind.from_matrix(site.places[0].module, positive.detach())
+    exact = {name: w.double() for name, w in base.items()}
+    for site in adapter.sites.values():
+        product = site.method.update(site.factors).double()
+        exact[weight_of(model, site)] += site.kind.from_matrix(site.places[0].module, product.dense().detach())
+    for state in ("attached", "merge", "fold"):
+        if state != "attached":
+            getattr(adapter, state)()
+        for name in {weight_of(model, s) for s in adapter.sites.values() if s.places[0].read or state == "merge"}:
+            close_to_rounding(operator.attrgetter(name)(model).detach(), exact[name], size[name], dtype)
+        if state != "attached":
+            getattr(adapter, f"un{state}")()
+    for _ in range(10):
+        adapter.merge()
+        adapter.unmerge()
+    assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
+
+
+@every_called
 @every_factored
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_low_precision_within_rounding(method: Method, kind: tuple[str, int], dtype: torch.dtype):
@@ -207,11 +263,11 @@ def test_low_precision_within_rounding(method: Method, kind: tuple[str, int], dt
     perturb(adapter)
     site = adapter.sites["layer"]
     wide = copy.deepcopy(layer).double()
-    for name in ("_svdpeft_sites", "_svdpeft_hook"):
+    for name in ("_svdpeft_places", "_svdpeft_hook"):
         delattr(wide, name)
     wide._forward_hooks.clear()
     wide._forward_hooks_with_kwargs.clear()
-    exact = found.add_bias(wide, found.run(wide, x.double(), base.double() + site.delta().double()))
+    exact = found.add_bias(wide, found.run(wide, widened(x), base.double() + site.delta().double()))
     start = site.method.anchor(site.factors)
     size = magnitude(found, wide, x, base, site.method.now(site.factors), start, site.method.update(site.factors))
     close_to_rounding(layer(x), exact, size, dtype)
@@ -231,21 +287,29 @@ def test_low_precision_within_rounding(method: Method, kind: tuple[str, int], dt
 @every_factored
 def test_two_adapters_add_up_and_switch_off_alone(method: Method, kind: tuple[str, int]):
     model, x = host(kind)
-    base = model.layer(x)
-    weight = model.layer.weight.clone()
+    base = frozen(model.layer, x)
     one, two = adapt(model, method), adapt(model, LoRA(rank=1), name="two", seed=9)
+    weights = {name: w.clone() for name, w in weights_of(model, one).items()}
     perturb(one)
     perturb(two, seed=8)
     both = model.layer(x)
     with two.disabled():
         first = model.layer(x)
+        close(first.detach(), expected_of(kind, x, updated(model, one), layer=True))
     with one.disabled():
         second = model.layer(x)
     assert differs(first, base)
     assert differs(second, base)
-    close(both - base, (first - base) + (second - base))
+    total = updated(model, one)
+    for name, w in updated(model, two).items():
+        total[name] = total[name] + (w - weights[name])
+    close(both.detach(), expected_of(kind, x, total, layer=True))
     with one.disabled(), two.disabled():
-        assert torch.equal(model.layer(x), base)
+        assert torch.equal(frozen(model.layer, x), base)
+
+    def unchanged() -> bool:
+        return all(equal_bits(w, weights[name]) for name, w in weights_of(model, one).items())
+
     for into, back in (("merge", "unmerge"), ("fold", "unfold")):
         for order in ((one, two), (two, one)):
             for undo in ((one, two), (two, one)):
@@ -255,7 +319,7 @@ def test_two_adapters_add_up_and_switch_off_alone(method: Method, kind: tuple[st
                 for adapter in undo:
                     getattr(adapter, back)()
                     close(model.layer(x), both)
-                assert equal_bits(model.layer.weight, weight)
+                assert unchanged()
     for first_state, second_state in (("fold", "merge"), ("merge", "fold")):
         getattr(one, first_state)()
         getattr(two, second_state)()
@@ -267,7 +331,7 @@ def test_two_adapters_add_up_and_switch_off_alone(method: Method, kind: tuple[st
         getattr(one, f"un{first_state}")()
         close(model.layer(x), both)
         getattr(two, f"un{second_state}")()
-        assert equal_bits(model.layer.weight, weight)
+        assert unchanged()
 
 
 @every_factored
@@ -363,13 +427,13 @@ def test_hook_has_the_gradient_of_its_output(method: Method, kind: tuple[str, in
     model, x = host(kind)
     adapter = adapt(model, method)
     perturb(adapter)
-    x = x[:1].requires_grad_()
+    inputs = [x[:1].requires_grad_()] if x.is_floating_point() else []
     named = dict(adapter.named_parameters())
 
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        return model.layer(x)
+    def run(*given: Tensor) -> Tensor:
+        return model.layer(given[0] if inputs else x[:1])
 
-    assert torch.autograd.gradcheck(run, (x, *named.values()), fast_mode=True, atol=1e-6)
+    assert torch.autograd.gradcheck(run, (*inputs, *named.values()), fast_mode=True, atol=1e-6)
 
 
 # -- 5 files -------------------------------------------------------------------------------------------------
@@ -474,7 +538,7 @@ def test_loaded_in_another_process_is_bit_identical(
 # -- 6 the factored path is the dense path -------------------------------------------------------------------
 
 
-@every_kind
+@every_called
 @pytest.mark.parametrize("core", ["none", "diagonal", "matrix"])
 def test_apply_equals_the_layer_with_the_dense_update(kind: tuple[str, int], core: str):
     found, layer, x = example(kind)
@@ -497,8 +561,9 @@ def test_apply_equals_the_layer_with_the_dense_update(kind: tuple[str, int], cor
     assert found.add(layer, x, out, product).data_ptr() == out.data_ptr(), "in place"
 
 
-@every_kind
+@every_called
 def test_site_takes_the_same_values_by_either_path(kind: tuple[str, int]):
+    """Three ways to one output: through the factors, through a dense ΔW, and by reading W0 + ΔW."""
     for method in methods(True):
         model, x = host(kind)
         adapter = adapt(model, method)
@@ -508,7 +573,10 @@ def test_site_takes_the_same_values_by_either_path(kind: tuple[str, int]):
         for dense in (False, True):
             site.dense = dense
             outputs.append(model.layer(x))
-        close(*outputs)
+        site.places[0].called = False
+        site.serve_reads(site.places[0])
+        close(outputs[0], outputs[1])
+        close(model.layer(x), outputs[0])
 
 
 # -- 7 ranks -------------------------------------------------------------------------------------------------
@@ -519,24 +587,24 @@ def test_site_takes_the_same_values_by_either_path(kind: tuple[str, int]):
 def test_rank_as_stated_before_training(method: Method, kind: tuple[str, int]):
     model, _ = host(kind)
     adapter = adapt(model, method)
-    site = adapter.sites["layer"]
-    _batch, m, n = site.shape
-    stated = site.method.export_rank(m, n)
-    assert 1 <= stated <= min(m, n)
+    stated = {name: site.method.export_rank(*site.shape[1:]) for name, site in adapter.sites.items()}
     perturb(adapter)
-    product = site.method.update(site.factors)
-    dense = product.dense().detach()
-    assert dense.shape[-2:] == (m, n)
-    ranks = torch.linalg.matrix_rank(dense)
-    assert torch.equal(exact_rank(product), ranks)
-    assert int(ranks.max()) <= stated
-    small = recompress(product)
-    assert small.rank == max(int(ranks.max()), 1) <= stated
-    close(small.dense().detach(), dense)
-    assert small.C is None
-    assert small.scale == 1
-    gram_left, gram_right = small.L.mT @ small.L, small.A @ small.A.mT
-    close(gram_left.detach(), gram_right.detach())  # balanced: both are Σ
+    for name, site in adapter.sites.items():
+        _batch, m, n = site.shape
+        assert 1 <= stated[name] <= min(m, n)
+        product = site.method.update(site.factors)
+        dense = product.dense().detach()
+        assert dense.shape[-2:] == (m, n)
+        ranks = torch.linalg.matrix_rank(dense)
+        assert torch.equal(exact_rank(product), ranks)
+        assert int(ranks.max()) <= stated[name]
+        small = recompress(product)
+        assert small.rank == max(int(ranks.max()), 1) <= stated[name]
+        close(small.dense().detach(), dense)
+        assert small.C is None
+        assert small.scale == 1
+        gram_left, gram_right = small.L.mT @ small.L, small.A @ small.A.mT
+        close(gram_left.detach(), gram_right.detach())  # balanced: both are Σ
 
 
 @every_kind
@@ -544,8 +612,9 @@ def test_rank_as_stated_before_training(method: Method, kind: tuple[str, int]):
 def test_counts_are_the_formula(method: Factored, kind: tuple[str, int]):
     model, _ = host(kind)
     adapter = adapt(model, method)
-    site = adapter.sites["layer"]
-    assert site.count == site.method.count(*site.shape) == adapter.trainable_count
+    for site in adapter.sites.values():
+        assert site.count == site.method.count(*site.shape)
+    assert adapter.trainable_count == sum(site.count for site in adapter.sites.values())
     assert adapter.trainable_count == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -554,14 +623,20 @@ def test_counts_are_the_formula(method: Factored, kind: tuple[str, int]):
 
 @every_kind
 def test_matrix_view_round_trips(kind: tuple[str, int]):
-    found, layer, _ = example(kind)
-    w = layer.weight.detach()
-    matrix = found.to_matrix(layer, w)
-    assert matrix.ndim >= 2
-    assert matrix.numel() == w.numel()
-    assert equal_bits(found.from_matrix(layer, matrix), w)
-    other = torch.randn(matrix.shape, dtype=torch.float64)
-    assert equal_bits(found.to_matrix(layer, found.from_matrix(layer, other)), other)
+    """A site's matrices are its weight, and the sites of one weight are all of it, each entry once."""
+    model, _ = host(kind)
+    adapter = adapt(model, LoRA(rank=1))
+    whole: dict[str, Tensor] = {}
+    for site in adapter.sites.values():
+        layer, kind_, name = site.places[0].module, site.kind, weight_of(model, site)
+        w = model.get_parameter(name).detach() if called(kind) else layer._parameters[site.places[0].parameter].detach()
+        matrix = kind_.to_matrix(layer, w)
+        assert matrix.shape[-2:] == site.shape[1:]
+        whole[name] = whole.get(name, 0) + kind_.from_matrix(layer, matrix)
+        other = torch.randn(matrix.shape, dtype=torch.float64)
+        assert equal_bits(kind_.to_matrix(layer, kind_.from_matrix(layer, other)), other)
+    for name, w in whole.items():
+        assert equal_bits(w, weights_of(model, adapter)[name])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -601,7 +676,8 @@ def test_same_seed_same_factors_whatever_the_global_state(method: Method, kind: 
         state = torch.get_rng_state()
         found.append(factors_of(adapt(model, method)))
         assert torch.equal(state, torch.get_rng_state())
-    assert all(equal_bits(t, found[1]["layer"][role]) for role, t in found[0]["layer"].items())
+    for name, factors in found[0].items():
+        assert all(equal_bits(t, found[1][name][role]) for role, t in factors.items())
 
 
 @every_factored
@@ -650,11 +726,11 @@ def test_thread_count_changes_factors_by_rounding_only(method: Method):
 @every_factored
 def test_folded_agrees_in_outputs_and_gradients(method: Method, kind: tuple[str, int]):
     model, x = host(kind)
-    found_kind = KINDS[kind[0]]()
-    base, adapter = model.layer.weight.clone(), adapt(model, method)
+    adapter = adapt(model, method)
+    base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
     perturb(adapter)
-    x.requires_grad_()
-    inputs = [x, *adapter.parameters()]
+    inputs = [x.requires_grad_()] if x.is_floating_point() else []
+    inputs += adapter.parameters()
     out = model.layer(x)
     weights = torch.randn_like(out)
     expected = torch.autograd.grad((out * weights).sum(), inputs)
@@ -663,24 +739,26 @@ def test_folded_agrees_in_outputs_and_gradients(method: Method, kind: tuple[str,
     close(folded, out)
     for found, wanted in zip(torch.autograd.grad((folded * weights).sum(), inputs), expected, strict=True):
         close(found, wanted)
-    site = adapter.sites["layer"]
-    if not site.skips:
+    written = {name: w.clone() for name, w in base.items()}
+    for site in adapter.sites.values():
         start = site.method.anchor(site.factors)
-        written = base if start is None else base - found_kind.from_matrix(model.layer, start.dense())
-        close(model.layer.weight.detach(), written)
+        if start is not None and not site.skips:
+            written[weight_of(model, site)] -= site.kind.from_matrix(site.places[0].module, start.dense().detach())
+    for name, w in weights_of(model, adapter).items():
+        close(w.detach(), written[name])
     perturb(adapter, seed=11)  # training goes on while it is folded
     later = model.layer(x)
     adapter.unfold()
-    assert equal_bits(model.layer.weight, base)
+    assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
     close(model.layer(x), later)
     adapter.fold()
     adapter.merge()
     close(model.layer(x), later)
     adapter.unmerge()
-    assert equal_bits(model.layer.weight, base)
+    assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
 
 
-@every_kind
+@every_called
 @every_factored
 def test_folded_full_rank_never_reads_the_weight(method: Method, kind: tuple[str, int]):
     model, x = host(kind)
@@ -689,7 +767,7 @@ def test_folded_full_rank_never_reads_the_weight(method: Method, kind: tuple[str
     perturb(adapter)
     expected = model.layer(x)
     adapter.fold()
-    assert site.skips == site.method.replaces_weight(*site.shape[1:])
+    assert site.skips == (site.method.replaces_weight(*site.shape[1:]) and site.kind.multiplies)
     if not site.skips:
         return
     weight = model.layer.weight.clone()
@@ -828,7 +906,8 @@ def test_drawn_layers_in_low_precision(
 @pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
 def test_deepcopy_is_independent(method: Method, kind: tuple[str, int], folded: bool):
     model, x = host(kind)
-    before, expected = snapshot(model), model(x)
+    types = [type(m) for m in model.modules()]
+    before, expected = snapshot(model), frozen(model, x)
     adapter = adapt(model, method, train=("head",))
     perturb(adapter)
     if folded:
@@ -844,8 +923,9 @@ def test_deepcopy_is_independent(method: Method, kind: tuple[str, int], folded: 
     close(twin(x), later)
     assert torch.equal(model(x), adapted)
     twin_adapter.detach()
-    assert torch.equal(twin(x), expected)
+    assert torch.equal(frozen(twin, x), expected)
     assert not any(len(m._forward_hooks) for m in twin.modules())
+    assert [type(m) for m in twin.modules()] == types
     assert torch.equal(model(x), adapted)
     adapter.detach()
     assert_same(before, snapshot(model))
@@ -870,10 +950,11 @@ def test_second_adapter_on_a_deepcopy_shares_the_record_of_the_weight(method: Me
 
 
 @every_factored
+@pytest.mark.parametrize("kind", [LINEAR, READ], ids=label)
 @pytest.mark.parametrize("state", ["attached", "merge", "fold"])
-def test_pickle_and_torch_save(method: Method, state: str):
-    model, x = host(LINEAR)
-    expected = model(x)
+def test_pickle_and_torch_save(method: Method, state: str, kind: tuple[str, int]):
+    model, x = host(kind)
+    expected = frozen(model, x)
     adapter = adapt(model, method, train=("head",))
     perturb(adapter)
     if state != "attached":
@@ -888,12 +969,12 @@ def test_pickle_and_torch_save(method: Method, state: str):
         if state == "attached":
             assert differs(twin(x), adapted)
         twin_adapter.detach()
-        assert torch.equal(twin(x), expected)
+        assert torch.equal(frozen(twin, x), expected)
     assert torch.equal(model(x), adapted)
 
 
 @every_factored
-@pytest.mark.parametrize("kind", [LINEAR, ("conv", 0)], ids=label)
+@pytest.mark.parametrize("kind", [LINEAR, ("conv", 0), READ, ("attention", 0)], ids=label)
 @pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
 def test_compiled_equals_eager(method: Method, kind: tuple[str, int], folded: bool):
     torch.compiler.reset()
@@ -916,9 +997,10 @@ COMPILED = [*{m.name: m for m in reversed(methods(True))}.values(), SVFT(pattern
 
 
 @pytest.mark.parametrize("method", COMPILED, ids=label)
-def test_compiled_gradients_equal_eager(method: Method):
+@pytest.mark.parametrize("kind", [LINEAR, READ], ids=label)
+def test_compiled_gradients_equal_eager(method: Method, kind: tuple[str, int]):
     torch.compiler.reset()
-    model, x = host(LINEAR)
+    model, x = host(kind)
     adapter = adapt(model, method)
     perturb(adapter)
     parameters = list(adapter.parameters())
@@ -928,7 +1010,7 @@ def test_compiled_gradients_equal_eager(method: Method):
         close(found, wanted)
 
 
-@every_kind
+@every_called
 @every_factored
 @pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
 def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: tuple[str, int], folded: bool):
@@ -943,7 +1025,7 @@ def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: tuple[str,
             assert torch.equal(layer(x), base)
     perturb(adapter)
     wide, _ = host(kind)
-    exact = found.add_bias(wide.layer, found.run(wide.layer, x.double(), (layer.weight + site.delta()).double()))
+    exact = found.add_bias(wide.layer, found.run(wide.layer, widened(x), (layer.weight + site.delta()).double()))
     parts = (part(site.factors) for part in (site.method.now, site.method.anchor, site.method.update))
     size = magnitude(found, wide.layer, x, layer.weight.detach(), *parts)
     if folded:
@@ -957,10 +1039,11 @@ def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: tuple[str,
 
 
 @every_factored
+@pytest.mark.parametrize("kind", [LINEAR, READ], ids=label)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
-def test_gradient_checkpointing(method: Method, use_reentrant: bool, folded: bool):
-    model, x = host(LINEAR)
+def test_gradient_checkpointing(method: Method, use_reentrant: bool, folded: bool, kind: tuple[str, int]):
+    model, x = host(kind)
     adapter = adapt(model, method)
     perturb(adapter)
     if folded:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from svdpeft.adapter import attach
 from svdpeft.compare import budget
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store, provenance
+from svdpeft.install import attach
 from svdpeft.methods.base import Factored
 from svdpeft.models import load
 from svdpeft.training.memory import peak_memory, reset_peak_memory

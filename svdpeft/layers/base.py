@@ -55,6 +55,11 @@ class LayerKind(ABC):
         """Further names by which targets may call the weights of a model this kind knows: site name -> roles."""
         return {}
 
+    @classmethod
+    def objection(cls, model: nn.Module) -> str | None:
+        """Why no adapter could be right on this model, or ``None``."""
+        return None
+
     def called(self, module: nn.Module) -> bool:
         """Whether the layer's own ``forward`` is one that this kind can add an update to."""
         return False
@@ -91,6 +96,8 @@ class LayerKind(ABC):
 
 class CalledKind(LayerKind):
     """A layer that is called with one input. An update is never given a bias; the base layer has added it."""
+
+    multiplies: ClassVar[bool] = True  # its own forward is a product that factors of the whole weight can replace
 
     def called(self, module: nn.Module) -> bool:
         # A subclass with a ``forward`` of its own (weight standardisation, say) computes something else from its

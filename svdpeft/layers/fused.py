@@ -89,6 +89,7 @@ class Part(CalledKind):
         self.whole, self.total = whole, total
         self.rows: Rows = tuple((start, stop, step) for start, stop, step in rows)
         self.name = whole.name  # type: ignore[misc]
+        self.multiplies = False  # type: ignore[misc]
 
     def called(self, module: nn.Module) -> bool:
         return self.whole.called(module)

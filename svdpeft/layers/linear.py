@@ -17,7 +17,10 @@ from svdpeft.registry import KINDS
 class Linear(CalledKind):
     """y = x Wᵀ + bias: the weight is the matrix."""
 
-    classes: ClassVar = ("torch.nn.modules.linear.Linear",)
+    classes: ClassVar = (
+        "torch.nn.modules.linear.Linear",
+        "rwkv7_hf.modeling_rwkv7.RWKV7Linear",  # pads its rows, and is linear
+    )
     linear: ClassVar = True
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:

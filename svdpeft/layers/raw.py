@@ -28,7 +28,7 @@ class Raw(LayerKind):
     def match(cls, module: nn.Module, parameter: str) -> int | None:
         return None  # never of itself: whether a parameter is a matrix is for the user to say
 
-    def check(self, w: Tensor, name: str) -> None:
+    def check_axes(self, w: Tensor, name: str) -> None:
         """Raise ``ValueError`` where the axes do not fit the parameter."""
         if self.axes and (len(self.axes) != w.ndim or len(set(self.axes)) != w.ndim):
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.base import Example, LayerKind
+from svdpeft.layers.base import Example, LayerKind, dotted
 from svdpeft.registry import KINDS
 
 # Role -> the names that it has below a time-mix (BlinkDL's, transformers', flash-linear-attention's).
@@ -32,6 +32,7 @@ TIME_MIX = {
 }
 CHANNEL_MIX = {"receptance": r"receptance", "key": r"key", "value": r"value"}
 RAW = re.compile(r"[wavg][12]|(time_(maa|decay|aaa|maa_rkvw)|gate|mv)_w[12]")
+RESCALES = "transformers.models.rwkv.modeling_rwkv.RwkvModel"
 # What only a time-mix has: its receptance, and one of the vectors that mix a token with the one before.
 MIXING = re.compile(r"time_mix_(r|receptance)|time_maa_(r|x)|x_r|x_bias")
 MIXING_CHANNELS = re.compile(r"time_mix_(k|key)|time_maa_k|x_k")
@@ -65,6 +66,19 @@ class RWKV(LayerKind):
                         full = f"{block}.{name}".lstrip(".")
                         found[full] = ("rwkv", f"rwkv-{group}", f"{group}.{role}")
         return found
+
+    @classmethod
+    def objection(cls, model: nn.Module) -> str | None:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            every = getattr(config, "rescale_every", 0)
+            if dotted(type(module)) == RESCALES and 0 < every < getattr(config, "num_hidden_layers", 0):
+                return (
+                    f"rescale_every={every}: the model divides and multiplies weights in place whenever it changes "
+                    "between training and evaluation, and an update beside them would not follow; set "
+                    "model.config.rescale_every = 0 before its first forward"
+                )
+        return None
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         return w.mT

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from svdpeft.models import language, vision
+from svdpeft.models import language, rwkv, vision
 from svdpeft.registry import near_miss
 
 __all__ = ["Loaded", "load"]
@@ -22,7 +22,8 @@ class Loaded:
     Args:
         model: in evaluation mode.
         name: the name that it was loaded by.
-        processor: the tokenizer of a language model; of a vision model its data configuration, a dict of
+        processor: the tokenizer of a language model, None for an RWKV file, which does not say what its numbers mean
+            (bytes, or RWKV's world vocabulary: the user knows); of a vision model its data configuration, a dict of
             ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
         modality: what goes in.
         head: dotted name of a vision model's classifier; None for a language model, or without exactly one.
@@ -49,8 +50,8 @@ def load(
 
     Args:
         name: an embedded model (``"efficientnet-lite0"``, ``"dinov2-vits14"``, ``"smollm2-135m"``,
-            ``"minilm-l6"``), ``"timm:NAME"`` or ``"hf:NAME"`` (a causal language model) from the hub, or a
-            local folder in transformers' layout.
+            ``"minilm-l6"``), ``"timm:NAME"`` or ``"hf:NAME"`` (a causal language model) from the hub, a local
+            folder in transformers' layout, or an RWKV file in the official layout (``.pth`` or ``.safetensors``).
         num_classes: vision: size of a fresh classifier; None keeps the model's own.
         image_size: vision: side of the square input, pixels; position embeddings are resampled to it.
         dtype: of the weights.
@@ -60,6 +61,7 @@ def load(
         ValueError: unknown name, a size that is no multiple of the patch, or a vision option for a language
             model.
         AssetError: an embedded model cannot be fetched.
+        ImportError: the package that runs this version of RWKV is not installed.
 
     Example:
         >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
@@ -68,16 +70,19 @@ def load(
     origin, _, rest = name.partition(":")
     hub = rest if origin in ("timm", "hf") else ""
     folder = Path(name, "config.json").is_file()
+    checkpoint = not hub and not folder and Path(name).suffix in rwkv.SUFFIXES
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU before the pretrained ones replace them
         if name in vision.EMBEDDED or (hub and origin == "timm"):
             model, processor, head = vision.build(
                 hub or name, embedded=not hub, num_classes=num_classes, image_size=image_size, seed=seed
             )
             return Loaded(model.to(dtype).eval(), name, processor, "vision", head)
-        if name in language.EMBEDDED or hub or folder:
+        if name in language.EMBEDDED or hub or folder or checkpoint:
             for option, value in (("num_classes", num_classes), ("image_size", image_size)):
                 if value is not None:
                     raise ValueError(f"{option}={value} is for vision models; {name!r} is a language model")
+            if checkpoint:
+                return Loaded(rwkv.build(name).to(dtype), name, None, "language", None)
             model, tokenizer = language.build(hub or name, hub=bool(hub), dtype=dtype)
             return Loaded(model.eval(), name, tokenizer, "language", None)
     if Path(name).is_dir():

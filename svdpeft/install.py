@@ -1,0 +1,140 @@
+"""Attaching: from words to sites to factors, and the one step that puts them into a model."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from svdpeft.adapter import STATE, Adapter, BatchNorm, State, set_requires_grad
+from svdpeft.decomposition import check_matrix
+from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.reach import watch
+from svdpeft.sites import Site, base_weight
+from svdpeft.targets import Choice, Selection, Targets, rules, select, trained_whole
+from svdpeft.weights import BaseWeight
+
+
+def attach(
+    model: nn.Module,
+    method: Method | None = None,
+    targets: Targets = "all-linear",
+    exclude: Sequence[str] = (),
+    train: Sequence[str] = (),
+    name: str = "default",
+    seed: int = 0,
+    clip_rank: bool = False,
+    batch_norm: BatchNorm = "train",
+) -> Adapter:
+    """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
+
+    Args:
+        model: any module with its weights loaded. Bad input raises before anything of it changes.
+        method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
+        targets: ``"all-linear"`` (every weight that multiplies the features of its input, but the output head),
+            ``"all"`` (every weight of a known kind but the head), patterns, or a mapping from pattern to method. A
+            pattern is a name, a suffix of whole dotted parts, or a regular expression for the whole name; of RWKV also
+            ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
+            weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
+        exclude: patterns of layers that are left alone.
+        train: patterns of modules or parameters of the base that are trained whole, such as a new head.
+        name: of the adapter; several of different names add up.
+        seed: of every random draw; each site's own depends on this and on its name only.
+        clip_rank: lower a rank that is too large for a small matrix instead of raising.
+        batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
+            changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
+
+    Returns:
+        The adapter. The model's outputs are the base model's.
+
+    Raises:
+        ValueError: nothing to train; no layer matches; a rank, weight or name that cannot be.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> adapter = attach(model, SORSA(rank=2), targets=["0"])
+        >>> adapter.trainable_count  # 2 · (6 + 8 + 1)
+        30
+    """
+    state = getattr(model, STATE, None) or State(model)
+    _check_name(name, state)
+    if batch_norm not in ("train", "frozen"):
+        raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
+    pairs = rules(targets, method)
+    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
+    _check_whole(whole, state)
+    factored = [(pattern, m) for pattern, m in pairs if m.factored]
+    selection = select(model, factored, exclude, whole) if factored else Selection()
+    built: list[tuple[Choice, Factored, Factors]] = []
+    for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+        place = choice.places[0]
+        raw = base_weight(place.module, place.parameter).original
+        check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
+        w = place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        assert isinstance(choice.method, Factored)
+        _check_dropout(choice)
+        resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank, roles=choice.roles)
+        site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
+        built.append((choice, resolved, resolved.factors(w, site_seed, choice.name)))
+    if not built and not whole:
+        raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
+    return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
+
+
+def install(
+    model: nn.Module,
+    pairs: Sequence[tuple[str, Method]],
+    built: Sequence[tuple[Choice, Factored, Factors]],
+    whole: Mapping[str, tuple[nn.Module, str]],
+    skipped: Mapping[str, str],
+    name: str,
+    batch_norm: BatchNorm,
+) -> Adapter:
+    """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
+    state: State = getattr(model, STATE, None) or State(model)
+    _check_name(name, state)
+    _check_whole(whole, state)
+    sites: dict[str, Site] = {}
+    weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
+    for choice, method, factors in built:
+        place = choice.places[0]
+        parameter = place.module._parameters[place.parameter]
+        weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter))
+        matrix = place.kind.to_matrix(place.module, weight.original)
+        shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
+        factors.to(matrix.device)
+        sites[choice.name] = Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
+    setattr(model, STATE, state)
+    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
+    state.adapters[name] = adapter
+    for site in sites.values():
+        site.install(name)
+    set_requires_grad(model, state)
+    if sites:
+        watch(model, state.sites)
+    return adapter
+
+
+def _check_dropout(choice: Choice) -> None:
+    method, place = choice.method, next((p for p in choice.places if p.read), None)
+    if isinstance(method, Factored) and method.dropout and place is not None:
+        raise ValueError(
+            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "
+            "has no input of its own to drop; set dropout=0, or leave it out"
+        )
+
+
+def _check_name(name: str, state: State) -> None:
+    if name in state.adapters:
+        raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
+
+
+def _check_whole(whole: Mapping[str, Any], state: State) -> None:
+    if clash := {n for a in state.adapters.values() for n in a.whole} & set(whole):
+        raise ValueError(f"{min(clash)} is trained whole by another adapter already")

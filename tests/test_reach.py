@@ -1,0 +1,319 @@
+"""Weights that a model reads instead of calling their layer, and weights that it never touches."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from helpers import assert_same, close, differs, every_factored, perturb, snapshot
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from svdpeft import SORSA, LoRA, PiSSA, attach, load
+from svdpeft.methods.base import Method
+from svdpeft.sites import PLACES
+
+
+class Attention(nn.Module):
+    """As BEiT has it: the fused layer's weight is read, its own forward never runs."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight).chunk(3, -1)
+        return self.proj(torch.softmax(q @ k.mT, -1) @ v)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.norm = nn.BatchNorm1d(5)
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.attention(x))
+
+
+def build() -> tuple[Model, Tensor]:
+    torch.manual_seed(0)
+    return Model().double(), torch.randn(4, 5, 6, dtype=torch.float64)
+
+
+UNTOUCHED = pytest.mark.filterwarnings("ignore:1 adapted weights were not touched")
+
+
+@every_factored
+def test_the_first_batch_is_right_already(method: Method):
+    """Output and gradients of the very first forward equal those of a model with dense weights W0 + ΔW."""
+    model, x = build()
+    adapter = attach(model, method, exclude=["unused"], clip_rank=True)
+    perturb(adapter)
+    assert adapter.unreached == ["attention.qkv", "attention.proj"]
+    first = model(x)
+    assert adapter.unreached == []
+    assert [s.path == "parametrised" for s in adapter.sites.values()] == [True, False]
+    dense, _ = build()
+    with torch.no_grad():
+        dense.attention.qkv.weight += adapter.delta("attention.qkv")
+        dense.attention.proj.weight += adapter.delta("attention.proj")
+    close(first.detach(), dense(x).detach())
+    parameters = list(adapter.parameters())
+    gradients = torch.autograd.grad(first.square().sum(), parameters)
+    second = model(x)
+    close(second, first)
+    for found, expected in zip(torch.autograd.grad(second.square().sum(), parameters), gradients, strict=True):
+        close(found, expected)
+    assert all(bool((g != 0).any()) for g in gradients)
+    adapter.merge()
+    close(model(x), first)
+
+
+def test_nothing_but_the_reading_changes_in_the_first_batch():
+    """The random state, running statistics and a failing forward; and the watch is gone afterwards."""
+    model, x = build()
+    before = snapshot(model)
+    adapter = attach(model, PiSSA(rank=2), exclude=["unused"])
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3, dtype=torch.float64))
+    reference, _ = build()
+    state = torch.get_rng_state()
+    model(x)
+    assert torch.equal(state, torch.get_rng_state())
+    reference(x)
+    assert torch.equal(model.norm.running_mean, reference.norm.running_mean)
+    assert int(model.norm.num_batches_tracked) == 1
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not nn.modules.module._global_forward_hooks
+    assert adapter.sites["attention.qkv"].path == "parametrised"
+    adapter.detach()
+    assert_same(before, snapshot(model))
+
+
+def test_an_untouched_site_is_named():
+    model, x = build()
+    adapter = attach(model, LoRA(rank=2))
+    with pytest.warns(UserWarning, match=r"1 adapted weights were not touched by the first batch .*: unused"):
+        model(x)
+    assert adapter.unreached == ["unused"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+    perturb(adapter)
+    layer, y = model.unused, torch.randn(2, 4, dtype=torch.float64)
+    expected = F.linear(y, layer._parameters["weight"] + adapter.delta("unused"), layer.bias)
+    close(layer(y).detach(), expected.detach())
+    close(layer.weight.detach(), (layer._parameters["weight"] + adapter.delta("unused")).detach())
+    assert adapter.unreached == []
+
+
+class Asks(nn.Module):
+    """Asking about a weight, as T5 does before it calls the layer, is not reading it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.wo.weight.dtype != torch.int8
+        assert self.wo.weight.size(0) == len(self.wo.weight) == self.wo.weight.shape[0]
+        return self.wo(x.to(self.wo.weight.device))
+
+
+def test_asking_is_not_reading():
+    model = Asks()
+    adapter = attach(model, LoRA(rank=2))
+    model(torch.randn(2, 6))
+    assert adapter.sites["wo"].path == "factored"
+
+
+def test_on_demand():
+    model, x = build()
+    model.attention.eval()
+    adapter = attach(model, SORSA(rank=2), targets=["qkv", "unused"])
+    modes = [module.training for module in model.modules()]
+    statistics = model.norm.running_mean.clone()
+    assert adapter.check_reach(x) == ["unused"]
+    assert adapter.sites["attention.qkv"].path == "parametrised"
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model.norm.running_mean, statistics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+class Both(nn.Module):
+    """One weight that is called in one place and read in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
+def test_a_weight_that_is_called_and_read():
+    torch.manual_seed(0)
+    model, x = Both().double(), torch.randn(3, 6, dtype=torch.float64)
+    base = model(x)
+    adapter = attach(model, PiSSA(rank=2))
+    perturb(adapter)
+    first, second = model(x), model(x)
+    assert differs(first, base)
+    close(second, first)
+    adapter.merge()
+    close(model(x), first)
+    adapter.unmerge()
+    adapter.fold()
+    close(model(x), first)
+    adapter.unfold()
+    reference = copy.deepcopy(model)
+    w = model.layer._parameters["weight"] + adapter.delta("layer")
+    close(first.detach(), (torch.tanh(F.linear(x, w, model.layer.bias)) @ w).detach())
+    with adapter.disabled():
+        torch.testing.assert_close(model(x), base)
+    close(reference(x), first)
+
+
+def test_a_folded_full_rank_layer_that_turns_out_to_be_read():
+    from svdpeft import SVFT
+
+    torch.manual_seed(0)
+    model, x = Both().double(), torch.randn(3, 6, dtype=torch.float64)
+    adapter = attach(model, SVFT())
+    perturb(adapter)
+    w = model.layer._parameters["weight"] + adapter.delta("layer")
+    expected = (torch.tanh(F.linear(x, w, model.layer.bias)) @ w).detach()
+    adapter.fold()
+    for _ in range(2):
+        close(model(x).detach(), expected)
+    adapter.unfold()
+    close(model(x).detach(), expected)
+
+
+def test_a_second_adapter_on_a_layer_that_is_read():
+    model, x = build()
+    one = attach(model, PiSSA(rank=2), targets=["qkv"])
+    perturb(one)
+    model(x)
+    two = attach(model, LoRA(rank=2), targets=["qkv"], name="two")
+    assert two.sites["attention.qkv"].path == "parametrised"
+    perturb(two)
+    both = model(x)
+    one.merge()
+    two.merge()
+    close(model(x), both)
+
+
+@UNTOUCHED
+def test_saved_with_the_path_that_was_found(tmp_path):
+    model, x = build()
+    adapter = attach(model, PiSSA(rank=2))
+    perturb(adapter)
+    expected = model.eval()(x)
+    adapter.save(tmp_path / "a")
+    again, _ = build()
+    loaded = load(again, tmp_path / "a")
+    assert {n: s.path for n, s in loaded.sites.items()} == {n: s.path for n, s in adapter.sites.items()}
+    assert torch.equal(again.eval()(x), expected)
+
+
+@UNTOUCHED
+def test_copied_and_pickled_before_the_first_batch():
+    model, x = build()
+    adapter = attach(model, PiSSA(rank=2))
+    perturb(adapter)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        out = twin(x)
+        assert twin._svdpeft.adapters["default"].sites["attention.qkv"].path == "parametrised"
+        close(twin(x), out)
+    assert adapter.sites["attention.qkv"].path == "factored"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_in_the_first_batch(use_reentrant: bool):
+    class Checkpointed(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.attention, x, use_reentrant=use_reentrant)
+
+    gradients = []
+    for cls in (Model, Checkpointed):
+        torch.manual_seed(0)
+        model = cls().double()
+        model.norm = nn.Identity()
+        x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
+        adapter = attach(model, PiSSA(rank=2), exclude=["unused"])
+        perturb(adapter)
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        close(found, expected)
+
+
+def test_dropout_on_a_weight_that_is_read_is_refused():
+    model, x = build()
+    attach(model, LoRA(rank=2, dropout=0.5), targets=["qkv"])
+    with pytest.raises(RuntimeError, match=r"dropout 0.5 at attention.qkv: the model reads the weight"):
+        model(x)
+    with pytest.raises(ValueError, match=r"dropout 0.5 at attention.in_proj_weight\[q\]"):
+        attach(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}), LoRA(rank=2, dropout=0.5))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_after_the_check(fullgraph: bool):
+    torch.compiler.reset()
+    model, x = build()
+    model.norm = nn.Identity()
+    adapter = attach(model, PiSSA(rank=2), exclude=["unused"])
+    perturb(adapter)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    close(compiled(x), expected)
+
+
+def test_a_compiled_part_in_the_first_batch_runs_as_it_is_written():
+    torch.compiler.reset()
+    model, x = build()
+    model.attention.compile(fullgraph=True, backend="eager")
+    adapter = attach(model, PiSSA(rank=2), exclude=["unused"])
+    perturb(adapter)
+    first = model(x)
+    assert adapter.sites["attention.qkv"].path == "parametrised"
+    close(model(x), first)
+
+
+def test_a_weight_read_many_times_in_one_call_is_computed_once(monkeypatch: pytest.MonkeyPatch):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_transposed = False
+            self.down_proj = nn.Parameter(torch.randn(4, 5, 3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum((x @ self.down_proj[i].mT for i in range(4)), torch.zeros(()))
+
+    import svdpeft.sites
+
+    model = nn.ModuleDict({"experts": Experts()})
+    adapter = attach(model, LoRA(rank=1))
+    perturb(adapter)
+    calls = []
+    real = svdpeft.sites.adapted
+    monkeypatch.setattr(svdpeft.sites, "adapted", lambda *a: calls.append(1) or real(*a))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    out = model["experts"](x)
+    assert len(calls) == 1
+    out.sum().backward()
+    model["experts"](x).sum().backward()  # the next call has a graph of its own
+    assert len(calls) == 2
+    assert not any(name.startswith("_svdpeft_now") for name in vars(model["experts"]))
+    assert PLACES in vars(model["experts"])
