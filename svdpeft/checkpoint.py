@@ -23,18 +23,17 @@ from torch import Tensor, nn
 from svdpeft.adapter import Adapter
 from svdpeft.install import install
 from svdpeft.inventory import users_of_parameters
-from svdpeft.layers.base import LayerKind
 from svdpeft.layers.fused import Part
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.registry import KINDS, METHODS, Registry, near_miss
-from svdpeft.sites import Place, base_weight
+from svdpeft.sites import Place, Site, base_weight
 from svdpeft.targets import Choice
 from svdpeft.weights import running_statistics
 
 FORMAT = 2
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
-SITE_KEYS = {"places", "part", "rows", "method", "shape", "dtype", "hash", "tensors"}
+SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors"}
 PLACE_KEYS = {"layer", "parameter", "kind", "axes", "read"}
 
 
@@ -128,13 +127,15 @@ def _parts(
 ) -> _Parts:
     if not isinstance(header["name"], str):
         raise TypeError(f"the name is {header['name']!r}")
+    if not isinstance(header["skipped"], dict) or header["batch_norm"] not in ("train", "frozen"):
+        raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
     pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
     remaining, built, checked = dict(tensors), [], set()
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
-        places = [_place(modules, place, entry["rows"], site, path) for place in entry["places"]]
+        places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
         first = places[0]
         parameter = first.module._parameters[first.parameter]
         there = {(place["layer"], place["parameter"]) for place in entry["places"]}
@@ -148,7 +149,9 @@ def _parts(
         assert isinstance(method, Factored)
         factors = Factors(_take(remaining, site, entry["tensors"], path), method.trains)
         _check_fit(site, method, factors, first.kind.to_matrix(first.module, weight).shape, path)
-        built.append((Choice(site, places, method, entry["part"]), method, factors))
+        built.append(
+            (Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"]), method, factors)
+        )
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
@@ -170,8 +173,7 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
         sites[name] = {
             "places": [_describe(place, names) for place in site.places],
-            "part": site.part,
-            "rows": _rows(site.kind),
+            "part": _describe_part(site),
             "method": site.method.to_json(),
             "shape": list(site.weight.original.shape),
             "dtype": str(site.weight.original.dtype),
@@ -286,12 +288,15 @@ def _describe(place: Place, names: Mapping[int, str]) -> dict[str, Any]:
     return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes, "read": place.read}
 
 
-def _rows(kind: LayerKind) -> dict[str, Any] | None:
-    return {"of": kind.total, "ranges": [list(r) for r in kind.rows]} if isinstance(kind, Part) else None
+def _describe_part(site: Site) -> dict[str, Any] | None:
+    kind = site.kind
+    if not isinstance(kind, Part):
+        return None
+    return {"name": site.part, "of": kind.total, "ranges": [list(r) for r in kind.rows]}
 
 
 def _place(
-    modules: dict[str, nn.Module], entry: dict[str, Any], rows: dict[str, Any] | None, site: str, path: Path
+    modules: dict[str, nn.Module], entry: dict[str, Any], part: dict[str, Any] | None, site: str, path: Path
 ) -> Place:
     if missing := PLACE_KEYS - entry.keys():
         raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -304,8 +309,8 @@ def _place(
     if cls is not Raw and cls.match(module, parameter) is None:
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
     kind = Raw(tuple(entry["axes"])) if cls is Raw else cls()
-    if rows is not None:
-        kind = Part(kind, rows["ranges"], rows["of"])
+    if part is not None:
+        kind = Part(kind, part["ranges"], part["of"])
     return Place(module, parameter, kind, bool(entry["read"]))
 
 

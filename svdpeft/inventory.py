@@ -116,6 +116,12 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
     return users
 
 
+def computes_without_gradient(module: nn.Module) -> bool:
+    """Whether the layer's ``forward`` is decorated with ``torch.no_grad()``: a table that is not for training."""
+    code = getattr(type(module).forward, "__code__", None)  # the decorator's wrapper, called after it or after itself
+    return code is not None and code.co_name in ("no_grad", "inference_mode", "decorate_context")
+
+
 def _output_layers(model: nn.Module) -> set[nn.Module]:
     """The classifier of a timm model, the vocabulary head of a transformers one: their own words for it."""
     found: set[nn.Module] = set()

@@ -33,7 +33,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, sites: Callable[[], Iterable[Site]]) -> None:
-        self.sites = sites
+        self.model, self.sites = model, sites
         self.reads: _Reads | None = None
         self.handles = [
             model.register_forward_pre_hook(_begin, prepend=True),
@@ -45,7 +45,7 @@ class Watch:
         places = [place for site in self.sites() for place in site.places]
         for place in places:
             place.reached = False
-        self.reads = _Reads(places)
+        self.reads = _Reads(self.model, places)
         self.reads.open()
 
     def end(self) -> list[Site]:
@@ -114,14 +114,14 @@ def _end(model: Any, args: Any, out: Any) -> None:
 class _Reads(TorchFunctionMode):
     """Sees every operation of torch; gives those that read an adapted weight W0 + ΔW."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, model: nn.Module, places: Sequence[Place]) -> None:
         super().__init__()
+        self.running = [model]  # the layers whose forward has begun and not ended
         self.places: dict[int, list[Place]] = {}
         for place in places:
             if place.called and not place.read:
                 self.places.setdefault(id(place.module._parameters[place.parameter]), []).append(place)
         self.read: set[Place] = set()
-        self.running: list[nn.Module] = []
 
     def open(self) -> None:
         # Compiled parts of the model run as written for this batch: what they read would not be seen.

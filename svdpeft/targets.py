@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdpeft.inventory import Weight, by_identity, views, weights_of
+from svdpeft.inventory import Weight, by_identity, computes_without_gradient, views, weights_of
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factors, Method, matches
@@ -25,6 +25,9 @@ from svdpeft.sites import Place
 Targets = str | Sequence[str] | Mapping[str, Method]
 BROAD = ("all-linear", "all")
 BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")
+
+
+_KEEPS = "{} keeps references of its own to its weights"
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,9 @@ def select(
                 selection.choices.append(choice)
             continue
         selection.skipped[weight.name] = reason
-        if named is not None and excluded is None:
+        if named is not None:
             refused.setdefault(named.text, f"{weight.name}: {reason}")
-            if fatal:
+            if fatal and excluded is None:
                 raise ValueError(f"{weight.name} cannot be adapted: {reason}")
     for name, module in model.named_modules():
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
@@ -199,6 +202,8 @@ def _why_not(
     if not wanting:
         if weight.head:
             return "output head; name it to adapt it", False
+        if isinstance(weight.module, nn.RNNBase):
+            return _KEEPS.format(type(weight.module).__name__), False
         if kind is None:
             return "a raw parameter; name it to adapt it", False
         return "not in targets", False
@@ -212,12 +217,12 @@ def _why_not(
     if not plain or tensor.layout is not torch.strided:
         what = f"{type(tensor).__name__} of {tensor.dtype}"
         return f"its weight is a {what}: stored, or quantised, in a way that is not known here", True
-    if tensor.is_meta:
-        return "its weight is on the meta device and has no values yet", True
     if id(tensor) in shared:
         return f"it shares memory with {shared[id(tensor)]}, of which it is a view: merging would change both", True
+    if computes_without_gradient(weight.module):
+        return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", True
     if isinstance(weight.module, nn.RNNBase):
-        return f"{type(weight.module).__name__} keeps references of its own to its weights", True
+        return _KEEPS.format(type(weight.module).__name__), True
     return None, False
 
 

@@ -157,13 +157,39 @@ def test_head_tied_to_an_embedding():
     model = Tied()
     embedding = model.embed.weight.clone()
     adapter = attach(model, PiSSA(rank=2))
-    assert adapter.skipped["head"] == "its weight is shared with embed, which is not adapted"
+    assert adapter.skipped["head"].startswith("its weight is shared with embed, which is not adapted")
     perturb(adapter)
     adapter.merge()
     assert equal_bits(model.embed.weight, embedding)
     adapter.detach()
-    with refused(model, "head cannot be adapted: its weight is shared with embed, which is not adapted"):
-        attach(model, PiSSA(rank=2), targets=["head"])
+    for one, other in (("head", "embed"), ("embed", "head")):
+        with refused(model, f"{one} cannot be adapted: its weight is shared with {other}, which is not adapted"):
+            attach(model, PiSSA(rank=2), targets=[one])
+
+
+def test_head_and_embedding_share_one_adapter_if_both_are_named():
+    """One update, used by a lookup in one place and by a product in the other."""
+    model = Tied()
+    before, base = snapshot(model), model.embed.weight.detach().clone()
+    expected = model(TOKENS)
+    adapter = attach(model, PiSSA(rank=2), targets=["embed", "head"])
+    assert list(adapter.sites) == ["embed"]
+    assert [place.kind.name for place in adapter.sites["embed"].places] == ["embedding", "linear"]
+    assert torch.equal(model(TOKENS), expected)
+    perturb(adapter)
+    adapted = model(TOKENS)
+    dense = Tied()
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if "svdpeft" not in k})
+    with torch.no_grad():
+        dense.embed.weight += adapter.delta("embed")
+    close(adapted.detach(), dense(TOKENS).detach())
+    adapter.merge()
+    close(model(TOKENS), adapted)
+    assert model.head.weight is model.embed.weight, "still tied"
+    adapter.unmerge()
+    assert equal_bits(model.embed.weight, base)
+    adapter.detach()
+    assert_same(before, snapshot(model))
 
 
 def test_training_a_tied_head_whole_trains_what_it_shares():

@@ -32,8 +32,17 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+class TwoLayers(Host):
+    """Both layers take part: a site that a forward does not touch would be named in a warning."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out if not hasattr(self, "other") else out + self.other(x[..., :4]).reshape(out.shape)
+
+
 def two_layers() -> Host:
     model, _ = host(LINEAR)
+    model.__class__ = TwoLayers
     torch.manual_seed(5)
     model.other = nn.Linear(4, 3, dtype=torch.float64)
     return model
@@ -89,26 +98,32 @@ def test_file_of_something_else(saved: Path):
     no_adapter(saved, "is damaged or cut off")
     for content in ("[]", "3", "null", '"text"', "{}"):
         (saved / HEADER).write_text(content)
-        no_adapter(saved, "has format None; this version of svdpeft reads format 1")
+        no_adapter(saved, "has format None; this version of svdpeft reads format 2")
 
 
 def test_another_format_version(saved: Path):
-    rewrite(saved, lambda h: h.update(format=2))
-    no_adapter(saved, "has format 2; this version of svdpeft reads format 1")
+    rewrite(saved, lambda h: h.update(format=1))
+    no_adapter(saved, "has format 1; this version of svdpeft reads format 2")
 
 
-@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole"])
+@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"])
 def test_header_that_lacks_a_key(saved: Path, key: str):
     rewrite(saved, lambda h: h.pop(key) and None)
     no_adapter(saved, "is damaged: it lacks", key)
 
 
-SITE_ENTRIES = ["kind", "owners", "method", "shape", "hash", "tensors"]
+SITE_ENTRIES = ["places", "part", "method", "shape", "hash", "tensors"]
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(key, value) for key in SITE_ENTRIES for value in ("absent", None, 3, "text", [])] + [("dtype", "absent")],
+    [
+        (key, value)
+        for key in SITE_ENTRIES
+        for value in ("absent", None, 3, "text", [])
+        if (key, value) != ("part", None)
+    ]
+    + [("dtype", "absent")],
 )
 def test_site_entry_that_is_damaged(saved: Path, key: str, value: Any):
     def damage(header: dict[str, Any]) -> None:
@@ -121,7 +136,7 @@ def test_site_entry_that_is_damaged(saved: Path, key: str, value: Any):
     no_adapter(saved, str(saved))
 
 
-@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole"])
+@pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"])
 @pytest.mark.parametrize("value", [None, 3, ["nonsense"], [None]])
 def test_header_entry_that_is_damaged(saved: Path, key: str, value: Any):
     rewrite(saved, lambda h: h.update({key: value}))
@@ -134,7 +149,7 @@ def test_unknown_method_kind_or_option(saved: Path):
         (lambda h: h["methods"][0].update(name="sorza"), "did you mean 'sorsa'"),
         (lambda h: h["sites"]["other"]["method"].update(name="sorza"), "did you mean 'sorsa'"),
         (lambda h: h["sites"]["other"]["method"].update(novel=1), "novel"),
-        (lambda h: h["sites"]["other"].update(kind="lineal"), "did you mean 'linear'"),
+        (lambda h: h["sites"]["other"]["places"][0].update(kind="lineal"), "did you mean 'linear'"),
         (lambda h: h["sites"]["other"]["method"].update(mode="adam"), "adam"),
     ]:
         rewrite(saved, change)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import close
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,13 +62,15 @@ def test_svd_methods_adapt_and_merge_convolutions(method, options):
     torch.testing.assert_close(model(x), adapted, rtol=1e-10, atol=1e-12)
 
 
-def test_the_out_projection_of_attention_is_not_merged_twice_but_left_and_named():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 4))
-    adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2))
-    assert list(adapter.sites) == ["1"]
-    assert "MultiheadAttention" in adapter.skipped["0.out_proj"]
-    with pytest.raises(ValueError, match=r"0\.out_proj"):
-        svdpeft.attach(nn.Sequential(nn.MultiheadAttention(8, 2)), svdpeft.LoRA(rank=2), ["out_proj"])
+def test_the_out_projection_of_attention_is_merged_once():
+    attention = nn.MultiheadAttention(8, 2).double()
+    x, before = torch.randn(3, 2, 8).double(), attention.out_proj.weight.detach().clone()
+    adapter = svdpeft.attach(attention, svdpeft.PiSSA(rank=2), ["out_proj"])
+    perturb(adapter)
+    adapted = attention(x, x, x)[0]
+    adapter.merge()
+    close(attention(x, x, x)[0], adapted)
+    close(attention.out_proj.weight.detach(), before + adapter.delta("out_proj"))
 
 
 def test_a_tied_head_never_corrupts_the_embedding():
@@ -156,10 +159,14 @@ def test_svft_starts_at_the_base_model_also_when_its_rank_is_cut():
         adapter.detach()
 
 
-def test_weight_standardised_layers_are_left_rather_than_merged_wrongly():
+def test_weight_standardised_layers_are_merged_rightly():
     from timm.layers import ScaledStdConv2d
 
-    model = nn.Sequential(ScaledStdConv2d(4, 6, 3), nn.Conv2d(6, 5, 1))
-    adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2), "all")
-    assert list(adapter.sites) == ["1"]
-    assert adapter.skipped["0"] == "no layer kind adapts a ScaledStdConv2d"
+    model = nn.Sequential(ScaledStdConv2d(4, 6, 3), nn.Conv2d(6, 5, 1)).double()
+    adapter = svdpeft.attach(model, svdpeft.PiSSA(rank=2), "all")
+    assert adapter.sites["0"].path == "parametrised"
+    perturb(adapter)
+    x = torch.randn(2, 4, 6, 6).double()
+    adapted = model(x)
+    adapter.merge()
+    close(model(x), adapted)

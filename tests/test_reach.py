@@ -128,6 +128,22 @@ class Asks(nn.Module):
         return self.wo(x.to(self.wo.weight.device))
 
 
+class Sinusoidal(nn.Embedding):
+    """As in Marian: looked up without a gradient."""
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+def test_a_layer_that_computes_under_no_grad_is_left_and_named():
+    model = nn.ModuleDict({"positions": Sinusoidal(5, 4), "layer": nn.Linear(4, 3)})
+    adapter = attach(model, LoRA(rank=2), targets="all")
+    assert adapter.skipped == {"positions": "Sinusoidal computes under no_grad: nothing would train there"}
+    with pytest.raises(ValueError, match="positions cannot be adapted: Sinusoidal computes under no_grad"):
+        attach(model, LoRA(rank=2), targets=["positions"], name="two")
+
+
 def test_asking_is_not_reading():
     model = Asks()
     adapter = attach(model, LoRA(rank=2))

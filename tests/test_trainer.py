@@ -99,7 +99,7 @@ def test_only_the_trained_parameters_move(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer(model, adapter, arguments(tmp_path)).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"body.svdpeft.default.L", "body.svdpeft.default.A"}
+    assert moved == {"body.svdpeft.default:weight.L", "body.svdpeft.default:weight.A"}
 
 
 def test_the_decoupled_regulariser_acts_after_each_step_and_follows_the_schedule(tmp_path):
