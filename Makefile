@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: demo test lint types
+.PHONY: demo test lint types coverage-models
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --out runs/demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Every family of timm and many architectures of transformers; writes docs/coverage-*.md.
+coverage-models: $(DONE)
+	$(BIN)/python benchmarks/coverage.py timm
+	$(BIN)/python benchmarks/coverage.py transformers
 
 lint: $(DONE)
 	$(BIN)/ruff check

@@ -1033,9 +1033,6 @@ TRANSFORMERS = {
 # Sites that a model computes and then ignores, so that no adapter there can have an effect: family -> (names, why).
 IDLE = {
     "cvt": (r".*stages\.2\.layers\.2\..*query.*", "of the last layer only the class token is read"),
-    "marian": (r".*\.embed_positions", "sinusoids, read without a gradient"),
-    "pegasus": (r".*\.embed_positions", "sinusoids, read without a gradient"),
-    "roformer": (r".*\.embed_positions", "sinusoids, read without a gradient"),
 }
 
 

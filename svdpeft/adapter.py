@@ -6,21 +6,20 @@ The base weight is not touched unless the user merges or folds, and then every b
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from svdpeft.methods.base import Factored, Factors, Method
-from svdpeft.reach import unwatch, watch
+from svdpeft.reach import unwatch
 from svdpeft.registry import near_miss
-from svdpeft.sites import Site
+from svdpeft.sites import CHILD, Site
 from svdpeft.summary import summarise
-from svdpeft.weights import Borrowed, Frozen, running_statistics
+from svdpeft.weights import Borrowed, Frozen, running_statistics, stored
 
 Condition = Literal["attached", "merged", "folded", "disabled", "detached"]
 BatchNorm = Literal["train", "frozen"]
@@ -32,7 +31,8 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self.adapters: dict[str, Adapter] = {}
-        self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        base = ((name, p) for name, p in model.named_parameters() if f".{CHILD}." not in f".{name}")
+        self.required_grad = {name: p.requires_grad for name, p in base}
 
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
@@ -62,10 +62,14 @@ class MergeReport:
 
 
 def set_requires_grad(model: nn.Module, state: State) -> None:
-    trained = {n for a in state.adapters.values() for n in a.whole}
+    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
+    states = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
+    adapters = [adapter for each in {*states, state} for adapter in each.adapters.values()]
+    trained = {id(stored(*place)) for adapter in adapters for place in adapter.whole.values()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in state.required_grad:
-        parameters[name].requires_grad_(name in trained)
+        if name in parameters:
+            parameters[name].requires_grad_(id(parameters[name]) in trained)
 
 
 class Adapter:
@@ -104,7 +108,7 @@ class Adapter:
                 if parameter.requires_grad:
                     yield f"{name}/{role}", parameter
         for name, (owner, attribute) in self.whole.items():
-            yield name, getattr(owner, attribute)
+            yield name, cast(nn.Parameter, stored(owner, attribute))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains."""
@@ -140,8 +144,7 @@ class Adapter:
     def check_reach(self, *args: Any, **kwargs: Any) -> list[str]:
         """Run the model once on a sample batch, in evaluation mode, and see which sites it touches.
 
-        Weights that the model reads instead of calling their layer are found and served from then on. The first batch
-        of a training loop does the same by itself.
+        The first batch of a training loop does the same by itself, and warns.
 
         Args:
             args: what the model is called with.
@@ -152,11 +155,14 @@ class Adapter:
         """
         self._must_be("attached", "merged", "folded")
         training = [module for module in self.model.modules() if module.training]
-        watch(self.model, getattr(self.model, STATE).sites)
+        for place in (place for site in self.sites.values() for place in site.places):
+            place.calls = place.reads = False
+        unwatch(self.model)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*were not touched by the first batch")  # they are returned
-                self.model.eval()(*args, **kwargs)
+            for module in training:  # and not eval(): what holds a layer's mode would take it for the user's wish
+                module.training = False
+            with torch.no_grad():
+                self.model(*args, **kwargs)
         finally:
             for module in training:
                 module.training = True
@@ -167,8 +173,9 @@ class Adapter:
         return summarise(self)
 
     def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(map(str, self.methods)))
         return (
-            f"Adapter({self.name!r}, {', '.join(map(str, self.methods))}, {len(self.sites)} sites, "
+            f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, "
             f"{self.trainable_count:,} trainable, {self.state})"
         )
 
@@ -264,20 +271,15 @@ class Adapter:
         lost: dict[str, float] = {}
         if state == self.state:
             return MergeReport(lost)
-        for site in self.sites.values():
-            if state == "attached":
-                site.skip_base(False)
-                if site.weight.written(site.key):
-                    site.weight.erase(site.key)
-            elif state == "merged":
-                lost[site.name] = site.weight.write(site.key, site.delta)
-            elif site.can_skip_base():
-                site.skip_base(True)
-            elif site.method.anchor(site.factors) is not None:
-                site.weight.write(site.key, site.start)
-            site.folded = state == "folded"
+        try:
+            for site in self.sites.values():
+                lost[site.name] = site.go(state)
+        except BaseException:  # out of memory, or Ctrl-C: half of the sites must not stay merged
+            for site in self.sites.values():
+                site.go("attached")
+            self.state = "attached"
+            raise
         self.state = state
-        self._activate(state != "merged")
         return MergeReport(lost)
 
     def _activate(self, active: bool) -> None:
@@ -306,7 +308,8 @@ class Adapter:
         delattr(self.model, STATE)
         parameters = dict(self.model.named_parameters())
         for name, required in state.required_grad.items():
-            parameters[name].requires_grad_(required)
+            if name in parameters:  # the user may have replaced a head since
+                parameters[name].requires_grad_(required)
 
     def _must_be(self, *states: str) -> None:
         if self.state not in states:

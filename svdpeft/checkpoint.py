@@ -29,12 +29,12 @@ from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.registry import KINDS, METHODS, Registry, near_miss
 from svdpeft.sites import Place, Site, base_weight
 from svdpeft.targets import Choice
-from svdpeft.weights import running_statistics
+from svdpeft.weights import running_statistics, stored
 
 FORMAT = 2
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
 SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors"}
-PLACE_KEYS = {"layer", "parameter", "kind", "axes", "read"}
+PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
 
 
 class CheckpointError(ValueError):
@@ -109,7 +109,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     )
     with torch.no_grad():
         for (owner, attribute), value in parts.values:
-            getattr(owner, attribute).copy_(value)
+            stored(owner, attribute).copy_(value)
     return adapter
 
 
@@ -285,7 +285,7 @@ def _describe(place: Place, names: Mapping[int, str]) -> dict[str, Any]:
     kind = place.kind.whole if isinstance(place.kind, Part) else place.kind
     axes = list(kind.axes) if isinstance(kind, Raw) else []
     layer = names[id(place.module)]
-    return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes, "read": place.read}
+    return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes}
 
 
 def _describe_part(site: Site) -> dict[str, Any] | None:
@@ -310,8 +310,11 @@ def _place(
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
     kind = Raw(tuple(entry["axes"])) if cls is Raw else cls()
     if part is not None:
+        rows = kind.to_matrix(module, stored(module, parameter)).shape[-2]
+        if part["of"] != rows:
+            raise CheckpointError(f"{path}: {site} is a part of {part['of']} rows there, of {rows} here")
         kind = Part(kind, part["ranges"], part["of"])
-    return Place(module, parameter, kind, bool(entry["read"]))
+    return Place(module, parameter, kind)
 
 
 def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> None:
@@ -345,7 +348,7 @@ def _whole_tensors(
         raise CheckpointError(f"{path / TENSORS}: tensor {min(missing)} is missing")
     for name, value in values.items():
         owner, attribute = places[name]
-        shape = getattr(owner, attribute).shape
+        shape = stored(owner, attribute).shape
         if value.shape != shape:
             raise CheckpointError(f"{path}: {name} is {list(value.shape)} there, {list(shape)} in this model")
     return places, values

@@ -14,9 +14,9 @@ from svdpeft.adapter import STATE, Adapter, BatchNorm, State, set_requires_grad
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import Factored, Factors, Method
 from svdpeft.reach import watch
-from svdpeft.sites import Site, base_weight
+from svdpeft.sites import CHILD, Site, base_weight
 from svdpeft.targets import Choice, Selection, Targets, rules, select, trained_whole
-from svdpeft.weights import BaseWeight
+from svdpeft.weights import BaseWeight, stored
 
 
 def attach(
@@ -40,7 +40,7 @@ def attach(
             pattern is a name, a suffix of whole dotted parts, or a regular expression for the whole name; of RWKV also
             ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
             weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
-        exclude: patterns of layers that are left alone.
+        exclude: patterns of what is left alone: layers, or parts of a fused one.
         train: patterns of modules or parameters of the base that are trained whole, such as a new head.
         name: of the adapter; several of different names add up.
         seed: of every random draw; each site's own depends on this and on its name only.
@@ -68,7 +68,8 @@ def attach(
     whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
     _check_whole(whole, state)
     factored = [(pattern, m) for pattern, m in pairs if m.factored]
-    selection = select(model, factored, exclude, whole) if factored else Selection()
+    trained = [*whole, *(parameter for other in state.adapters.values() for parameter in other.whole)]
+    selection = select(model, factored, exclude, trained) if factored else Selection()
     built: list[tuple[Choice, Factored, Factors]] = []
     for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         place = choice.places[0]
@@ -98,6 +99,7 @@ def install(
     state: State = getattr(model, STATE, None) or State(model)
     _check_name(name, state)
     _check_whole(whole, state)
+    _check_free(built, whole, state, name)
     sites: dict[str, Site] = {}
     weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
@@ -119,8 +121,28 @@ def install(
     return adapter
 
 
+def _check_free(
+    built: Sequence[tuple[Choice, Factored, Factors]], whole: Mapping[str, Any], state: State, name: str
+) -> None:
+    """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
+    adapted = {id(site.weight.stored): n for a in state.adapters.values() for n, site in a.sites.items()}
+    for parameter, place in whole.items():
+        if (site := adapted.get(id(stored(*place)))) is not None:
+            raise ValueError(f"{parameter} cannot be trained whole: another adapter adapts it, as {site}")
+    trained = {id(stored(*place)): n for a in state.adapters.values() for n, place in a.whole.items()}
+    for choice, _, _ in built:
+        for place in choice.places:
+            if (parameter := trained.get(id(stored(place.module, place.parameter)))) is not None:
+                raise ValueError(f"{choice.name} cannot be adapted: another adapter trains {parameter} whole")
+            if place.key_for(name, choice.part) in getattr(place.module, CHILD, {}):
+                raise ValueError(
+                    f"{choice.name} has an adapter named {name!r} already, attached to a part of this model or to a "
+                    "larger one: give this one another name"
+                )
+
+
 def _check_dropout(choice: Choice) -> None:
-    method, place = choice.method, next((p for p in choice.places if p.read), None)
+    method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
     if isinstance(method, Factored) and method.dropout and place is not None:
         raise ValueError(
             f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "

@@ -22,7 +22,6 @@ class Weight:
         name: of its layer, or of the parameter where the layer has several or is not known.
         kind: that adapts it; ``None`` for a raw parameter.
         head: whether it belongs to the output layer.
-        read: whether the layer above takes the weight without calling the layer.
     """
 
     name: str
@@ -30,8 +29,12 @@ class Weight:
     parameter: str
     kind: LayerKind | None
     head: bool
-    read: bool
     roles: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What patterns may call it: its own name, its roles, and the parameter's full name."""
+        return self.name, *self.roles, f"{self.name}.{self.parameter}".lstrip(".")
 
     @property
     def tensor(self) -> Tensor:
@@ -56,7 +59,6 @@ def weights_of(model: nn.Module) -> list[Weight]:
     for kind in KINDS.values():
         roles |= kind.roles(model)
     found: list[Weight] = []
-    read: set[nn.Module] = set()
     for name, module in model.named_modules():
         inside = isinstance(module, (Factors, nn.utils.parametrize.ParametrizationList))
         if inside or f".{CHILD}." in f".{name}.":
@@ -67,11 +69,9 @@ def weights_of(model: nn.Module) -> list[Weight]:
             kind = kind_of(module, parameter)
             if kind is None and sum(size > 1 for size in tensor.shape) < 2:
                 continue  # a vector with axes to broadcast along
-            if kind is not None:
-                read |= {getattr(module, child) for child in kind.reads}
             whole = kind is not None and parameter == kind.parameter
             full = name if whole else f"{name}.{parameter}".lstrip(".")
-            found.append(Weight(full, module, parameter, kind, module in heads, module in read, roles.get(full, ())))
+            found.append(Weight(full, module, parameter, kind, module in heads, roles.get(full, ())))
     return found
 
 

@@ -1,14 +1,16 @@
 """A site: one weight of one model that is adapted, and how its update reaches the output.
 
-Two ways, by place where the weight is used. A layer that is *called* gets one module-level forward hook, which adds
-the update into its fresh output. A weight that is *read* (a raw parameter, or a layer whose parent takes its
-``weight``) is answered with W0 + ΔW, by a property on the layer's class. Parameter names, class names, kernels and
-sharding of the base stay as they are in both.
+Two ways, and both are there from the start. A layer that is *called* gets one module-level forward hook, which adds the
+update into its fresh output. Whoever *reads* the weight otherwise (a raw parameter, a parent that takes a layer's
+``weight``) is answered with W0 + ΔW, by a property on the layer's class, which within the layer's own call answers W0.
+Parameter names, class names, kernels and sharding of the base stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +21,14 @@ from torch.nn import functional as F
 from svdpeft.decomposition import Product
 from svdpeft.layers.base import CalledKind, LayerKind
 from svdpeft.methods.base import Factored, Factors
+from svdpeft.readers import means_parameter
 from svdpeft.weights import BaseWeight
 
 CHILD = "svdpeft"  # name of the child module that holds a layer's factors, by adapter and parameter
 PLACES = "_svdpeft_places"  # plain attribute of an adapted layer: its places, in the order of attaching
 HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
-CALLS = "_svdpeft_calls"  # plain attribute of a layer with a weight that is read: the handles of its hooks
-NOW = "_svdpeft_now"  # plain attribute while such a layer runs: what has been computed in this call
+TRACED = "_svdpeft_traced"  # plain attribute of an adapted layer while a compiler traces its call
+CALLED = "_svdpeft_called"  # plain attribute of an adapted layer while it is called eagerly
 BASE = "_svdpeft_base"  # attribute of a class with reading properties: the class that it stands for
 
 
@@ -37,20 +40,23 @@ class Place:
         module: the layer.
         parameter: name of the parameter there.
         kind: how this layer shows its weight.
-        read: whether the weight is read there by others than the layer's own ``forward``.
     """
 
     module: nn.Module
     parameter: str
     kind: LayerKind
-    read: bool
-    called: bool = field(init=False)
+    called: bool = field(init=False)  # the layer's own forward is one that its hook can add to
+    calls: bool = field(init=False, default=False)  # an eager forward has called it
+    reads: bool = field(init=False, default=False)  # or has read the weight
     site: Site = field(init=False, repr=False)
-    reached: bool = field(init=False, default=False)  # in an eager forward, by either way
+    key: str = field(init=False, default="")  # of the site's factors on this layer, once installed
 
     def __post_init__(self) -> None:
         self.called = self.kind.called(self.module)
-        self.read |= not self.called
+
+    def key_for(self, adapter: str, part: str) -> str:
+        """The name of an adapter's factors on the layer."""
+        return f"{adapter}:{self.parameter}" + (f"[{part}]" if part else "")
 
 
 class Site:
@@ -78,7 +84,6 @@ class Site:
     ) -> None:
         self.name, self.places, self.part, self.method = name, places, part, method
         self.factors, self.weight, self.shape = factors, weight, shape
-        self.key = ""  # of this site among all that are installed on a layer, once it is
         self.active = True  # the update is added
         self.folded = False  # the start has left the weight, so that all of L C A is added
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
@@ -100,18 +105,28 @@ class Site:
         return [place.module for place in self.places]
 
     @property
+    def key(self) -> str:
+        """Of this site among all that write into the weight, once it is installed."""
+        return self.places[0].key
+
+    @property
     def path(self) -> str:
         """How the update reaches the output, for the summary."""
         if self.skips:
             return "from factors alone"
-        if any(place.read for place in self.places):
+        if self.read_only:
             return "parametrised"
         return "dense" if self.dense else "factored"
 
     @property
     def reached(self) -> bool:
         """Whether an eager forward has used the weight since it was last asked."""
-        return any(place.reached for place in self.places)
+        return any(place.calls or place.reads for place in self.places)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether no layer that has the weight is called, as far as is known."""
+        return all(not place.called or (place.reads and not place.calls) for place in self.places)
 
     @property
     def count(self) -> int:
@@ -142,8 +157,21 @@ class Site:
             if self.method.dropout and place.module.training:
                 x = F.dropout(x, self.method.dropout)
             x = x.to(out.dtype)
+        if isinstance(out, Tensor):  # and no proxy of torch.fx
+            self.check_device(out.device)
+        if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
+            return out + kind.apply(place.module, x, self._cast(out.dtype))
         add = kind.add_dense if self.dense else kind.add
         return add(place.module, x, out, self._cast(out.dtype))
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
+        found = self.factors.L.device
+        if found != device:
+            raise RuntimeError(
+                f"the factors of {self.name} are on {found} and the layer computes on {device}: offload or dispatch "
+                "the model before attaching, or keep the factors with their layer"
+            )
 
     def replace(self, place: Place, x: Tensor) -> Tensor:
         """Return the layer's whole output, where the factors hold all of the weight."""
@@ -165,37 +193,55 @@ class Site:
         """Make the factors children of the layers, and have hook or property add the update."""
         for place in self.places:
             owner = place.module
-            self.key = f"{adapter}:{place.parameter}" + (f"[{self.part}]" if self.part else "")
-            others = [p for p in vars(owner).get(PLACES, []) if p.parameter == place.parameter]
-            for other in others:
+            place.key = place.key_for(adapter, self.part)
+            for other in vars(owner).get(PLACES, []):
                 other.site.use_base()
-            place.read |= any(other.read for other in others)
             if PLACES not in vars(owner):
                 setattr(owner, PLACES, [])
                 owner.add_module(CHILD, nn.ModuleDict())
-                setattr(owner, HOOK, owner.register_forward_hook(_add_updates, with_kwargs=True))
+                # Before the hooks of others, which are to see the adapted output.
+                handle = owner.register_forward_hook(_add_updates, with_kwargs=True, prepend=True)
+                setattr(owner, HOOK, handle)
             getattr(owner, PLACES).append(place)
-            getattr(owner, CHILD)[self.key] = self.factors
-            _serve_reads(owner)
+            getattr(owner, CHILD)[place.key] = self.factors
+            dress(owner)
 
     def remove(self) -> None:
-        """The inverse: afterwards the layers are what they were."""
+        """The inverse: afterwards the layers are what they were. Can be repeated after an interruption."""
         self.skip_base(False)
         for place in self.places:
             owner = place.module
-            getattr(owner, PLACES).remove(place)
-            del getattr(owner, CHILD)[self.key]
-            _serve_reads(owner)
+            if PLACES not in vars(owner):
+                continue
+            if place in getattr(owner, PLACES):
+                getattr(owner, PLACES).remove(place)
+            if place.key in getattr(owner, CHILD):
+                del getattr(owner, CHILD)[place.key]
+            dress(owner)
             if not getattr(owner, PLACES):
                 getattr(owner, HOOK).remove()
-                for name in (PLACES, CHILD, HOOK):
+                for name in (HOOK, CHILD, PLACES):
                     delattr(owner, name)
 
-    def serve_reads(self, place: Place) -> None:
-        """From now on answer whoever reads the weight at this place with W0 + ΔW."""
-        self.use_base()
-        place.read = True
-        _serve_reads(place.module)
+    def go(self, state: str) -> float:
+        """Go from "attached" to "merged" or "folded", or back from either.
+
+        Returns:
+            The share of the update that was lost in rounding, if it was merged.
+        """
+        lost = 0.0
+        if state == "attached":
+            self.skip_base(False)
+            if self.weight.written(self.key):
+                self.weight.erase(self.key)
+        elif state == "merged":
+            lost = self.weight.write(self.key, self.delta)
+        elif self.can_skip_base():
+            self.skip_base(True)
+        elif self.method.anchor(self.factors) is not None:
+            self.weight.write(self.key, self.start)
+        self.folded, self.active = state == "folded", state != "merged"
+        return lost
 
     def skip_base(self, skip: bool) -> None:
         """Compute the layers from the factors alone, and never from the weight, which is left as it is."""
@@ -219,7 +265,6 @@ class Site:
         return self.method.replaces_weight(*self.shape[1:]) and all(
             isinstance(p.kind, CalledKind)
             and p.kind.multiplies
-            and not p.read
             and "forward" not in vars(p.module)
             and getattr(p.module, PLACES) == [p]
             for p in self.places
@@ -240,7 +285,7 @@ def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if not place.called:
             continue
         if not torch.compiler.is_compiling():
-            place.reached = True
+            place.calls = True
         if place.site.active and not place.site.skips:
             out = place.site.add(place, _first(args, kwargs), out)
     return out
@@ -252,7 +297,7 @@ def _without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
 
 
 # -- a weight that is read ----------------------------------------------------------------------------------------
@@ -262,57 +307,75 @@ def adapted(weight: Tensor, places: list[Place]) -> Tensor:
     """Return W0 + ΔW of the given places in the weight's dtype; formed in at least float32 and rounded once."""
     with torch.autocast(weight.device.type, enabled=False):
         w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if places[0].site.skips:  # the factors are the whole weight, which was left as it is
+            w = torch.zeros_like(w)
         for place in places:
+            place.site.check_device(weight.device)
             w = w + place.kind.from_matrix(place.module, place.site.product().dense())
         return w.to(weight.dtype)
 
 
+class _Thread(threading.local):
+    """What one thread is doing with layers whose weights are read."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, list[dict[Any, Tensor]]] = {}  # layer -> what each of its running calls has computed
+        self.forming: set[Any] = set()  # layers whose update is being formed: to their kind the weight is W0
+
+
+_thread = _Thread()
+
+
+def _plain(module: Any, parameter: str) -> Tensor | None:
+    """The parameter itself, or what somebody (FSDP, a replica) has put in its place."""
+    return module._parameters.get(parameter, vars(module).get(parameter))
+
+
 def _read(module: Any, parameter: str) -> Tensor | None:
     """What ``module.<parameter>`` gives. Within the layer's own call its hook adds the update instead."""
-    weight, now = module._parameters[parameter], getattr(module, NOW, None)
     eager = not torch.compiler.is_compiling()
+    weight = _plain(module, parameter)
+    calls = _thread.calls.get(module, []) if eager else []
+    # The call and what runs within it may be traced or not, each for itself.
+    running = bool(calls) or getattr(module, TRACED, False) or (not eager and getattr(module, CALLED, False))
+    if weight is None or (eager and (module in _thread.forming or means_parameter(sys._getframe(2)))):
+        return weight
     places = []
-    for place in getattr(module, PLACES):
-        if place.parameter == parameter and not (place.called and now is not None):
+    for place in getattr(module, PLACES, ()):
+        if place.parameter == parameter and not (place.called and running):
             if eager:
-                place.reached = True
+                place.reads = True
             if place.site.active:
                 places.append(place)
-    if weight is None or not places:
+    if not places:
         return weight
-    if now is None or not eager:  # a compiler finds the repeated computation itself
+    if not eager:  # a compiler finds the repeated computation itself
         return adapted(weight, places)
     # Experts read their weights once per expert: computed once per call. Under no_grad it has no graph.
-    key = (parameter, torch.is_grad_enabled())
+    now = calls[-1] if calls else {}
+    key = (parameter, torch.is_grad_enabled(), *((id(place), place.site.folded) for place in places))
     if key not in now:
-        now[key] = adapted(weight, places)
+        _thread.forming.add(module)
+        try:
+            now[key] = adapted(weight, places)
+        finally:
+            _thread.forming.remove(module)
     return now[key]
 
 
-def _serve_reads(module: Any) -> None:
-    """Give the layer the class whose properties answer for the parameters that are read."""
-    base = getattr(type(module), BASE, type(module))
-    parameters = tuple(sorted({p.parameter for p in getattr(module, PLACES) if p.read}))
-    module.__class__ = _reading_class(base, parameters) if parameters else base
-    if parameters and CALLS not in vars(module):
-        before = module.register_forward_pre_hook(_enter, prepend=True)
-        setattr(module, CALLS, (before, module.register_forward_hook(_leave, prepend=True, always_call=True)))
-    elif not parameters and CALLS in vars(module):
-        for handle in getattr(module, CALLS):
-            handle.remove()
-        delattr(module, CALLS)
+# -- the class of an adapted layer ------------------------------------------------------------------------------------
 
 
-def _enter(module: Any, args: Any) -> None:
-    setattr(module, NOW, {})
-
-
-def _leave(module: Any, args: Any, out: Any) -> None:
-    vars(module).pop(NOW, None)
+def dress(module: Any) -> None:
+    """Give the layer the class that answers for its adapted parameters, or its own if there are none."""
+    # In its own dictionary: a class that somebody derived from ours (FSDP does) is not ours to take away.
+    base = vars(type(module)).get(BASE, type(module))
+    parameters = tuple(sorted({place.parameter for place in getattr(module, PLACES)}))
+    module.__class__ = _dressed(base, parameters) if parameters else base
 
 
 @functools.cache
-def _reading_class(base: Any, parameters: tuple[str, ...]) -> Any:
+def _dressed(base: Any, parameters: tuple[str, ...]) -> Any:
     """A subclass that is called like the base class, so that whoever looks for a layer by its class name finds it."""
 
     def getter(parameter: str) -> property:
@@ -322,7 +385,31 @@ def _reading_class(base: Any, parameters: tuple[str, ...]) -> Any:
             except AttributeError as error:  # or Python would ask nn.Module.__getattr__, which knows W0 alone
                 raise RuntimeError(f"the update of {parameter} cannot be formed: {error}") from error
 
-        return property(read)
+        def write(module: Any, value: Any) -> None:
+            vars(module)[parameter] = value
+
+        def delete(module: Any) -> None:
+            del vars(module)[parameter]
+
+        return property(read, write, delete)
+
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            setattr(module, TRACED, True)
+            try:
+                return base.__call__(module, *args, **kwargs)
+            finally:
+                delattr(module, TRACED)
+        calls = _thread.calls.setdefault(module, [])
+        calls.append({})
+        vars(module)[CALLED] = True
+        try:
+            return base.__call__(module, *args, **kwargs)
+        finally:
+            calls.pop()
+            if not calls:
+                del _thread.calls[module]
+                vars(module).pop(CALLED, None)
 
     def reduce(module: Any, protocol: Any) -> Any:
         # A class made here cannot be pickled by name: the base class and the parameters can.
@@ -331,10 +418,10 @@ def _reading_class(base: Any, parameters: tuple[str, ...]) -> Any:
 
     body = {name: getter(name) for name in parameters}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**body, **names, BASE: base, "__reduce_ex__": reduce})
+    return type(base.__name__, (base,), {**body, **names, BASE: base, "__call__": call, "__reduce_ex__": reduce})
 
 
 def _new(base: Any, parameters: tuple[str, ...]) -> nn.Module:
     module = base.__new__(base)
-    module.__class__ = _reading_class(base, parameters)
+    module.__class__ = _dressed(base, parameters)
     return module

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from svdpeft.inventory import weights_of
+from svdpeft.weights import stored
 
 if TYPE_CHECKING:
     from svdpeft.adapter import Adapter
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 def summarise(adapter: Adapter) -> str:
     """Return the table as plain text."""
-    table = Table(title=repr(adapter), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("site", "shape", "kind", "method", "path", "trainable"):
         table.add_column(column, justify="right" if column == "trainable" else "left", overflow="fold")
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -27,20 +31,32 @@ def summarise(adapter: Adapter) -> str:
         groups.setdefault((_blocks(name), shape, site.kind.name, str(site.method), path), []).append(site.count)
     for (name, *rest), counts in groups.items():
         times = f" ×{len(counts)}" if len(counts) > 1 else ""
-        table.add_row(name + times, *rest, f"{sum(counts):,}")
+        table.add_row(*map(Text, (name + times, *rest, f"{sum(counts):,}")))  # no markup: names may end in [q]
     for name, (owner, attribute) in adapter.whole.items():
-        tensor = getattr(owner, attribute)
-        table.add_row(name, "x".join(map(str, tensor.shape)), "whole", "", "", f"{tensor.numel():,}")
+        tensor = stored(owner, attribute)
+        table.add_row(Text(name), "x".join(map(str, tensor.shape)), "whole", "", "", f"{tensor.numel():,}")
     base = sum(p.numel() for n, p in adapter.model.named_parameters() if ".svdpeft." not in f".{n}")
     table.add_section()
     share = f"{adapter.trainable_count / base:.3%} of {base:,}"
     table.add_row("total", share, "", "", "", f"{adapter.trainable_count:,}", style="bold")
-    lines = [_render(table)]
+    lines = [repr(adapter), _render(table)]
     left = Counter((_blocks(name), reason) for name, reason in adapter.skipped.items())
-    if left:
+    vectors = _vectors(adapter)
+    if left or vectors:
         lines.append("not adapted:")
         lines += [f"  {name}{f' ×{count}' if count > 1 else ''}: {why}" for (name, why), count in left.items()]
+    if vectors:
+        lines.append(
+            f"  {len(vectors)} vectors (biases, norms and the like, {sum(vectors):,} values): train= names what trains"
+        )
     return "\n".join(lines)
+
+
+def _vectors(adapter: Adapter) -> list[int]:
+    """Sizes of the parameters of the base that are no matrices and do not train."""
+    known = {id(weight.tensor) for weight in weights_of(adapter.model)}
+    base = ((name, p) for name, p in adapter.model.named_parameters() if ".svdpeft." not in f".{name}")
+    return [p.numel() for name, p in base if id(p) not in known and name not in adapter.whole]
 
 
 def _blocks(name: str) -> str:

@@ -7,7 +7,6 @@ regular expression that matches the whole name. A target may end in brackets: ``
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +15,15 @@ import torch
 from torch import nn
 
 from svdpeft.inventory import Weight, by_identity, computes_without_gradient, views, weights_of
+from svdpeft.layers.base import LayerKind, Rows
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
-from svdpeft.methods.base import Factors, Method, matches
+from svdpeft.methods.base import BRACKETS, Factors, Method, matches
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites import Place
 
 Targets = str | Sequence[str] | Mapping[str, Method]
 BROAD = ("all-linear", "all")
-BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")
 
 
 _KEEPS = "{} keeps references of its own to its weights"
@@ -66,10 +65,10 @@ class Rule:
     method: Method
 
     @classmethod
-    def parse(cls, text: str, method: Method) -> Rule:
-        """Take the brackets apart; those of a regular expression (``[0-3]``, ``[^.]``) stay where they are."""
+    def parse(cls, text: str, method: Method, weights: Sequence[Weight]) -> Rule:
+        """Take the brackets apart; those of a regular expression that names weights stay where they are."""
         found = BRACKETS.fullmatch(text)
-        if found is None:
+        if found is None or any(matches(text, name) for weight in weights for name in weight.names):
             return cls(text, text, (), method)
         return cls(text, found[1], tuple(word.strip() for word in found[2].split(",")), method)
 
@@ -90,7 +89,7 @@ class Rule:
             return not weight.head and kind is not None and (self.pattern == "all" or kind.linear)
         if weight.kind is None and not self.axes:  # a regular expression for layers does not mean raw parameters
             return weight.name == self.pattern or weight.name.endswith("." + self.pattern)
-        return any(matches(self.pattern, name) for name in (weight.name, *weight.roles))
+        return any(matches(self.pattern, name) for name in weight.names)
 
 
 def rules(targets: Targets, method: Method | None) -> list[tuple[str, Method]]:
@@ -146,19 +145,22 @@ def select(
         ValueError: a pattern matches no weight that can be adapted, or names one that cannot be: of a tied weight only
             one user, a part that does not exist, a quantised weight, a view of another.
     """
-    selection, trained = Selection(), {id(model.get_parameter(name)) for name in whole}
-    listed = [Rule.parse(text, method) for text, method in pairs]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    selection, trained = Selection(), {id(parameters[name]) for name in whole}
     for known in KINDS.values():
         if objection := known.objection(model):
             raise ValueError(objection)
     weights = weights_of(model)
+    listed = [Rule.parse(text, method, weights) for text, method in pairs]
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    _check_exclude(model, weights, exclude)
     shared, users = views(weights), by_identity(weights)
     hits = dict.fromkeys((rule.text for rule in listed), 0)
     refused: dict[str, str] = {}  # rule -> why a weight that it names cannot be adapted
     taken: set[int] = set()
     for weight in weights:
         wanting = [rule for rule in listed if rule.wants(weight)]
-        excluded = next((p for p in exclude if any(matches(p, n) for n in (weight.name, *weight.roles))), None)
+        excluded = next((p for p in exclude if any(matches(p, n) for n in weight.names)), None)
         named = next((rule for rule in wanting if rule.pattern not in BROAD), None)
         reason, fatal = _why_not(weight, wanting, excluded, trained, shared)
         if reason is None and id(weight.tensor) in taken:
@@ -192,6 +194,22 @@ def select(
         if hits[rule.text] == 0:
             raise ValueError(_no_site(rule, weights, refused.get(rule.text), selection.skipped))
     return selection
+
+
+def _check_exclude(model: nn.Module, weights: Sequence[Weight], exclude: Sequence[str]) -> None:
+    """A pattern that excludes nothing is a misspelt one."""
+    known = {name for weight in weights for name in weight.names}
+    known |= {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    parts = {
+        f"{weight.name}[{part}]"
+        for weight in weights
+        if any(map(BRACKETS.fullmatch, exclude))
+        for part in _rows(model, weight, weight.kind or Raw())
+    }
+    for pattern in exclude:
+        if not any(matches(pattern, name) for name in known | parts):
+            leaves = {name.rpartition(".")[2] for name in known | parts} - {""}
+            raise ValueError(f"exclude={pattern!r} matches nothing in the model: {near_miss(pattern, leaves)}")
 
 
 def _why_not(
@@ -238,6 +256,9 @@ def _why_not_shared(weight: Weight, others: list[Weight], rules: Sequence[Rule],
             )
         if _view(other) != mine:
             return f"its weight is shared with {other.name}, which sees another matrix in it"
+        methods = [next(rule.method for rule in rules if rule.wants(user)) for user in (weight, other)]
+        if methods[0] != methods[1]:
+            return f"its weight is shared with {other.name}, for which another method is named: {methods[1]}"
     return None
 
 
@@ -247,20 +268,26 @@ def _view(weight: Weight) -> tuple[Any, ...]:
     return matrix.shape, matrix.stride(), matrix.data_ptr()
 
 
+def _rows(model: nn.Module, weight: Weight, kind: LayerKind) -> dict[str, Rows]:
+    above, _, leaf = weight.name.rpartition(".")
+    return parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
+
+
 def _choose(
     model: nn.Module, users: list[Weight], wanting: list[Rule], exclude: Sequence[str], skipped: dict[str, str]
 ) -> list[tuple[Choice, Rule]]:
     """Turn one weight into one choice, or into one per part."""
     weight, first = users[0], wanting[0]
-    above, _, leaf = weight.name.rpartition(".")
     kind = weight.kind or Raw(first.axes)
     if isinstance(kind, Raw):
         kind.check_axes(weight.tensor, weight.name)
-    rows = parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
-    if not (kind.split and rows) and not any(rule.parts for rule in wanting):
+    rows = _rows(model, weight, kind)
+    by_part = {part: next((p for p in exclude if matches(p, f"{weight.name}[{part}]")), None) for part in rows}
+    apart = (kind.split and rows) or any(rule.parts for rule in wanting) or any(by_part.values())
+    if not apart:
         if first.axes and weight.kind is not None:
             raise ValueError(f"targets={first.text!r}: {weight.name} is of kind {kind.name!r}, which knows its axes")
-        places = [Place(w.module, w.parameter, w.kind or kind, w.read) for w in users]
+        places = [Place(w.module, w.parameter, w.kind or kind) for w in users]
         return [(Choice(weight.name, places, first.method, roles=weight.roles), first)]
     chosen: dict[str, Rule] = {}
     for rule in wanting:
@@ -272,7 +299,7 @@ def _choose(
     found = []
     for part, runs in rows.items():
         name = f"{weight.name}[{part}]"
-        rule, excluded = chosen.get(part), next((p for p in exclude if matches(p, name)), None)
+        rule, excluded = chosen.get(part), by_part[part]
         if rule is None or excluded is not None:
             skipped[name] = "not in targets" if rule is None else f"excluded by {excluded!r}"
             continue
@@ -280,7 +307,7 @@ def _choose(
         for w in users:
             whole = w.kind or kind
             total = whole.to_matrix(w.module, w.tensor).shape[-2]
-            places.append(Place(w.module, w.parameter, Part(whole, runs, total), w.read))
+            places.append(Place(w.module, w.parameter, Part(whole, runs, total)))
         found.append((Choice(name, places, rule.method, part, weight.roles), rule))
     return found
 

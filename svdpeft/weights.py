@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 
+def stored(owner: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer itself; as an attribute an adapted weight is read with its update added."""
+    tensor = owner._parameters.get(name)
+    tensor = owner._buffers[name] if tensor is None else tensor
+    assert tensor is not None
+    return tensor
+
+
 class BaseWeight:
     """One parameter of the base model, and what is written into it at present.
 
@@ -27,16 +35,22 @@ class BaseWeight:
         self._written: dict[str, Callable[[], Tensor]] = {}
 
     @property
+    def stored(self) -> Tensor:
+        """The parameter itself."""
+        return stored(self.owner, self.parameter)
+
+    @property
     def tensor(self) -> Tensor:
         """The parameter as it is now, detached (shares memory)."""
-        parameter = self.owner._parameters[self.parameter]  # not the attribute: it may be read with the update added
-        assert parameter is not None
-        return parameter.detach()
+        return self.stored.detach()
 
     @property
     def original(self) -> Tensor:
         """The base's own value, whatever is written at present."""
-        return self.tensor if self._original is None else self._original
+        if self._original is None:
+            return self.tensor
+        self._original = self._original.to(self.stored.device)  # the model may have moved since
+        return self._original
 
     def write(self, key: str, part: Callable[[], Tensor]) -> float:
         """Add ``part()``, in the stored layout, to the weight.
@@ -58,12 +72,10 @@ class BaseWeight:
 
     def erase(self, key: str) -> None:
         """Take back what was written under ``key``; the last one to go restores every bit."""
-        del self._written[key]
-        if self._written:
-            self.tensor.copy_(self._exact())
-        else:
-            assert self._original is not None
-            self.tensor.copy_(self._original)
+        rest = {other: part for other, part in self._written.items() if other != key}
+        self.tensor.copy_(self._exact(rest) if rest else self.original)
+        self._written = rest  # after the copy: if that is interrupted, erasing again completes it
+        if not rest:
             self._original = None
 
     def keep(self, key: str) -> None:
@@ -80,9 +92,9 @@ class BaseWeight:
         """Whether something is written under ``key``."""
         return key in self._written
 
-    def _exact(self) -> Tensor:
+    def _exact(self, written: Mapping[str, Callable[[], Tensor]] | None = None) -> Tensor:
         total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
-        for part in self._written.values():
+        for part in (self._written if written is None else written).values():
             total = total + part().to(total.dtype)
         return total
 
@@ -107,8 +119,7 @@ class Borrowed:
         self._away |= {name: self[name].clone() for name in places}
 
     def __getitem__(self, name: str) -> Tensor:
-        owner, attribute = self.places[name]
-        return getattr(owner, attribute).detach()
+        return stored(*self.places[name]).detach()
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -129,31 +140,35 @@ class Frozen:
     """Normalisation layers held in evaluation mode, whatever mode their model is put into.
 
     Args:
-        model: all its layers with running statistics, but those that another adapter holds already.
+        model: all its layers with running statistics; several adapters may hold them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [m for m in model.modules() if _has_statistics(m) and "train" not in vars(m)]
+        self.layers = [module for module in model.modules() if _has_statistics(module)]
         self.hold()
 
     def hold(self) -> None:
         """Put them into evaluation mode and keep them there."""
         for layer in self.layers:
-            layer.train = _Held(layer)  # type: ignore[method-assign]
+            held = vars(layer).setdefault("train", _Held(layer))
+            held.holders += 1
             layer.training = False
 
     def release(self) -> None:
-        """Give them the mode that was last asked for."""
+        """Give them the mode that was last asked for, unless another adapter holds them too."""
         for layer in self.layers:
-            mode = vars(layer).pop("train").mode
-            layer.train(mode)
+            held = vars(layer)["train"]
+            held.holders -= 1
+            if not held.holders:
+                del layer.train
+                layer.train(held.mode)
 
 
 class _Held:
     """Stands in the place of a layer's ``train``; a class and no closure, so that the model can be pickled."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.mode = layer, layer.training
+        self.layer, self.mode, self.holders = layer, layer.training, 0
 
     def __call__(self, mode: bool = True) -> nn.Module:
         self.mode = mode

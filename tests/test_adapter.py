@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, PiSSA, attach
+from svdpeft.weights import stored
 
 
 class Tied(nn.Module):
@@ -129,11 +130,11 @@ def test_two_layers_with_one_weight_share_one_site():
     assert torch.equal(model(TOKENS), expected)
     perturb(adapter)
     adapted = model(TOKENS)
-    weight = model.up.weight.clone()
+    weight = stored(model.up, "weight").clone()
     adapter.merge()
     close(model(TOKENS), adapted)
-    assert model.again.weight is model.up.weight
-    close(model.up.weight.detach(), weight.detach() + adapter.delta("up"))
+    assert stored(model.again, "weight") is stored(model.up, "weight")
+    close(stored(model.up, "weight").detach(), weight.detach() + adapter.delta("up"))
     adapter.unmerge()
     assert torch.equal(model(TOKENS), adapted)
     assert adapter.trainable_count == sum(p.numel() for p in set(adapter.parameters())) == 2 * 2 * 11
@@ -160,7 +161,7 @@ def test_head_tied_to_an_embedding():
     assert adapter.skipped["head"].startswith("its weight is shared with embed, which is not adapted")
     perturb(adapter)
     adapter.merge()
-    assert equal_bits(model.embed.weight, embedding)
+    assert equal_bits(stored(model.embed, "weight"), embedding)
     adapter.detach()
     for one, other in (("head", "embed"), ("embed", "head")):
         with refused(model, f"{one} cannot be adapted: its weight is shared with {other}, which is not adapted"):
@@ -185,9 +186,9 @@ def test_head_and_embedding_share_one_adapter_if_both_are_named():
     close(adapted.detach(), dense(TOKENS).detach())
     adapter.merge()
     close(model(TOKENS), adapted)
-    assert model.head.weight is model.embed.weight, "still tied"
+    assert stored(model.head, "weight") is stored(model.embed, "weight"), "still tied"
     adapter.unmerge()
-    assert equal_bits(model.embed.weight, base)
+    assert equal_bits(stored(model.embed, "weight"), base)
     adapter.detach()
     assert_same(before, snapshot(model))
 
@@ -230,7 +231,7 @@ def test_merge_report_measures_what_bfloat16_loses(size: float):
     report = adapter.merge()
     for name in "ab":
         wanted = adapter.delta(name).double()
-        arrived = model[name].weight.detach().double() - base[name]
+        arrived = stored(model[name], "weight").detach().double() - base[name]
         lost = float((arrived - wanted).norm() / wanted.norm())
         assert report.lost[name] == pytest.approx(lost, rel=1e-3)
         assert lost < 0.05 if size == 1e-1 else lost > 0.01
@@ -360,7 +361,7 @@ def test_delta_is_what_is_added():
     assert not delta.requires_grad
     adapter.detach()
     with torch.no_grad():
-        model.layer.weight.add_(delta)
+        stored(model.layer, "weight").add_(delta)
     close(model.layer(x), expected)
     half, _ = host(("linear", 0), dtype=torch.bfloat16)
     assert adapt(half, LoRA(rank=2)).delta("layer").dtype == torch.float32

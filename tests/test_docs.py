@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svdpeft.registry import METHODS
+from svdpeft.registry import KINDS, METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,8 +14,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = dict(METHODS._classes)
-    monkeypatch.setattr(METHODS, "_classes", known)  # a method that a page registers does not outlive it
+    for registry in (METHODS, KINDS):  # what a page registers does not outlive it
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     names = {"__name__": page.stem}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, page.name, "exec"), names)

@@ -79,6 +79,11 @@ def test_what_a_lora_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     two = nn.Linear(5, 5)
     two.weight = one.weight
     refuse(svdpeft.attach(nn.Sequential(one, two), svdpeft.LoRA(rank=1)), "shares its weight")
+    refuse(svdpeft.attach(nn.Sequential(nn.Embedding(5, 4)), svdpeft.LoRA(rank=1), "all"), "of kind 'embedding'")
+    fused = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
+    refuse(svdpeft.attach(fused, svdpeft.LoRA(rank=1), ["qkv[q]"]), r"qkv\[q\] is the part 'q' of a weight")
+    attention = nn.MultiheadAttention(4, 2)
+    refuse(svdpeft.attach(attention, svdpeft.LoRA(rank=1), ["out_proj"]), "the model reads out_proj")
 
 
 def test_an_export_does_not_overwrite(tmp_path):

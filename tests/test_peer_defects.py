@@ -109,7 +109,7 @@ def test_a_merge_in_bfloat16_says_how_much_of_a_small_update_it_lost():
     model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
     adapter = svdpeft.attach(model, svdpeft.LoRA(rank=4))
     perturb(adapter, 1e-3)
-    weight, delta = model[0].weight.detach().float(), adapter.delta("0")
+    weight, delta = model[0]._parameters["weight"].detach().float(), adapter.delta("0")
     report = adapter.merge()
     lost = (model[0].weight.float() - (weight + delta)).norm() / delta.norm()
     assert report.lost["0"] == pytest.approx(lost.item(), rel=1e-4)

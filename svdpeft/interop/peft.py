@@ -22,6 +22,7 @@ from svdpeft.decomposition import Product, exact_rank, recompress
 from svdpeft.sites import Site
 
 CONV = re.compile(r"conv|conv-same")
+WRITTEN = re.compile(r"linear|hf-conv1d|conv|conv-same")  # the kinds whose LoRA files PEFT can read back
 
 
 def export_ranks(adapter: Adapter) -> dict[str, int]:
@@ -102,5 +103,10 @@ def _check(adapter: Adapter) -> None:
     for name, site in adapter.sites.items():
         if len(site.owners) > 1:
             raise ValueError(f"{name} shares its weight with another layer: a LoRA file has no word for that")
+        if site.part or not WRITTEN.fullmatch(site.kind.name):
+            what = f"the part {site.part!r} of a weight" if site.part else f"of kind {site.kind.name!r}"
+            raise ValueError(f"{name} is {what}: a LoRA file has no word for that; merge the adapter instead")
+        if site.read_only:
+            raise ValueError(f"the model reads {name} instead of calling it: a LoRA does nothing there; merge instead")
         if CONV.fullmatch(site.kind.name) and site.shape[0] > 1:
             raise ValueError(f"{name} is a convolution of {site.shape[0]} groups: a LoRA file has no word for that")

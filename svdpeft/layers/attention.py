@@ -22,7 +22,6 @@ class Attention(LayerKind):
 
     classes: ClassVar = ("torch.nn.modules.activation.MultiheadAttention",)
     linear: ClassVar = True
-    reads: ClassVar = ("out_proj",)
     split: ClassVar = True
 
     @classmethod

@@ -40,7 +40,6 @@ class LayerKind(ABC):
     classes: ClassVar[tuple[str, ...]] = ()  # dotted names, so that an optional library is not imported
     parameter: ClassVar[str] = "weight"
     linear: ClassVar[bool] = False  # multiplies the last axis of its input: taken by targets="all-linear"
-    reads: ClassVar[tuple[str, ...]] = ()  # children whose weight the layer reads without calling them
     split: ClassVar[bool] = False  # its parts are always adapted apart
 
     @classmethod

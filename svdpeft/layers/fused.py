@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import CalledKind, Example, LayerKind, Rows
+from svdpeft.layers.base import CalledKind, Example, LayerKind, Rows, dotted
 
 STACKED = {  # name of the layer -> its parts, equally large and one after the other
     "qkv": ("q", "k", "v"),
@@ -27,6 +27,13 @@ STACKED = {  # name of the layer -> its parts, equally large and one after the o
 }
 HEADWISE = ("query_key_value",)  # q, k, v of the first head, then of the second (GPT-NeoX, BLOOM, Persimmon)
 HEAD_SIZE = ("head_size", "head_dim", "dim_head")
+# Head by head though the name says otherwise: class of the parent -> its attributes with the sizes of the parts.
+HEADWISE_PARENTS = {
+    "timm.models.tiny_vit.Attention": ("key_dim", "key_dim", "val_dim"),
+    "timm.models.efficientformer.Attention": ("key_dim", "key_dim", "val_dim"),
+    "timm.layers.halo_attn.HaloAttn": ("dim_head_qk", "dim_head_v"),
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention": ("head_dim",) * 3,
+}
 
 
 def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, parent: Any) -> dict[str, Rows]:
@@ -50,21 +57,25 @@ def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, pare
         return _grouped(parent, m)
     if leaf == "c_attn" and m == 2 * n:  # cross attention in GPT-2
         names = ("k", "v")
+    if (attributes := HEADWISE_PARENTS.get(dotted(type(parent)))) is not None:
+        if getattr(parent, "multi_query", False):
+            return {}
+        return _headwise(names, m, [getattr(parent, attribute) for attribute in attributes])
     if m != n * len(names) and leaf != "gate_up_proj":  # heads of other sizes: an order that is not known here
         return {}
     if leaf in HEADWISE or getattr(parent, "head_first", False):
         size = next((getattr(parent, a) for a in HEAD_SIZE if isinstance(getattr(parent, a, None), int)), None)
-        return {} if size is None else _headwise(names, m, size)
+        return {} if size is None else _headwise(names, m, [size] * len(names))
     step = m // len(names)
     return {name: ((i * step, (i + 1) * step, 1),) for i, name in enumerate(names)}
 
 
-def _headwise(names: tuple[str, ...], m: int, size: int) -> dict[str, Rows]:
-    group = size * len(names)
-    return {
-        name: tuple((head + i * size, head + (i + 1) * size, 1) for head in range(0, m, group))
-        for i, name in enumerate(names)
-    }
+def _headwise(names: tuple[str, ...], m: int, sizes: Sequence[int]) -> dict[str, Rows]:
+    group, found = sum(sizes), {}
+    for i, name in enumerate(names):
+        start = sum(sizes[:i])
+        found[name] = tuple((head + start, head + start + sizes[i], 1) for head in range(0, m, group))
+    return found
 
 
 def _grouped(parent: Any, m: int) -> dict[str, Rows]:

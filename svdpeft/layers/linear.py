@@ -19,9 +19,15 @@ class Linear(CalledKind):
 
     classes: ClassVar = (
         "torch.nn.modules.linear.Linear",
-        "rwkv7_hf.modeling_rwkv7.RWKV7Linear",  # pads its rows, and is linear
+        # Subclasses with another way to write the same product.
+        "rwkv7_hf.modeling_rwkv7.RWKV7Linear",
+        "transformers.models.falcon.modeling_falcon.FalconLinear",
     )
     linear: ClassVar = True
+
+    def called(self, module: nn.Module) -> bool:
+        # Torch's own word for the output projection that nn.MultiheadAttention reads and never calls.
+        return super().called(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         return w

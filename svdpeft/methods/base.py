@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from svdpeft.decomposition import Product, check_rank, difference
 
 Tensors = dict[str, Tensor]
+BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Factored(Method):
         """
         rank = self.rank
         if isinstance(rank, Mapping):
-            names = (site, *roles)
+            names = (site, site.partition("[")[0], *roles)  # a part also goes by the name of its layer
             matching = [value for pattern, value in rank.items() if any(matches(pattern, n) for n in names)]
             if not matching:
                 raise ValueError(f"no pattern of rank={rank!r} matches {site}; '.*' matches the rest")
@@ -252,12 +253,17 @@ class Factored(Method):
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` names ``name``: exactly, as a suffix of whole dotted parts, or as a regular expression.
 
+    Of a fused weight ``qkv[q,v]`` names the parts ``qkv[q]`` and ``qkv[v]``.
+
     Example:
         >>> matches("attn.qkv", "blocks.0.attn.qkv"), matches("kv", "blocks.0.attn.qkv"), matches(".*qkv", "a.qkv")
         (True, False, True)
     """
     if name == pattern or name.endswith("." + pattern):
         return True
+    layer, _, part = name.removesuffix("]").partition("[")
+    if part and (found := BRACKETS.fullmatch(pattern)) is not None:
+        return part in re.split(r"\s*,\s*", found[2]) and matches(found[1], layer)
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
