@@ -25,6 +25,7 @@ TIERS = [
     {"summary"},
     {"inventory", "reach"},
     {"sites"},
+    {"reads"},
     {"readers"},
     {"weights"},
     {"methods", "layers"},
@@ -32,7 +33,7 @@ TIERS = [
     {"registry"},
 ]
 # Imports against the flow: for a type annotation alone, and the adapter's convenience `save`.
-AGAINST = {("summary", "adapter"), ("adapter", "checkpoint")}
+AGAINST = {("summary", "adapter"), ("reads", "sites"), ("adapter", "checkpoint")}
 
 
 def part(file: Path) -> str:

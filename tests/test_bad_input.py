@@ -274,3 +274,14 @@ def test_gradient_mode_without_before_step(net: Net):
     adapter.after_step()
     with pytest.raises(RuntimeError, match="before_step"):
         adapter.after_step()
+
+
+def test_an_rwkv_that_rescales_its_weights_is_refused():
+    from transformers import RwkvConfig, RwkvModel
+
+    config = RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=3, rescale_every=2)
+    model = RwkvModel(config)
+    with refused(model, "rescale_every=2", "model.config.rescale_every = 0"):
+        attach(model, LoRA(rank=2), targets="rwkv")
+    model.config.rescale_every = 0
+    assert len(attach(model, LoRA(rank=2), targets="rwkv").sites) == 3 * 7

@@ -155,7 +155,29 @@ def timm_maxvit() -> tuple[nn.Module, str]:
     return nn.Sequential(AttentionCl(8, dim_head=4, head_first=True)), "0.qkv"
 
 
-@pytest.mark.parametrize("build", [gpt2, neox, bloom, phi3, timm_vit, timm_maxvit], ids=lambda f: f.__name__)
+def timm_tinyvit() -> tuple[nn.Module, str]:
+    from timm.models.tiny_vit import Attention
+
+    return nn.Sequential(Attention(8, key_dim=4, num_heads=2, attn_ratio=1, resolution=(1, 5))), "0.qkv"
+
+
+def timm_efficientformer() -> tuple[nn.Module, str]:
+    from timm.models.efficientformer import Attention
+
+    return nn.Sequential(Attention(8, key_dim=2, num_heads=2, attn_ratio=4, resolution=(1, 5))), "0.qkv"
+
+
+def bigcode() -> tuple[nn.Module, str]:
+    from transformers import GPTBigCodeConfig, GPTBigCodeModel
+
+    config = GPTBigCodeConfig(n_embd=8, n_head=2, n_layer=1, vocab_size=20, n_positions=8, multi_query=False)
+    return GPTBigCodeModel(config), "h.0.attn.c_attn"
+
+
+BUILDS = [gpt2, neox, bloom, phi3, bigcode, timm_vit, timm_maxvit, timm_tinyvit, timm_efficientformer]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda f: f.__name__)
 def test_rows_are_what_they_are_called(build: Any):
     """Softmax forgets a constant in all keys of a head; the attention is linear in its values; queries do neither.
 

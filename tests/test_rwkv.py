@@ -535,15 +535,15 @@ def test_every_matrix_is_adapted_and_reached(spelling: str):
     found = spelled(spelling)
     adapter = attach(found, LoRA(rank=2), targets="rwkv")
     assert set(adapter.sites) == names_of(spelling)
+    perturb(adapter, 0.02)
+    loss(found.train(), tokens(8)).backward()
     for name, site in adapter.sites.items():
         short = re.sub(r".*?\.\d+\.", "", name)
         assert site.shape == SHAPES.get(short, site.shape), name
         read = short in RAW or (spelling == "rwkv7" and short == "attn.w_lora.lora.2")  # rwkv7-hf takes its weight
-        assert site.path == "parametrised" if read else spelling == "rwkv7" or site.path != "parametrised", name
+        assert (site.path == "parametrised") == read, name
         if short in RAW:
             assert site.kind.name == "rwkv"
-    perturb(adapter, 0.02)
-    loss(found.train(), tokens(8)).backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.abs().max() > 0), name
