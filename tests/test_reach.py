@@ -196,12 +196,14 @@ def test_policy_and_reference_in_one_call():
                 return policy, x @ self.w.mT
 
     model, x = Pair(), torch.randn(2, 3, dtype=torch.float64)
-    base = x @ model.w.detach().mT
+    fixed = attach(model, LoRA(rank=1), targets=["w"], name="fixed")
     adapter = attach(model, PiSSA(rank=2), targets=["w"])
-    perturb(adapter)
+    for each in (fixed, adapter):
+        perturb(each)
     policy, reference = model(x)
-    close(reference.detach(), base)
-    close(policy.detach(), x @ (model._parameters["w"] + adapter.delta("w")).mT.detach())
+    w = model._parameters["w"].detach() + fixed.delta("w")
+    close(reference.detach(), x @ w.mT)
+    close(policy.detach(), x @ (w + adapter.delta("w")).mT)
 
 
 def test_on_demand():

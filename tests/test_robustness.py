@@ -50,6 +50,7 @@ def test_an_interrupted_change_leaves_the_adapter_attached(change: str, method: 
         adapter.disabled().__enter__() if change == "disabled" else getattr(adapter, change)()
     monkeypatch.undo()
     assert adapter.state == "attached"
+    assert all(site.active and not site.folded and not site.weight.written(site.key) for site in adapter.sites.values())
     close(model(x), expected)
     adapter.merge()
     close(model(x), expected)
@@ -219,7 +220,7 @@ def test_ranks_of_parts():
 def test_the_padding_row_of_an_embedding_never_trains():
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4, padding_idx=0)})
     adapter = attach(model, PiSSA(rank=2), targets=["embed"])
-    model["embed"](torch.tensor([0, 1, 2])).square().sum().backward()
+    model["embed"](torch.tensor([0, 1, 2])).sum().backward()
     gradient = adapter.sites["embed"].factors.L.grad
     assert not gradient[0].any()
     assert gradient[1].any()
