@@ -31,7 +31,7 @@ def linear(shape: tuple[int, int], seed: int = 0) -> tuple[nn.ModuleDict, Array,
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
     model = nn.ModuleDict({"layer": layer})
     x = np.random.default_rng(seed).standard_normal((4, shape[1]))
-    return model, layer.weight.detach().numpy().copy(), x
+    return model, layer._parameters["weight"].detach().numpy().copy(), x
 
 
 def triplets(w: Array, r: int | None = None) -> tuple[Array, Array, Array]:
@@ -99,7 +99,7 @@ def test_pissa(shape: tuple[int, int], alpha: float | None):
     residual = w - scale * (u * s) @ vh
     near(output(model, x), x @ (residual + scale * f["L"] @ f["A"]).T)
     adapter.fold()
-    near(model["layer"].weight, residual)
+    near(model["layer"]._parameters["weight"], residual)
     near(output(model, x), x @ (residual + scale * f["L"] @ f["A"]).T)
     if alpha is None:  # the residual is the tail of the spectrum
         tail_u, tail_s, tail_vh = np.linalg.svd(w, full_matrices=False)
@@ -305,7 +305,7 @@ def test_svft(shape: tuple[int, int], rank: int | None, pattern: Any):
     adapter.fold()
     near(output(model, x), x @ (w - (u * s) @ vh + u @ (np.diag(s) + m) @ vh).T)
     if rank is not None:
-        near(model["layer"].weight, w - (u * s) @ vh)
+        near(model["layer"]._parameters["weight"], w - (u * s) @ vh)
 
 
 @pytest.mark.parametrize("d", [0, 1, 2, 5, 50])
@@ -354,7 +354,7 @@ def test_svft_topk_of_a_grouped_convolution_is_per_group():
     adapter = attach(model, SVFT(pattern="topk", off_diagonals=1), targets="all")
     index = tensors(adapter)["index"]
     for g in range(2):
-        u, _, vh = triplets(layer.weight.detach().numpy().reshape(2, 4, 6)[g])
+        u, _, vh = triplets(layer._parameters["weight"].detach().numpy().reshape(2, 4, 6)[g])
         score = np.abs(u.T @ vh[:, :4].T)
         assert set(index[g]) == set(np.argsort(-score.ravel())[:10])
 
