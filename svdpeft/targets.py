@@ -24,8 +24,6 @@ from svdpeft.sites import Place
 
 Targets = str | Sequence[str] | Mapping[str, Method]
 BROAD = ("all-linear", "all")
-
-
 _KEEPS = "{} keeps references of its own to its weights"
 
 

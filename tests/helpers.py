@@ -85,6 +85,17 @@ class Host(nn.Module):
         return self.head(torch.tanh(y))
 
 
+class Both(nn.Module):
+    """One weight that is called in one place and read in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
 def example(kind: tuple[str, int], seed: int = 0) -> tuple[LayerKind, nn.Module, Tensor]:
     """A kind, a fresh example layer and its input, the same for the same seed."""
     state = torch.get_rng_state()

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_same, close, differs, every_factored, perturb, snapshot
+from helpers import Both, assert_same, close, differs, every_factored, perturb, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -219,17 +219,6 @@ def test_on_demand():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x)
-
-
-class Both(nn.Module):
-    """One weight that is called in one place and read in another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x)) @ self.layer.weight
 
 
 def test_a_weight_that_is_called_and_read():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, assert_same, close, equal_bits, host, perturb, refused, snapshot
+from helpers import Both, adapt, assert_same, close, equal_bits, host, perturb, refused, snapshot
 from torch import Tensor, nn
 
 from svdpeft import SORSA, SVFT, LoRA, PiSSA, attach
@@ -250,15 +250,6 @@ def test_check_reach_and_a_frozen_norm():
     assert model.training
     adapter.detach()
     assert model.norm.training
-
-
-class Both(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x)) @ self.layer.weight
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break

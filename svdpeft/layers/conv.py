@@ -34,19 +34,14 @@ class Conv(CalledKind):
     def apply(self, module: Any, x: Tensor, product: Product) -> Tensor:
         ones = (1,) * len(module.kernel_size)
         z = self.run(module, x, self.from_matrix(module, product.A))  # (N, g·r, *space)
-        if product.C is not None and product.C.ndim == 2:
-            z = z * product.C.reshape(-1, *ones)
-        elif product.C is not None:
-            z = pointwise(z, product.C, ones)
+        z = through_core(z, product.C, ones)
         return pointwise(z, product.L * product.scale, ones)
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         return module._conv_forward(x, w, None)
 
     def add_bias(self, module: Any, out: Tensor) -> Tensor:
-        return (
-            out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *(1,) * len(module.kernel_size))
-        )
+        return add_channel_bias(module, out)
 
     def examples(self) -> list[Example]:
         def randn(*size: int) -> Tensor:
@@ -60,6 +55,19 @@ class Conv(CalledKind):
             Example(nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular").double(), randn(2, 4, 9)),
             Example(nn.Conv3d(2, 5, (1, 2, 3), padding_mode="replicate", padding=1).double(), randn(1, 2, 3, 4, 5)),
         ]
+
+
+def through_core(z: Tensor, core: Tensor | None, ones: tuple[int, ...]) -> Tensor:
+    """Multiply the r channels of each group by the core: none, a diagonal (g, r) or matrices (g, r, r)."""
+    if core is None:
+        return z
+    return z * core.reshape(-1, *ones) if core.ndim == 2 else pointwise(z, core, ones)
+
+
+def add_channel_bias(module: Any, out: Tensor) -> Tensor:
+    """Add one bias per channel, whatever the number of space axes."""
+    ones = (1,) * len(module.kernel_size)
+    return out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *ones)
 
 
 def pointwise(z: Tensor, matrices: Tensor, ones: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
 from svdpeft.layers.base import CalledKind, Example
-from svdpeft.layers.conv import pointwise
+from svdpeft.layers.conv import add_channel_bias, pointwise, through_core
 from svdpeft.registry import KINDS
 
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -40,8 +40,7 @@ class ConvTranspose(CalledKind):
         return self._run(module, x, w, None)
 
     def add_bias(self, module: Any, out: Tensor) -> Tensor:
-        ones = (1,) * len(module.kernel_size)
-        return out if module.bias is None else out + module.bias.to(out.dtype).reshape(-1, *ones)
+        return add_channel_bias(module, out)
 
     # The size of the output is up to the caller (``output_size``): it is taken from the output that is there.
 
@@ -54,10 +53,7 @@ class ConvTranspose(CalledKind):
     def _apply(self, module: Any, x: Tensor, product: Product, like: Tensor | None) -> Tensor:
         ones = (1,) * len(module.kernel_size)
         z = pointwise(x, product.A, ones)  # (N, g·r, *space)
-        if product.C is not None and product.C.ndim == 2:
-            z = z * product.C.reshape(-1, *ones)
-        elif product.C is not None:
-            z = pointwise(z, product.C, ones)
+        z = through_core(z, product.C, ones)
         return self._run(module, z, self.from_matrix(module, product.L * product.scale), like)
 
     def _run(self, module: Any, x: Tensor, w: Tensor, like: Tensor | None) -> Tensor:
