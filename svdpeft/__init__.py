@@ -48,8 +48,8 @@ def method(name: str) -> type[Method]:
         ValueError: no method has that name; the message names the nearest.
 
     Example:
-        >>> method("svft")(pattern="banded", off_diagonals=4)
-        SVFT(rank=None, alpha=None, dropout=0.0, pattern='banded', off_diagonals=4, reference_init=False, driver='auto')
+        >>> print(method("svft")(pattern="banded", off_diagonals=4))
+        SVFT(rank=None, pattern='banded', off_diagonals=4)
     """
     return METHODS[name]
 

@@ -5,7 +5,6 @@ The base weight is not touched unless the user merges or folds, and then every b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.factors import Factors, Progress
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.reach import unwatch
 from svdpeft.registry import near_miss
 from svdpeft.sites import CHILD, Site
@@ -97,15 +97,21 @@ class Adapter:
         self.borrowed = Borrowed({**whole, **statistics})
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
+        self.steps = 0  # optimizer steps so far, of this training
         self._stepped = False
 
     # -- what there is --------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What trains: ``("blocks.0.attn.qkv/L", …)`` for factors, the base's own name for whole parameters."""
+        """What trains: ``("blocks.0.attn.qkv/L", …)`` for factors, the base's own name for whole parameters.
+
+        A parameter that several sites share goes by the name of the first.
+        """
+        seen: set[int] = set()
         for name, site in self.sites.items():
             for role, parameter in site.factors.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
                     yield f"{name}/{role}", parameter
         for name, (owner, attribute) in self.whole.items():
             yield name, cast(nn.Parameter, stored(owner, attribute))
@@ -317,11 +323,10 @@ class Adapter:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def _by_method(self) -> list[tuple[Factored, list[Factors]]]:
-        groups: dict[str, tuple[Factored, list[Factors]]] = {}
+    def _by_method(self) -> list[tuple[PerSite, list[Factors]]]:
+        groups: dict[str, tuple[PerSite, list[Factors]]] = {}
         for site in self.sites.values():  # one method, whatever the ranks of its sites
-            key = repr(dataclasses.replace(site.method, rank=1))
-            groups.setdefault(key, (site.method, []))[1].append(site.factors)
+            groups.setdefault(repr(site.method.general()), (site.method, []))[1].append(site.factors)
         return list(groups.values())
 
     def penalty(self) -> Tensor | None:
@@ -329,29 +334,34 @@ class Adapter:
         terms = [term for method, factors in self._by_method() if (term := method.penalty(factors)) is not None]
         return torch.stack(terms).sum() if terms else None
 
-    def before_step(self, peak_lr: float) -> None:
+    def before_step(self, peak_lr: float, total_steps: int | None = None) -> None:
         """Let the methods change the gradients: after clipping, before the optimizer's step.
 
         Args:
             peak_lr: the largest learning rate of the schedule.
+            total_steps: optimizer steps of the whole training, for methods with a schedule of their own.
         """
+        progress = Progress(self.steps + 1, total_steps, peak_lr=peak_lr)
         for method, factors in self._by_method():
-            method.before_step(factors, peak_lr)
+            method.before_step(factors, progress)
         self._stepped = True
 
-    def after_step(self, lr_scale: float = 1.0) -> None:
-        """Let the methods change the factors after the optimizer's step.
+    def after_step(self, lr_scale: float = 1.0, total_steps: int | None = None) -> None:
+        """Let the methods change the factors after the optimizer's step, before the gradients are cleared.
 
         Args:
             lr_scale: lr_t / lr_peak, where the schedule is now.
+            total_steps: as in ``before_step``.
 
         Raises:
             RuntimeError: a method needs ``before_step`` and it was not called.
         """
+        progress = Progress(self.steps + 1, total_steps, lr_scale=lr_scale)
         for method, factors in self._by_method():
             if method.changes_gradients and not self._stepped:
                 raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
-            method.after_step(factors, lr_scale)
+            method.after_step(factors, progress)
+        self.steps += 1
         self._stepped = False
 
     # -- files ----------------------------------------------------------------------------------------------------

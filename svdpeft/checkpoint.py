@@ -21,19 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter
+from svdpeft.factors import Factors
 from svdpeft.install import install
 from svdpeft.inventory import users_of_parameters
 from svdpeft.layers.fused import Part
 from svdpeft.layers.raw import Raw
-from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import KINDS, METHODS, Registry, near_miss
 from svdpeft.sites import Place, Site, base_weight
 from svdpeft.targets import Choice
 from svdpeft.weights import running_statistics, stored
 
-FORMAT = 2
+FORMAT = 3
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
-SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors"}
+SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors", "tied"}
 PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
 
 
@@ -117,7 +118,7 @@ class _Parts(NamedTuple):
     """What a file says, checked against the model: everything that ``install`` wants."""
 
     pairs: list[tuple[str, Method]]
-    built: list[tuple[Choice, Factored, Factors]]
+    built: list[tuple[Choice, PerSite, Factors]]
     whole: dict[str, tuple[nn.Module, str]]
     values: list[tuple[tuple[nn.Module, str], Tensor]]
 
@@ -132,6 +133,7 @@ def _parts(
     pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
     remaining, built, checked = dict(tensors), [], set()
+    held: dict[str, Factors] = {}
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -146,8 +148,10 @@ def _parts(
         _check_base(site, entry, weight, path, check_base and id(parameter) not in checked)
         checked.add(id(parameter))  # the parts of a fused weight have one hash
         method = _method(entry["method"], path)
-        assert isinstance(method, Factored)
-        factors = Factors(_take(remaining, site, entry["tensors"], path), method.trains)
+        assert isinstance(method, PerSite)
+        own = _take(remaining, site, entry["tensors"], path)
+        tied = {role: held[holder].get_parameter(role) for role, holder in entry["tied"].items()}
+        held[site] = factors = Factors(own, method.trains, tied)
         _check_fit(site, method, factors, first.kind.to_matrix(first.module, weight).shape, path)
         built.append(
             (Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"]), method, factors)
@@ -168,8 +172,9 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     names = {id(module): name for name, module in adapter.model.named_modules()}
     weights = {id(site.weight): site.weight for site in adapter.sites.values()}
     hashes = {key: digest(weight.original) for key, weight in weights.items()}
+    held = _held(adapter)
     for name, site in adapter.sites.items():
-        factors = site.factors.tensors()
+        factors, tied = held[name]
         tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
         sites[name] = {
             "places": [_describe(place, names) for place in site.places],
@@ -179,6 +184,7 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "dtype": str(site.weight.original.dtype),
             "hash": hashes[id(site.weight)],
             "tensors": {role: list(t.shape) for role, t in factors.items()},
+            "tied": tied,  # role -> the site, earlier in the file, that holds the tensor
         }
     changed = adapter.borrowed.changed()
     kept = {n: adapter.borrowed[n] for n in adapter.borrowed.places if n in adapter.whole or n in changed}
@@ -205,9 +211,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _, saved = _read(path)
     places = {
-        f"{name}/{role}": tensor
-        for name, site in adapter.sites.items()
-        for role, tensor in site.factors.tensors().items()
+        f"{name}/{role}": tensor for name, (tensors, _) in _held(adapter).items() for role, tensor in tensors.items()
     }
     places |= {
         name: adapter.borrowed[name] for name in adapter.borrowed.places if name in saved or name in adapter.whole
@@ -267,15 +271,20 @@ def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]],
 
 
 @torch.no_grad()
-def _check_fit(site: str, method: Factored, factors: Factors, shape: torch.Size, path: Path) -> None:
+def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
     *batch, m, n = shape
     try:
-        now = method.now(factors)
-        for role, tensor, want in (("L", now.L, [*batch, m]), ("A", now.A.mT, [*batch, n])):
+        product = method.product(factors, folded=True)  # L, C and A as they are
+        if product is None:
+            if (found := method.delta(factors, torch.zeros(shape)).shape) != shape:
+                raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
+            return
+        for role, tensor, want in (("L", product.L, [*batch, m]), ("A", product.A.mT, [*batch, n])):
             if list(tensor.shape[:-1]) != want:
                 raise CheckpointError(f"{path / TENSORS}: {site}/{role} does not fit the {m}x{n} weight of {site}")
-        update = method.update(factors)
+        update = method.product(factors)
+        assert update is not None
         update._replace(L=update.L[..., :1, :], A=update.A[..., :1]).dense()  # one entry: do the ranks agree?
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
@@ -286,6 +295,18 @@ def _describe(place: Place, names: Mapping[int, str]) -> dict[str, Any]:
     axes = list(kind.axes) if isinstance(kind, Raw) else []
     layer = names[id(place.module)]
     return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes}
+
+
+def _held(adapter: Adapter) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+    """Per site the tensors that are written under its name, and role -> earlier site for those that it shares."""
+    holders: dict[int, str] = {}
+    found = {}
+    for name, site in adapter.sites.items():
+        parameters = dict(site.factors.named_parameters())
+        first = {role: holders.setdefault(id(p), name) for role, p in parameters.items()}
+        tied = {role: holder for role, holder in first.items() if holder != name}
+        found[name] = ({role: t for role, t in site.factors.tensors().items() if role not in tied}, tied)
+    return found
 
 
 def _describe_part(site: Site) -> dict[str, Any] | None:

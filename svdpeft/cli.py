@@ -101,7 +101,7 @@ def methods(
     """List the methods, or print one method's card."""
     import inspect
 
-    from svdpeft.methods.base import Factored
+    from svdpeft.methods.base import PerSite
     from svdpeft.registry import METHODS
 
     if name is not None:
@@ -116,7 +116,7 @@ def methods(
     listed = []
     for cls in METHODS.values():
         row = {"name": cls.name, "trains": "parameters of the base", "4096x4096": None, "source": ""}
-        if issubclass(cls, Factored):
+        if issubclass(cls, PerSite):
             method = cls().at("a weight", 4096, 4096)
             row |= {"trains": ", ".join(method.trains), "4096x4096": method.count(1, 4096, 4096)}
         if cls.reference is not None:

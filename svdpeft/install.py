@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter import STATE, Adapter, BatchNorm, State, set_requires_grad
 from svdpeft.decomposition import check_matrix
-from svdpeft.methods.base import Factored, Factors, Method
+from svdpeft.factors import Factors, Given, Statistics
+from svdpeft.methods.base import Method, PerSite, grouped
 from svdpeft.reach import watch
 from svdpeft.sites import CHILD, Site, base_weight
 from svdpeft.targets import Choice, Selection, Targets, rules, select, trained_whole
@@ -29,6 +31,7 @@ def attach(
     seed: int = 0,
     clip_rank: bool = False,
     batch_norm: BatchNorm = "train",
+    calibration: Mapping[str, Statistics] | None = None,
 ) -> Adapter:
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
@@ -47,6 +50,7 @@ def attach(
         clip_rank: lower a rank that is too large for a small matrix instead of raising.
         batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
+        calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
 
     Returns:
         The adapter. The model's outputs are the base model's.
@@ -65,31 +69,59 @@ def attach(
     if batch_norm not in ("train", "frozen"):
         raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
     pairs = rules(targets, method)
-    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole())])
+    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole(model))])
     _check_whole(whole, state)
-    factored = [(pattern, m) for pattern, m in pairs if m.factored]
+    factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     trained = [*whole, *(parameter for other in state.adapters.values() for parameter in other.whole)]
     selection = select(model, factored, exclude, trained) if factored else Selection()
-    built: list[tuple[Choice, Factored, Factors]] = []
-    for choice in tqdm(selection.choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
-        place = choice.places[0]
-        raw = base_weight(place.module, place.parameter).original
-        check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
-        w = place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
-        assert isinstance(choice.method, Factored)
-        _check_dropout(choice)
-        resolved = choice.method.at(choice.name, *w.shape[-2:], clip=clip_rank, roles=choice.roles)
-        site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
-        built.append((choice, resolved, resolved.factors(w, site_seed, choice.name)))
+    built = _build(selection.choices, seed, clip_rank, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
     return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
 
 
+def _build(
+    choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
+) -> list[tuple[Choice, PerSite, Factors]]:
+    """Make the factors of every site; nothing of the model changes."""
+    known = [given(choice, seed, calibration) for choice in choices]
+    resolved: dict[int, PerSite] = {}
+    shared: dict[int, dict[str, nn.Parameter]] = {}
+    for method in list(dict.fromkeys(repr(choice.method) for choice in choices)):  # the methods of several rules
+        positions = [i for i, choice in enumerate(choices) if repr(choice.method) == method]
+        sites = [known[i] for i in positions]
+        found = choices[positions[0]].method.resolve(sites, clip)
+        resolved |= dict(zip(positions, found, strict=True))
+        for one, group in grouped(found, sites).values():
+            tensors = one.share(group)
+            tied = {name: nn.Parameter(t, requires_grad=name in one.trains) for name, t in tensors.items()}
+            shared |= {i: tied for i in positions if any(known[i] is site for site in group)}
+    built = []
+    for i, choice in enumerate(tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None)):
+        _check_dropout(choice)
+        built.append((choice, resolved[i], resolved[i].factors(known[i].sharing(shared.get(i, {})))))
+    return built
+
+
+def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics]) -> Given:
+    """What a method may know of a site. The weight is looked at when it is asked for, one at a time."""
+    place = choice.places[0]
+    raw = base_weight(place.module, place.parameter).original
+    check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
+    *batch, m, n = place.kind.to_matrix(place.module, raw).shape
+
+    def weight() -> Tensor:
+        return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+
+    site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
+    shape = (math.prod(batch), m, n)
+    return Given(choice.name, shape, site_seed, weight, choice.roles, calibration.get(choice.name))
+
+
 def install(
     model: nn.Module,
     pairs: Sequence[tuple[str, Method]],
-    built: Sequence[tuple[Choice, Factored, Factors]],
+    built: Sequence[tuple[Choice, PerSite, Factors]],
     whole: Mapping[str, tuple[nn.Module, str]],
     skipped: Mapping[str, str],
     name: str,
@@ -122,7 +154,7 @@ def install(
 
 
 def _check_free(
-    built: Sequence[tuple[Choice, Factored, Factors]], whole: Mapping[str, Any], state: State, name: str
+    built: Sequence[tuple[Choice, PerSite, Factors]], whole: Mapping[str, Any], state: State, name: str
 ) -> None:
     """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
     adapted = {id(site.weight.stored): n for a in state.adapters.values() for n, site in a.sites.items()}
@@ -143,7 +175,7 @@ def _check_free(
 
 def _check_dropout(choice: Choice) -> None:
     method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
-    if isinstance(method, Factored) and method.dropout and place is not None:
+    if method.dropout and place is not None:
         raise ValueError(
             f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "
             "has no input of its own to drop; set dropout=0, or leave it out"

@@ -33,7 +33,7 @@ def adapted(weight: Tensor, places: list[Place]) -> Tensor:
             w = torch.zeros_like(w)
         for place in places:
             place.site.check_device(weight.device)
-            w = w + place.kind.from_matrix(place.module, place.site.product().dense())
+            w = w + place.kind.from_matrix(place.module, place.site.matrix(place.site.folded))
         return w.to(weight.dtype)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft.decomposition import Product
+from svdpeft.factors import Factors
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.methods.base import Factored, Factors
+from svdpeft.methods.base import PerSite
 from svdpeft.reads import PLACES, dress
 from svdpeft.weights import BaseWeight
 
@@ -71,7 +71,7 @@ class Site:
         name: str,
         places: list[Place],
         part: str,
-        method: Factored,
+        method: PerSite,
         factors: Factors,
         weight: BaseWeight,
         shape: tuple[int, int, int],
@@ -82,9 +82,9 @@ class Site:
         self.folded = False  # the start has left the weight, so that all of L C A is added
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
         with torch.no_grad():
-            product = method.update(factors)
-            mixes = product.C is not None and product.C.ndim == product.L.ndim
-            self.dense = self.kind.prefers_dense(shape, product.rank, mixes)
+            product = method.product(factors)
+        mixes = product is not None and product.C is not None and product.C.ndim == product.L.ndim
+        self.dense = product is None or self.kind.prefers_dense(shape, product.rank, mixes)
         for place in places:
             place.site = self
 
@@ -127,14 +127,21 @@ class Site:
         """Number of trained values."""
         return sum(p.numel() for p in self.factors.parameters() if p.requires_grad)
 
-    def product(self) -> Product:
-        """What is added to the layer's own weight."""
-        return self.method.now(self.factors) if self.folded else self.method.update(self.factors)
+    def base_matrix(self) -> Tensor:
+        """W0 as matrices, at least float32, whatever is written into the weight at present."""
+        w = self.weight.original
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        return self.kind.to_matrix(self.places[0].module, w)
+
+    def matrix(self, folded: bool = False) -> Tensor:
+        """What is added to the layer's own weight as matrices, dense: ΔW, or all of L C A where the site is folded."""
+        product = self.method.product(self.factors, folded)
+        return self.method.delta(self.factors, self.base_matrix()) if product is None else product.dense()
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return ΔW in the weight's own layout, at least float32."""
-        return self.kind.from_matrix(self.places[0].module, self.method.update(self.factors).dense())
+        return self.kind.from_matrix(self.places[0].module, self.matrix())
 
     @torch.no_grad()
     def start(self) -> Tensor:
@@ -153,14 +160,19 @@ class Site:
             x = x.to(out.dtype)
         if isinstance(out, Tensor):  # and no proxy of torch.fx
             self.check_device(out.device)
+        product = self.method.product(self.factors, self.folded)
+        if product is None:
+            w = self.method.delta(self.factors, self.base_matrix()).to(out.dtype)
+            return out + kind.run(place.module, x, kind.from_matrix(place.module, w))
+        product = product.to(out.dtype)  # formed in the factors' own, so that only the result is rounded
         if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
-            return out + kind.apply(place.module, x, self._cast(out.dtype))
+            return out + kind.apply(place.module, x, product)
         add = kind.add_dense if self.dense else kind.add
-        return add(place.module, x, out, self._cast(out.dtype))
+        return add(place.module, x, out, product)
 
     def check_device(self, device: torch.device) -> None:
         """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
-        found = self.factors.L.device
+        found = next(self.factors.parameters()).device
         if found != device:
             raise RuntimeError(
                 f"the factors of {self.name} are on {found} and the layer computes on {device}: offload or dispatch "
@@ -174,12 +186,9 @@ class Site:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.tensor.dtype
         if x.is_floating_point():
             x = x.to(autocast)
-        return kind.add_bias(place.module, kind.apply(place.module, x, self._cast(autocast)))
-
-    def _cast(self, dtype: torch.dtype) -> Product:
-        """The product in the dtype of the output: formed in the factors' own, so that only the result is rounded."""
-        p = self.product()
-        return p._replace(L=p.L.to(dtype), C=None if p.C is None else p.C.to(dtype), A=p.A.to(dtype))
+        product = self.method.product(self.factors, folded=True)
+        assert product is not None, "only factors can hold the whole weight"
+        return kind.add_bias(place.module, kind.apply(place.module, x, product.to(autocast)))
 
     # -- coming and going -----------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdpeft.factors import Factors
 from svdpeft.inventory import Weight, by_identity, computes_without_gradient, views, weights_of
 from svdpeft.layers.base import LayerKind, Rows
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
-from svdpeft.methods.base import BRACKETS, Factors, Method, matches
+from svdpeft.methods.base import BRACKETS, Method, PerSite, matches
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites import Place
 
@@ -33,7 +34,7 @@ class Choice:
 
     name: str
     places: list[Place]
-    method: Method
+    method: PerSite
     part: str = ""
     roles: tuple[str, ...] = ()
 
@@ -60,10 +61,10 @@ class Rule:
     text: str
     pattern: str
     words: tuple[str, ...]
-    method: Method
+    method: PerSite
 
     @classmethod
-    def parse(cls, text: str, method: Method, weights: Sequence[Weight]) -> Rule:
+    def parse(cls, text: str, method: PerSite, weights: Sequence[Weight]) -> Rule:
         """Take the brackets apart; those of a regular expression that names weights stay where they are."""
         found = BRACKETS.fullmatch(text)
         if found is None or any(matches(text, name) for weight in weights for name in weight.names):
@@ -127,7 +128,7 @@ def trained_whole(model: nn.Module, patterns: Iterable[str]) -> dict[str, tuple[
 
 def select(
     model: nn.Module,
-    pairs: Sequence[tuple[str, Method]],
+    pairs: Sequence[tuple[str, PerSite]],
     exclude: Sequence[str],
     whole: Iterable[str],
 ) -> Selection:
@@ -239,6 +240,8 @@ def _why_not(
         return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", True
     if isinstance(weight.module, nn.RNNBase):
         return _KEEPS.format(type(weight.module).__name__), True
+    if (reason := wanting[0].method.why_not(kind or Raw())) is not None:
+        return reason, True
     return None, False
 
 

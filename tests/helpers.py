@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,8 @@ def methods(factored: bool | None = None) -> list[Method]:
     for name in METHODS:
         cls = METHODS[name]
         if factored is None or cls.factored == factored:
-            default: list[dict[str, Any]] = [{"rank": 2}] if cls.factored else [{}]
+            ranked = any(field.name == "rank" for field in dataclasses.fields(cls))
+            default: list[dict[str, Any]] = [{"rank": 2}] if ranked else [{}]
             found += [cls(**options) for options in VARIANTS.get(name, default)]
     return found
 

@@ -29,6 +29,7 @@ TIERS = [
     {"readers"},
     {"weights"},
     {"methods", "layers"},
+    {"factors"},
     {"decomposition"},
     {"registry"},
 ]

@@ -98,12 +98,12 @@ def test_file_of_something_else(saved: Path):
     no_adapter(saved, "is damaged or cut off")
     for content in ("[]", "3", "null", '"text"', "{}"):
         (saved / HEADER).write_text(content)
-        no_adapter(saved, "has format None; this version of svdpeft reads format 2")
+        no_adapter(saved, "has format None; this version of svdpeft reads format 3")
 
 
 def test_another_format_version(saved: Path):
     rewrite(saved, lambda h: h.update(format=1))
-    no_adapter(saved, "has format 1; this version of svdpeft reads format 2")
+    no_adapter(saved, "has format 1; this version of svdpeft reads format 3")
 
 
 @pytest.mark.parametrize("key", ["name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"])

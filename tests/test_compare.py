@@ -165,7 +165,7 @@ def test_every_method_gets_the_most_that_a_budget_allows(tiny):
     )
     for limit in (70, 100, 200, 400):
         for method in methods:
-            sites = budget.shapes(model, method, ["body", "wide"], [])
+            sites = budget.sites_of(model, method, ["body", "wide"], [])
             fitted = budget.fit(method, limit, sites)
             adapter = svdpeft.attach(model, fitted, ["body", "wide"], clip_rank=True)
             assert adapter.trainable_count == budget.count(fitted, sites) <= limit

@@ -379,7 +379,10 @@ def test_difference(form: str, moved: set[str], batch: list[int], dtype: torch.d
         **{k: t if t is None or k not in moved else t + torch.randn(t.shape).to(t) for k, t in copies.items()},
         scale=1.5,
     )
-    found, wanted = difference(now, start).double().dense(), now.double().dense() - start.double().dense()
+    found, wanted = (
+        difference(now, start).to(torch.float64).dense(),
+        now.to(torch.float64).dense() - start.to(torch.float64).dense(),
+    )
     if dtype == torch.float64:
         close(found, wanted)
     else:
@@ -394,6 +397,6 @@ def test_difference_keeps_a_small_step_in_low_precision():
     start = Product(torch.randn(16, 2).bfloat16(), None, torch.randn(2, 16).bfloat16())
     ulp = 2.0**-8
     now = Product((start.L.float() * (1 + ulp)).bfloat16(), None, (start.A.float() * (1 + ulp)).bfloat16())
-    wanted = now.double().dense() - start.double().dense()
+    wanted = now.to(torch.float64).dense() - start.to(torch.float64).dense()
     assert differs(wanted, torch.zeros_like(wanted))
-    assert torch.linalg.matrix_norm(difference(now, start).double().dense() - wanted) < 1e-12
+    assert torch.linalg.matrix_norm(difference(now, start).to(torch.float64).dense() - wanted) < 1e-12

@@ -238,7 +238,7 @@ def test_low_precision_weight_is_rounded_once(method: Method, kind: tuple[str, i
                 size[weight_of(model, site)] += site.kind.from_matrix(site.places[0].module, positive.detach())
     exact = {name: w.double() for name, w in base.items()}
     for site in adapter.sites.values():
-        product = site.method.update(site.factors).double()
+        product = site.method.update(site.factors).to(torch.float64)
         exact[weight_of(model, site)] += site.kind.from_matrix(site.places[0].module, product.dense().detach())
     for state in ("attached", "merge", "fold"):
         if state != "attached":

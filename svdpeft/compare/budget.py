@@ -7,25 +7,21 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from svdpeft.methods.base import Factored, Method
+from svdpeft.factors import Given
+from svdpeft.install import given
+from svdpeft.methods.base import PerSite
 from svdpeft.targets import select
 
-Shape = tuple[str, int, int, int]  # site name, batch, m, n
+
+def sites_of(model: nn.Module, method: PerSite, targets: Sequence[str], exclude: Sequence[str]) -> list[Given]:
+    """Return the sites that ``attach`` would adapt: names and shapes."""
+    choices = select(model, [(pattern, method) for pattern in targets], exclude, ()).choices
+    return [given(choice, seed=0, calibration={}) for choice in choices]
 
 
-def shapes(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> list[Shape]:
-    """Return name and shape of the sites that ``attach`` would adapt."""
-    found = []
-    for choice in select(model, [(pattern, method) for pattern in targets], exclude, ()).choices:
-        place = choice.places[0]
-        matrix = place.kind.to_matrix(place.module, place.module.get_parameter(place.parameter))
-        found.append((choice.name, matrix[..., 0, 0].numel(), *matrix.shape[-2:]))
-    return found
-
-
-def count(method: Factored, sites: Sequence[Shape]) -> int:
+def count(method: PerSite, sites: Sequence[Given]) -> int:
     """Number of values that the method would train on these sites, ranks lowered to what each allows."""
-    return sum(method.at(name, m, n, clip=True).count(batch, m, n) for name, batch, m, n in sites)
+    return method.total(sites)
 
 
 def parse(budget: str | int, base: int) -> int:
@@ -50,7 +46,7 @@ def parse(budget: str | int, base: int) -> int:
     return int(value)
 
 
-def fit(method: Factored, budget: int, sites: Sequence[Shape]) -> Factored:
+def fit(method: PerSite, budget: int, sites: Sequence[Given]) -> PerSite:
     """Turn the method's knob as far as the budget allows.
 
     Args:
@@ -65,9 +61,9 @@ def fit(method: Factored, budget: int, sites: Sequence[Shape]) -> Factored:
         ValueError: even the smallest is over the budget; its count is named.
     """
     smallest = 1 if method.knob == "rank" else 0
-    largest = max(min(m, n) for _, _, m, n in sites)
+    largest = max(min(site.shape[1:]) for site in sites)
 
-    def turned(knob: int) -> Factored:
+    def turned(knob: int) -> PerSite:
         return dataclasses.replace(method, **{method.knob: knob})
 
     least = count(turned(smallest), sites)

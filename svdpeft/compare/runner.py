@@ -20,7 +20,7 @@ from svdpeft.compare import budget
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store, provenance
 from svdpeft.install import attach
-from svdpeft.methods.base import Factored
+from svdpeft.methods.base import PerSite
 from svdpeft.models import load
 from svdpeft.training.memory import peak_memory, reset_peak_memory
 from svdpeft.training.trainer import Trainer
@@ -99,14 +99,14 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
     data = task.prepare(loaded, seed)
     head = (loaded.head,) if task.num_classes is not None and loaded.head is not None else ()
     method = entry.method
-    if spec.budget is not None and isinstance(method, Factored):
-        sites = budget.shapes(model, method, spec.targets, spec.exclude)
+    if spec.budget is not None and isinstance(method, PerSite):
+        sites = budget.sites_of(model, method, spec.targets, spec.exclude)
         method = budget.fit(method, budget.parse(spec.budget, base), sites)
     reset_peak_memory()
     started = time.perf_counter()
     adapter = attach(model, method, spec.targets, spec.exclude, train=head, seed=seed, clip_rank=True)
     attached = time.perf_counter() - started
-    own_lr = None if method.whole() or not head or spec.head_lr is None else {"whole": spec.head_lr}
+    own_lr = None if method.whole(model) or not head or spec.head_lr is None else {"whole": spec.head_lr}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

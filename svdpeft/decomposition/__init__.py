@@ -1,8 +1,17 @@
-"""The shared SVD core: drivers, sign rule, structured cores, factor algebra."""
+"""The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
-from svdpeft.decomposition.svd import SVD, Driver, canonical_signs, check_matrix, check_rank, truncated_svd
+from svdpeft.decomposition.rotations import cayley, cayley_neumann, skew
+from svdpeft.decomposition.svd import (
+    SVD,
+    Driver,
+    canonical_signs,
+    check_matrix,
+    check_rank,
+    minor_svd,
+    truncated_svd,
+)
 
 __all__ = [
     "SVD",
@@ -11,13 +20,17 @@ __all__ = [
     "band_count",
     "band_index",
     "canonical_signs",
+    "cayley",
+    "cayley_neumann",
     "check_matrix",
     "check_rank",
     "difference",
     "exact_rank",
+    "minor_svd",
     "random_index",
     "recompress",
     "scatter_core",
+    "skew",
     "top_index",
     "truncated_svd",
 ]

@@ -40,9 +40,9 @@ class Product(NamedTuple):
         """Return the whole matrix, (*b, m, n)."""
         return self.cored() @ self.A * self.scale
 
-    def double(self) -> Product:
-        """Return the same product with float64 factors."""
-        return Product(self.L.double(), None if self.C is None else self.C.double(), self.A.double(), self.scale)
+    def to(self, dtype: torch.dtype) -> Product:
+        """Return the same product with factors of another dtype."""
+        return Product(self.L.to(dtype), None if self.C is None else self.C.to(dtype), self.A.to(dtype), self.scale)
 
 
 def difference(now: Product, start: Product) -> Product:
@@ -58,6 +58,11 @@ def difference(now: Product, start: Product) -> Product:
     than to the weight's principal part, as it would be for ``[LC | −L₀C₀] [A ; A₀]``.
     """
     assert now.scale == start.scale, "both products belong to one site"
+    if now.A is start.A and now.L is start.L and now.C is not None and start.C is not None:
+        a, b = now.C, start.C  # a difference of cores: r×r and not m×r
+        if a.ndim != b.ndim:
+            a, b = (torch.diag_embed(c) if c.ndim < now.L.ndim else c for c in (a, b))
+        return Product(now.L, a - b, now.A, now.scale)
     if now.A is start.A:
         return Product(now.cored() - start.cored(), None, now.A, now.scale)
     left = start.cored()
@@ -102,7 +107,7 @@ def exact_rank(product: Product, tolerance: float | None = None) -> Tensor:
 
 def _thin_svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of ``scale · L C A`` through QR of L C and of Aᵀ: O((m + n) r²)."""
-    p = product.double()
+    p = product.to(torch.float64)
     left, right = torch.linalg.qr(p.cored() * p.scale), torch.linalg.qr(p.A.mT)
     u, s, vh = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     return left.Q @ u, s, vh @ right.Q.mT

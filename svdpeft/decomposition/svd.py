@@ -71,6 +71,18 @@ def truncated_svd(
     return SVD(u.contiguous(), s[..., :rank].clone(), vh.contiguous())  # no view that keeps all of s alive
 
 
+def minor_svd(w: Tensor, rank: int, *, where: str = "the weight") -> SVD:
+    """Return the ``rank`` trailing triplets of the thin SVD, the smallest singular value last; always exact.
+
+    Example:
+        >>> minor_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1).s
+        tensor([1.])
+    """
+    u, s, vh = truncated_svd(w, None, "exact", where=where)
+    check_rank(rank, w.shape[-2], w.shape[-1], where)
+    return SVD(u[..., -rank:].contiguous(), s[..., -rank:].clone(), vh[..., -rank:, :].contiguous())
+
+
 def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
     """Raise a ValueError that names ``where`` if ``w`` cannot be decomposed; ``zero`` lets a matrix of zeros pass."""
     shape = "x".join(map(str, w.shape))

@@ -90,7 +90,9 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int
 
 @torch.no_grad()
 def _product(site: Site) -> Product:
-    return site.method.update(site.factors)
+    product = site.method.product(site.factors)
+    assert product is not None, "checked before"
+    return product
 
 
 def _check(adapter: Adapter) -> None:
@@ -101,6 +103,8 @@ def _check(adapter: Adapter) -> None:
     if changed := adapter.borrowed.changed():
         raise ValueError(f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only")
     for name, site in adapter.sites.items():
+        if site.method.product(site.factors) is None:
+            raise ValueError(f"{site.method} at {name} has an update of full rank: no LoRA can hold it; merge instead")
         if len(site.owners) > 1:
             raise ValueError(f"{name} shares its weight with another layer: a LoRA file has no word for that")
         if site.part or not WRITTEN.fullmatch(site.kind.name):

@@ -2,25 +2,27 @@
 
     W' = W0 + s([L C A]now − [L C A]start)        L (*b, m, r)    C (r, r) structured    A (*b, r, n)
 
-A method is a frozen dataclass of hyper-parameters. ``Factored`` methods live in factors beside the weight;
-the baselines (full, partial, head only) train whole parameters of the base and have no factors.
+A method is a frozen dataclass of hyper-parameters. ``PerSite`` methods keep tensors beside each weight: a ``Factored``
+one is on the equation above, a ``Transform`` is another function of W0. The baselines (full, partial, head only) train
+whole parameters of the base and have no factors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from svdpeft.decomposition import Product, check_rank, difference
+from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
+from svdpeft.factors import Factors, Given, Progress, Tensors
 
-Tensors = dict[str, Tensor]
 BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
 
 
@@ -67,13 +69,13 @@ class Method(ABC):
     reference: ClassVar[Reference | None] = None
     factored: ClassVar[bool] = True  # False: no factors, trains parameters of the base itself
 
-    def whole(self) -> tuple[str, ...]:
+    def whole(self, model: nn.Module) -> tuple[str, ...]:
         """Patterns of the base's own parameters that this method trains whole."""
         return ()
 
     def to_json(self) -> dict[str, Any]:
         """Return ``{"name": …, hyper-parameters}``; ``method(name)(**rest)`` builds it again."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.name, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
 
     def __str__(self) -> str:
         changed = [
@@ -84,78 +86,148 @@ class Method(ABC):
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
-class Factors(nn.Module):
-    """The tensors of one site by name (``L``, ``C``, ``A`` and what a method adds), a child of the adapted layer.
+@dataclass(frozen=True)
+class PerSite(Method):
+    """A method that keeps tensors beside each untouched weight. The next two classes say how they act on it."""
 
-    Everything floating point is a parameter, the frozen ones with ``requires_grad=False``: unlike buffers they are
-    sharded with the layer and are not broadcast at every step. Start values are called ``L0``, ``C0``, ``A0``.
-    """
+    trains: ClassVar[tuple[str, ...]] = ("L", "A")  # names of the tensors that train
+    exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
+    knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
+    needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
 
-    L: Tensor
-    C: Tensor
-    A: Tensor
-    sigma: Tensor
-    index: Tensor
-    gate: Tensor
+    # -- what a method defines ----------------------------------------------------------------------------------
 
-    def __init__(self, tensors: Mapping[str, Tensor], trains: Sequence[str]) -> None:
-        super().__init__()
-        self.trains = tuple(trains)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=name in trains))
-            else:
-                self.register_buffer(name, tensor)
+    @abstractmethod
+    def start(self, w: Tensor, given: Given) -> Tensors:
+        """Return the tensors of one site at the start; what is not named in ``trains`` is frozen.
 
-    def tensors(self) -> Tensors:
-        """Every tensor of the site, detached, by name."""
-        return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+        Args:
+            w: the weight as matrices, (*b, m, n), finite, float32 or float64.
+            given: name, seed, what a calibration saw of the site, what it shares with others.
+        """
 
-    def started(self, name: str) -> Tensor:
-        """The start value of a factor: ``L0`` where ``L`` trains, ``L`` itself where it is frozen."""
-        return getattr(self, f"{name}0" if f"{name}0" in self._parameters else name)
+    @abstractmethod
+    def count(self, batch: int, m: int, n: int) -> int:
+        """Number of values that train at one site of ``batch`` m×n matrices and nowhere else."""
+
+    def export_rank(self, m: int, n: int) -> int | None:
+        """An upper bound on the rank of W' − W0, before anything is trained; ``None``: full, no LoRA can hold it."""
+        return None
+
+    def why_not(self, kind: Any) -> str | None:
+        """Why the method is not defined on a layer kind, or ``None`` where it is."""
+        return None
+
+    def supports(self, kind: Any) -> bool:
+        """Whether the method is defined on a layer kind."""
+        return self.why_not(kind) is None
+
+    # Across sites. Most methods leave these four as they are.
+
+    def resolve(self, sites: Sequence[Given], clip: bool) -> list[PerSite]:
+        """Return the method as it is at each site, ranks as numbers."""
+        return [self.at(site.name, *site.shape[1:], clip=clip, roles=site.roles) for site in sites]
+
+    def group(self, given: Given) -> str | None:
+        """The group of sites that share tensors with this one; ``None``: it shares nothing."""
+        return None
+
+    def share(self, group: Sequence[Given]) -> Tensors:
+        """Return what the sites of one group share; names in ``trains`` train."""
+        return {}
+
+    def shared_count(self, group: Sequence[Given]) -> int:
+        """Number of values that train and that all sites of one group share."""
+        return 0
+
+    def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
+        """Return what is added to the loss, a scalar, or ``None``."""
+        return None
+
+    def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        """Change the gradients, after clipping and before the optimizer's step."""
+
+    def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        """Change the factors after the optimizer's step."""
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether ``before_step`` must be called for the method to be what its name says."""
+        return False
+
+    # -- how it acts: Factored and Transform ----------------------------------------------------------------------
+
+    @property
+    def dropout(self) -> float:  # a field of the methods that have one
+        """Probability with which an entry of the adapter's input is dropped in training."""
+        return 0.0
+
+    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()):
+        """Return the method as it is at one site."""
+        return self
+
+    def general(self) -> PerSite:
+        """The method without what differs from site to site: equal for all sites that act together."""
+        return self
+
+    def product(self, f: Factors, folded: bool = False) -> Product | None:
+        """Return what is added to the weight as a product of thin factors; ``None`` where it is not one."""
+        return None
+
+    def anchor(self, f: Factors) -> Product | None:
+        """Return s [L C A]start, the part of W0 that the factors took over; ``None`` where it is zero."""
+        return None
+
+    def replaces_weight(self, m: int, n: int) -> bool:
+        """Whether [L C A]start is all of W0, so that a folded site has no use for the weight."""
+        return False
+
+    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+        """Return W' − W0 of matrices w0, (*b, m, n): only asked where there is no product."""
+        raise NotImplementedError
+
+    # -- what follows ---------------------------------------------------------------------------------------------
+
+    def factors(self, given: Given) -> Factors:
+        """Build the site's tensors."""
+        return Factors(self.start(given.weight(), given), self.trains, given.shared)
+
+    def total(self, sites: Sequence[Given], clip: bool = True) -> int:
+        """Number of values that train on these sites together, what they share counted once."""
+        resolved = self.resolve(sites, clip)
+        own = sum(method.count(*site.shape) for method, site in zip(resolved, sites, strict=True))
+        return own + sum(method.shared_count(members) for method, members in grouped(resolved, sites).values())
 
 
 @dataclass(frozen=True)
-class Factored(Method):
-    """A method that keeps factors beside an untouched weight.
+class Factored(PerSite):
+    """A method on the one equation: W' = W0 + s([L C A]now − [L C A]start).
 
     Args:
         rank: number of columns of L, or a mapping from site pattern to rank (the first pattern that matches wins).
         alpha: the update is scaled by alpha / rank; ``None`` is alpha = rank, a scale of one.
         dropout: probability with which an entry of the adapter's input is dropped in training.
+        rs: rank-stabilised scale, alpha / √rank.
     """
 
     rank: int | Mapping[str, int] | None = 8
     alpha: float | None = None
     dropout: float = 0.0
+    rs: bool = False
 
-    trains: ClassVar[tuple[str, ...]] = ("L", "A")
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
-    exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
-    knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
+    scaled: ClassVar[bool] = True  # the method has a scale s
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha {self.alpha} is not positive")
+        if not self.scaled and (self.alpha is not None or self.rs):
+            given = "rs=True" if self.alpha is None else f"alpha {self.alpha}"
+            raise ValueError(f"{given}: {type(self).__name__} has no scale in front of its update")
 
-    # -- what a method defines ----------------------------------------------------------------------------------
-
-    @abstractmethod
-    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
-        """Return the factors at the start.
-
-        Args:
-            w: the weight as matrices, (*b, m, n), finite, float32 or float64.
-            seed: of this site, already different from every other site's.
-            where: the site's name, for messages.
-
-        Returns:
-            ``L`` (*b, m, r), ``A`` (*b, r, n) and, where the core is not the identity, ``C``; what is not named in
-            ``trains`` is frozen.
-        """
+    # -- what a method defines ------------------------------------------------------------------------------------
 
     def core(self, f: Factors) -> Tensor | None:
         """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
@@ -165,34 +237,14 @@ class Factored(Method):
         """Return C at the start, as an operator."""
         return f.started("C") if "C" in f._parameters else None
 
-    @abstractmethod
-    def count(self, batch: int, m: int, n: int) -> int:
-        """Number of trained values at one site of ``batch`` m×n matrices; ``rank`` is a number here."""
+    def default_rank(self, m: int, n: int) -> int:
+        """What ``rank=None`` means."""
+        return min(m, n)
 
-    def export_rank(self, m: int, n: int) -> int:
-        """An upper bound on the rank of W' − W0 at one site, before anything is trained."""
+    def export_rank(self, m: int, n: int) -> int | None:
         return min((2 if self.anchored and {"L", "A"} <= set(self.trains) else 1) * self._rank, m, n)
 
-    def replaces_weight(self, m: int, n: int) -> bool:
-        """Whether [L C A]start is all of W0, so that a folded site has no use for the weight."""
-        return False
-
-    def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
-        """Return what is added to the loss, a scalar, or ``None``."""
-        return None
-
-    def before_step(self, sites: Sequence[Factors], peak_lr: float) -> None:
-        """Change the gradients, after clipping and before the optimizer's step."""
-
-    def after_step(self, sites: Sequence[Factors], lr_scale: float) -> None:
-        """Change the factors after the optimizer's step; ``lr_scale`` is the schedule's lr_t / lr_peak."""
-
-    @property
-    def changes_gradients(self) -> bool:
-        """Whether ``before_step`` must be called for the method to be what its name says."""
-        return False
-
-    # -- what follows from it -----------------------------------------------------------------------------------
+    # -- what follows from it -------------------------------------------------------------------------------------
 
     @property
     def _rank(self) -> int:
@@ -201,8 +253,11 @@ class Factored(Method):
 
     @property
     def scale(self) -> float:
-        """s, the factor in front of L C A."""
-        return 1.0 if self.alpha is None else self.alpha / self._rank
+        """s, the factor in front of L C A: 1, α/r or α/√r."""
+        if self.alpha is None and not self.rs:
+            return 1.0
+        alpha = self._rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self._rank) if self.rs else self._rank)
 
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()):
         """Return this method with the rank of one site as a number.
@@ -222,24 +277,26 @@ class Factored(Method):
                 raise ValueError(f"no pattern of rank={rank!r} matches {site}; '.*' matches the rest")
             rank = matching[0]
         if rank is None:
-            rank = min(m, n)
+            rank = self.default_rank(m, n)
         if clip and isinstance(rank, int):
             rank = min(rank, m, n)
         return dataclasses.replace(self, rank=check_rank(rank, m, n, site))
 
-    def factors(self, w: Tensor, seed: int, where: str) -> Factors:
+    def general(self) -> Factored:
+        return dataclasses.replace(self, rank=1)
+
+    def factors(self, given: Given) -> Factors:
         """Build the site's factors, with the start values of those that train if the method is anchored."""
-        tensors = self.start(w, seed, where)
+        tensors = self.start(given.weight(), given)
         if self.anchored:
-            tensors |= {f"{name}0": tensors[name].clone() for name in self.trains}
-        return Factors(tensors, self.trains)
+            tensors |= {f"{name}0": tensors[name].clone() for name in ("L", "C", "A") if name in self.trains}
+        return Factors(tensors, self.trains, given.shared)
 
     def now(self, f: Factors) -> Product:
         """Return s [L C A] as it is now."""
         return Product(f.L, self.core(f), f.A, self.scale)
 
     def anchor(self, f: Factors) -> Product | None:
-        """Return s [L C A]start, the part of W0 that the factors took over; ``None`` where it is zero."""
         if not self.anchored:
             return None
         return Product(f.started("L"), self.start_core(f), f.started("A"), self.scale)
@@ -248,6 +305,52 @@ class Factored(Method):
         """Return ΔW = s([L C A]now − [L C A]start), in as few columns as possible."""
         anchor = self.anchor(f)
         return self.now(f) if anchor is None else difference(self.now(f), anchor)
+
+    def product(self, f: Factors, folded: bool = False) -> Product:
+        return self.now(f) if folded else self.update(f)
+
+
+@dataclass(frozen=True)
+class Decomposed(Factored):
+    """A factored method that starts from singular triplets of the weight.
+
+    Args:
+        driver: of the decomposition.
+    """
+
+    driver: Driver = "auto"
+
+    def svd(self, w: Tensor, given: Given) -> SVD:
+        """The leading ``rank`` triplets of the weight."""
+        return truncated_svd(w, self._rank, self.driver, seed=given.seed, where=given.name)
+
+
+@dataclass(frozen=True)
+class Transform(PerSite):
+    """A method outside the equation: W' is another function of W0 and of the site's tensors."""
+
+    @abstractmethod
+    def weight(self, f: Factors, w0: Tensor) -> Tensor:
+        """Return W' of matrices w0, (*b, m, n), differentiable in the site's tensors."""
+
+    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+        return self.weight(f, w0) - w0
+
+
+def _plain(value: Any) -> Any:
+    """A hyper-parameter as JSON: classes with parts that are classes take those parts as mappings, too."""
+    if isinstance(value, Method):
+        return value.to_json()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+
+
+def grouped(methods: Sequence[PerSite], sites: Sequence[Given]) -> dict[tuple[str, str], tuple[PerSite, list[Given]]]:
+    """Gather the sites that share tensors: (method, group) -> one of the methods, and the sites."""
+    groups: dict[tuple[str, str], tuple[PerSite, list[Given]]] = {}
+    for method, site in zip(methods, sites, strict=True):
+        if (name := method.group(site)) is not None:
+            groups.setdefault((repr(method), name), (method, []))[1].append(site)
+    return groups
 
 
 def matches(pattern: str, name: str) -> bool:

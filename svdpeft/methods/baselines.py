@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS
 
@@ -23,7 +25,7 @@ class Full(Method):
 
     factored: ClassVar[bool] = False
 
-    def whole(self) -> tuple[str, ...]:
+    def whole(self, model: nn.Module) -> tuple[str, ...]:
         return (".*",)
 
 
@@ -45,7 +47,7 @@ class Partial(Method):
         if not self.layers:
             raise ValueError("Partial(layers=…) names no layer to train")
 
-    def whole(self) -> tuple[str, ...]:
+    def whole(self, model: nn.Module) -> tuple[str, ...]:
         return self.layers
 
 

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Factored, Reference, Tensors, generator
+from svdpeft.factors import Given, Tensors
+from svdpeft.methods.base import Factored, Reference, generator
 from svdpeft.registry import METHODS
 
 
@@ -35,8 +36,6 @@ class LoRA(Factored):
         (2.0, 4.0)
     """
 
-    rs: bool = False
-
     anchored: ClassVar[bool] = False
     reference: ClassVar = Reference(
         key="hu2022lora",
@@ -48,15 +47,9 @@ class LoRA(Factored):
         arxiv="2106.09685",
     )
 
-    @property
-    def scale(self) -> float:
-        """s = α/r, or α/√r."""
-        alpha = self._rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self._rank) if self.rs else self._rank)
-
-    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
+    def start(self, w: Tensor, given: Given) -> Tensors:
         *batch, m, n = w.shape
-        uniform = torch.rand(*batch, self._rank, n, generator=generator(seed), dtype=torch.float64)
+        uniform = torch.rand(*batch, self._rank, n, generator=generator(given.seed), dtype=torch.float64)
         return {"L": w.new_zeros(*batch, m, self._rank), "A": ((2 * uniform - 1) / math.sqrt(n)).to(w)}
 
     def count(self, batch: int, m: int, n: int) -> int:

@@ -13,24 +13,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.decomposition import Driver, truncated_svd
-from svdpeft.methods.base import Factored, Reference, Tensors
+from svdpeft.factors import Given, Tensors
+from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("pissa")
 @dataclass(frozen=True)
-class PiSSA(Factored):
+class PiSSA(Decomposed):
     """LoRA started from the weight's leading singular triplets instead of from zero.
 
     Args:
         rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r, the paper's choice.
         dropout: on the adapter's input.
+        rs: scale α/√r.
         driver: of the decomposition.
     """
-
-    driver: Driver = "auto"
 
     reference: ClassVar = Reference(
         key="meng2024pissa",
@@ -41,8 +40,8 @@ class PiSSA(Factored):
         arxiv="2404.02948",
     )
 
-    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
-        u, s, vh = truncated_svd(w, self._rank, self.driver, seed=seed, where=where)
+    def start(self, w: Tensor, given: Given) -> Tensors:
+        u, s, vh = self.svd(w, given)
         root = s.sqrt()
         return {"L": u * root.unsqueeze(-2), "A": root.unsqueeze(-1) * vh}
 

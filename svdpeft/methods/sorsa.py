@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import Driver, truncated_svd
-from svdpeft.methods.base import Factored, Factors, Reference, Tensors, by_shape
+from svdpeft.factors import Factors, Given, Progress, Tensors
+from svdpeft.methods.base import Decomposed, Reference, by_shape
 from svdpeft.registry import METHODS
 
 MODES = ("decoupled", "gradient", "loss", "retract")
@@ -26,7 +26,7 @@ NORMS = ("frobenius", "squared")
 
 @METHODS.register("sorsa")
 @dataclass(frozen=True)
-class SORSA(Factored):
+class SORSA(Decomposed):
     """Singular values and singular vectors train as three factors under an orthonormal regulariser.
 
     Args:
@@ -46,7 +46,6 @@ class SORSA(Factored):
     gamma: float = 4e-4
     mode: Literal["decoupled", "gradient", "loss", "retract"] = "decoupled"
     norm: Literal["frobenius", "squared"] = "frobenius"
-    driver: Driver = "auto"
 
     trains: ClassVar = ("L", "C", "A")
     reference: ClassVar = Reference(
@@ -66,8 +65,8 @@ class SORSA(Factored):
         if self.gamma < 0:
             raise ValueError(f"gamma {self.gamma} is negative")
 
-    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
-        u, s, vh = truncated_svd(w, self._rank, self.driver, seed=seed, where=where)
+    def start(self, w: Tensor, given: Given) -> Tensors:
+        u, s, vh = self.svd(w, given)
         return {"L": u, "C": s, "A": vh}
 
     def count(self, batch: int, m: int, n: int) -> int:
@@ -86,15 +85,15 @@ class SORSA(Factored):
         return self.mode == "gradient" and self.gamma > 0
 
     @torch.no_grad()
-    def before_step(self, sites: Sequence[Factors], peak_lr: float) -> None:
+    def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         if self.changes_gradients:
-            weight = self.gamma / peak_lr / (2 * len(sites))  # the official code averages over every factor
+            weight = self.gamma / progress.peak_lr / (2 * len(sites))  # the official code averages over every factor
             self._add(sites, weight, bases(sites, gradient))
 
     @torch.no_grad()
-    def after_step(self, sites: Sequence[Factors], lr_scale: float) -> None:
+    def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         if self.mode == "decoupled" and self.gamma > 0:
-            self._add(sites, -self.gamma * lr_scale, bases(sites))
+            self._add(sites, -self.gamma * progress.lr_scale, bases(sites))
         elif self.mode == "retract":
             q = bases(sites)
             for group in by_shape(q):

@@ -23,16 +23,15 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import (
-    Driver,
     Product,
     band_count,
     band_index,
     random_index,
     scatter_core,
     top_index,
-    truncated_svd,
 )
-from svdpeft.methods.base import Factored, Factors, Reference, Tensors, generator
+from svdpeft.factors import Factors, Given, Tensors
+from svdpeft.methods.base import Decomposed, Reference, generator
 from svdpeft.registry import METHODS
 
 PATTERNS = ("plain", "banded", "random", "topk")
@@ -40,7 +39,7 @@ PATTERNS = ("plain", "banded", "random", "topk")
 
 @METHODS.register("svft")
 @dataclass(frozen=True)
-class SVFT(Factored):
+class SVFT(Decomposed):
     """Few coefficients, full reach: the update lives in the weight's own singular bases.
 
     Args:
@@ -58,9 +57,9 @@ class SVFT(Factored):
     pattern: Literal["plain", "banded", "random", "topk"] = "plain"
     off_diagonals: int = 2
     reference_init: bool = False
-    driver: Driver = "auto"
 
     anchored: ClassVar = False
+    scaled: ClassVar = False
     reference: ClassVar = Reference(
         key="lingam2024svft",
         authors="Lingam, Vijay and Tejaswi, Atula and Vavre, Aditya and Shetty, Aneesh and Gudur, Gautham Krishna and "
@@ -77,8 +76,6 @@ class SVFT(Factored):
             raise ValueError(f"pattern {self.pattern!r} is not one of {', '.join(PATTERNS)}")
         if self.off_diagonals < 0:
             raise ValueError(f"off_diagonals {self.off_diagonals} is negative; 0 is the diagonal alone")
-        if self.alpha is not None:
-            raise ValueError(f"alpha {self.alpha}: SVFT has no scale, W' = U (Σ + M) Vᵀ")
 
     @property
     def trains(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -92,17 +89,17 @@ class SVFT(Factored):
     def knob(self) -> str:  # type: ignore[override]
         return "rank" if self.pattern == "plain" else "off_diagonals"
 
-    def start(self, w: Tensor, seed: int, where: str) -> Tensors:
-        u, s, vh = truncated_svd(w, self._rank, self.driver, seed=seed, where=where)
+    def start(self, w: Tensor, given: Given) -> Tensors:
+        u, s, vh = self.svd(w, given)
         batch = w.shape[:-2]
         tensors = {"L": u, "A": vh, "sigma": s}
         count = self._rank
         if self.pattern != "plain":
-            tensors["index"] = self._index(u, vh, seed).to(u.device)
+            tensors["index"] = self._index(u, vh, given.seed).to(u.device)
             count = tensors["index"].shape[-1]
         tensors["C"] = w.new_zeros(*batch, count)
         if self.reference_init:
-            kaiming = torch.randn(*batch, count, generator=generator(seed), dtype=torch.float64)
+            kaiming = torch.randn(*batch, count, generator=generator(given.seed), dtype=torch.float64)
             tensors["C"] = (kaiming * math.sqrt(2 / count)).to(w)
             tensors["gate"] = w.new_zeros(*batch, 1)
         return tensors

@@ -28,7 +28,8 @@ class StepCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.adapter.before_step(args.learning_rate)
+        self.adapter.steps = state.global_step  # a resumed training goes on counting
+        self.adapter.before_step(args.learning_rate, state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,7 +39,7 @@ class StepCallback(TrainerCallback):
             return
         # A scheduler scales all groups alike and notes their peaks; a role may have a learning rate of zero.
         peak, lr = max((group.get("initial_lr", args.learning_rate), group["lr"]) for group in optimizer.param_groups)
-        self.adapter.after_step(lr / peak if peak else 0.0)
+        self.adapter.after_step(lr / peak if peak else 0.0, state.max_steps)
 
 
 class AdapterCallback(StepCallback):

@@ -1,0 +1,47 @@
+"""What the oracles share: NumPy float64, and nothing of the library on the right-hand side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from svdpeft.adapter import Adapter
+
+Array = NDArray[np.float64]
+SHAPES = [(6, 9), (9, 6), (7, 7)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def near(found: Any, expected: Any) -> None:
+    found = found.detach().numpy() if isinstance(found, Tensor) else found
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def linear(shape: tuple[int, int], seed: int = 0) -> tuple[nn.ModuleDict, Array, Array]:
+    torch.manual_seed(seed)
+    layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+    model = nn.ModuleDict({"layer": layer})
+    x = np.random.default_rng(seed).standard_normal((4, shape[1]))
+    return model, layer._parameters["weight"].detach().numpy().copy(), x
+
+
+def triplets(w: Array, r: int | None = None) -> tuple[Array, Array, Array]:
+    """Thin SVD with the largest entry of each left vector made positive."""
+    u, s, vh = np.linalg.svd(w, full_matrices=False)
+    for i in range(len(s)):
+        if u[np.abs(u[:, i]).argmax(), i] < 0:
+            u[:, i], vh[i] = -u[:, i], -vh[i]
+    return u[:, :r], s[:r], vh[:r]
+
+
+def tensors(adapter: Adapter) -> dict[str, Array]:
+    return {k: t.numpy().copy() for k, t in adapter.sites["layer"].factors.tensors().items()}
+
+
+def output(model: nn.ModuleDict, x: Array) -> Array:
+    return model["layer"](torch.from_numpy(x)).detach().numpy()
