@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import perturb
-from oracle import Array, every_shape, linear, near, output, tensors, triplets
+from oracle import SHAPES, Array, every_shape, linear, near, output, tensors, triplets
 from torch import nn
 
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, Partial, PiSSA, attach
