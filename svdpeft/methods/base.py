@@ -67,6 +67,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     reference: ClassVar[Reference | None] = None
+    latex: ClassVar[str] = ""  # the formula, for the documentation
     factored: ClassVar[bool] = True  # False: no factors, trains parameters of the base itself
 
     def whole(self, model: nn.Module) -> tuple[str, ...]:
