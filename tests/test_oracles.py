@@ -47,6 +47,15 @@ def test_lora_start_is_uniform():
     np.testing.assert_allclose(np.histogram(a, bins=10, range=(-1, 1))[0], len(a) / 10, rtol=0.1)
 
 
+def test_lora_gaussian_start_has_the_deviation_of_peft():
+    model = nn.ModuleDict({"layer": nn.Linear(400, 300)})
+    a = tensors(attach(model, LoRA(rank=50, init="gaussian")))["A"]
+    assert abs(a.std() * 50 - 1) < 0.02
+    assert abs(a.mean()) < 1e-3
+    with pytest.raises(ValueError, match="'normal' is neither"):
+        LoRA(init="normal")  # type: ignore[arg-type]
+
+
 # -- PiSSA ---------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,18 +25,31 @@ from svdpeft.registry import METHODS
 class LoRA(Factored):
     """The baseline of the family: needs nothing from the weight but its shape.
 
+    When to use:
+        As the baseline of every comparison, and wherever adapters must be served by other software: its file is what
+        that software knows. Cheap to attach. L starts at zero, so early steps move A hardly at all; the SVD starts
+        exist to change that. With large ranks use ``rs=True``, or the update shrinks as the rank grows.
+
+    Paper and code:
+        The paper draws A from a normal distribution and gives no variance; its code draws from U(−1/√n, 1/√n), which
+        is the default here. ``init="gaussian"`` has standard deviation 1/r, as in PEFT.
+
     Args:
         rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r.
         dropout: on the adapter's input.
         rs: rank-stabilised scale, α/√r instead of α/r.
+        init: of A: ``"uniform"`` or ``"gaussian"``.
 
     Example:
         >>> LoRA(rank=16, alpha=32).scale, LoRA(rank=16, rs=True).scale
         (2.0, 4.0)
     """
 
+    init: Literal["uniform", "gaussian"] = "uniform"
+
     anchored: ClassVar[bool] = False
+    latex: ClassVar[str] = r"W' = W_0 + s\,L A,\qquad L_0 = 0,\quad A_0 \sim U(-1/\sqrt{n},\, 1/\sqrt{n})"
     reference: ClassVar = Reference(
         key="hu2022lora",
         authors="Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and "
@@ -47,10 +60,19 @@ class LoRA(Factored):
         arxiv="2106.09685",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in ("uniform", "gaussian"):
+            raise ValueError(f"init {self.init!r} is neither 'uniform' nor 'gaussian'")
+
     def start(self, w: Tensor, given: Given) -> Tensors:
         *batch, m, n = w.shape
-        uniform = torch.rand(*batch, self._rank, n, generator=generator(given.seed), dtype=torch.float64)
-        return {"L": w.new_zeros(*batch, m, self._rank), "A": ((2 * uniform - 1) / math.sqrt(n)).to(w)}
+        shape, source = (*batch, self._rank, n), generator(given.seed)
+        if self.init == "gaussian":
+            a = torch.randn(shape, generator=source, dtype=torch.float64) / self._rank
+        else:
+            a = (2 * torch.rand(shape, generator=source, dtype=torch.float64) - 1) / math.sqrt(n)
+        return {"L": w.new_zeros(*batch, m, self._rank), "A": a.to(w)}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""

@@ -42,6 +42,19 @@ PATTERNS = ("plain", "banded", "random", "topk")
 class SVFT(Decomposed):
     """Few coefficients, full reach: the update lives in the weight's own singular bases.
 
+    When to use:
+        Where very few trained values count (files of values alone would be tiny, optimizer state is), and for full-rank
+        updates at a small budget. It pays in memory: U and V are as large as the weight, and the step is slower than
+        LoRA's. Learning rates are ten times LoRA's.
+
+    Paper and code:
+        The official start is not the base model: M is Kaiming-normal times a trained sigmoid gate
+        (``reference_init=True``); here M = 0 and there is no gate.
+        The official random pattern draws positions with replacement, its top-k ranks signed entries of U·V instead of
+        |⟨u_i, v_j⟩| (both with ``reference_init=True``).
+        The official code throws away what a truncated rank leaves out; here it stays in the weight, always.
+        For m ≠ n the paper takes full square bases; here, as in the code, the thin SVD.
+
     Args:
         rank: k, the number of triplets kept, or a mapping from site pattern to k; ``None`` keeps all min(m, n).
             What a smaller rank leaves out stays in the weight.
@@ -58,6 +71,7 @@ class SVFT(Decomposed):
     off_diagonals: int = 2
     reference_init: bool = False
 
+    latex: ClassVar[str] = r"W' = W_0 + U M V^\top = U(\Sigma + M)V^\top,\qquad M_0 = 0\ \mathrm{on\ a\ fixed\ pattern}"
     anchored: ClassVar = False
     scaled: ClassVar = False
     reference: ClassVar = Reference(
