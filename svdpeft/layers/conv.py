@@ -5,6 +5,7 @@ stored (out, in/g, *k)        matrices (g, out/g, in/g·∏k)
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class Conv(CalledKind):
 
     classes: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3))
 
+    sees: ClassVar = True
+
     def to_matrix(self, module: Any, w: Tensor) -> Tensor:
         return rearrange(w, "(g out) inner ... -> g out (inner ...)", g=module.groups)
 
@@ -40,8 +43,19 @@ class Conv(CalledKind):
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         return module._conv_forward(x, w, None)
 
+    def per_row(self, module: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1,) * len(module.kernel_size))
+
     def add_bias(self, module: Any, out: Tensor) -> Tensor:
         return add_channel_bias(module, out)
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        # The layer itself with an identity for its weight gives the patches, whatever its stride, padding or dilation.
+        n = module.in_channels // module.groups * math.prod(module.kernel_size)
+        eye = torch.eye(n, dtype=x.dtype, device=x.device).expand(module.groups, n, n)
+        batched = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
+        patches = self.run(module, batched, self.from_matrix(module, eye))  # (N, g·n, *space)
+        return rearrange(patches, "batch (g n) ... -> g batch ... n", g=module.groups)
 
     def examples(self) -> list[Example]:
         def randn(*size: int) -> Tensor:

@@ -25,6 +25,7 @@ class ConvTranspose(CalledKind):
     """A 1×1 convolution down to r channels per group, then a thin transposed one with the layer's own geometry."""
 
     classes: ClassVar = tuple(f"torch.nn.modules.conv.ConvTranspose{d}d" for d in (1, 2, 3))
+    sees: ClassVar = True
 
     def to_matrix(self, module: Any, w: Tensor) -> Tensor:
         return rearrange(w, "(g inner) out ... -> g (out ...) inner", g=module.groups)
@@ -42,6 +43,10 @@ class ConvTranspose(CalledKind):
     def add_bias(self, module: Any, out: Tensor) -> Tensor:
         return add_channel_bias(module, out)
 
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        batched = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
+        return rearrange(batched, "batch (g n) ... -> g batch ... n", g=module.groups)
+
     # The size of the output is up to the caller (``output_size``): it is taken from the output that is there.
 
     def add(self, module: Any, x: Tensor, out: Tensor, product: Product) -> Tensor:
@@ -49,6 +54,9 @@ class ConvTranspose(CalledKind):
 
     def add_dense(self, module: Any, x: Tensor, out: Tensor, product: Product) -> Tensor:
         return out.add_(self._run(module, x, self.from_matrix(module, product.dense()), out))
+
+    def run_like(self, module: Any, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        return self._run(module, x, w, out)
 
     def _apply(self, module: Any, x: Tensor, product: Product, like: Tensor | None) -> Tensor:
         ones = (1,) * len(module.kernel_size)

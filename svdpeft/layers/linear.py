@@ -24,6 +24,7 @@ class Linear(CalledKind):
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     )
     linear: ClassVar = True
+    sees: ClassVar = True
 
     def called(self, module: nn.Module) -> bool:
         # Torch's own word for the output projection that nn.MultiheadAttention reads and never calls.
@@ -41,8 +42,14 @@ class Linear(CalledKind):
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
 
+    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         return out if module.bias is None else out + module.bias.to(out.dtype)  # type: ignore[operator]
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         # One pass over the output: multiply, scale and add in a single kernel.

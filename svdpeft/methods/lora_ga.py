@@ -1,0 +1,96 @@
+"""LoRA-GA: factors along the gradient of the weight, so that the first step is close to that of full fine-tuning.
+
+    W' = W0 + s(L A − L₀A₀)        G = U Σ Vᵀ    L₀ = c U[:, r:2r]    A₀ = c V[:, :r]ᵀ    c = m^¼ / √γ    s = α/√r
+
+G = ∂loss/∂W is the mean over a few batches. Its singular values are not used.
+
+S. Wang, L. Yu, J. Li. LoRA-GA: Low-Rank Adaptation with Gradient Approximation. NeurIPS 2024, arXiv:2407.05000.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from svdpeft.decomposition import truncated_svd
+from svdpeft.factors import Given, Tensors
+from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.registry import METHODS
+
+
+@METHODS.register("lora-ga")
+@dataclass(frozen=True)
+class LoRAGA(Decomposed):
+    """LoRA whose factors start from the gradient, and on every kind of weight that has one.
+
+    When to use:
+        Where training is short and the first steps count: a few batches of the training data give the gradients. Needs
+        ``svdpeft.calibrate(…, gradients=True)``, which takes the memory of one step of full fine-tuning without an
+        optimizer; afterwards it costs what LoRA costs. Of a small matrix with fewer than 2r singular triplets, L takes
+        the last r of those that there are.
+
+    Paper and code:
+        PEFT multiplies L by the gradient's singular values, and scales L alone: ``variant="peft"``; with α/r as its
+        scale, unless it is asked for α/√r: ``rs=False``.
+        Other directions and scales of the code (A2rBr, ArBr, random; unit, weight_svd, gd_scale) are not offered.
+        Both use a randomised SVD with 4 iterations; here the driver is exact for all but large matrices.
+
+    Args:
+        rank: r, or a mapping from site pattern to r.
+        alpha: α; the paper's is 16, ``None`` is α = r.
+        dropout: on the adapter's input.
+        rs: scale α/√r, the paper's, instead of α/r.
+        driver: of the decomposition.
+        gamma: γ; larger is a smaller start.
+        variant: "paper" or "peft".
+
+    Example:
+        >>> model, data = nn.Sequential(nn.Linear(6, 4)), [torch.randn(20, 6)]
+        >>> seen = svdpeft.calibrate(model, data, gradients=True, loss=lambda out, batch: out.square().mean())
+        >>> svdpeft.attach(model, LoRAGA(rank=2), calibration=seen).trainable_count
+        20
+    """
+
+    alpha: float | None = 16.0
+    rs: bool = True
+    gamma: float = 16.0
+    variant: Literal["paper", "peft"] = "paper"
+
+    needs: ClassVar = "gradients"
+    latex: ClassVar[str] = (
+        r"W' = W_0 + s\,(L A - L_0 A_0),\quad G = U \Sigma V^\top,\quad "
+        r"L_0 = \tfrac{\sqrt[4]{m}}{\sqrt{\gamma}}\, U_{r:2r},\quad A_0 = \tfrac{\sqrt[4]{m}}{\sqrt{\gamma}}\, V_r^\top"
+    )
+    reference: ClassVar = Reference(
+        key="wang2024loraga",
+        authors="Wang, Shaowen and Yu, Linxi and Li, Jian",
+        title="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        year=2024,
+        venue="Advances in Neural Information Processing Systems",
+        arxiv="2407.05000",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma <= 0:
+            raise ValueError(f"gamma {self.gamma} is not positive")
+        if self.variant not in ("paper", "peft"):
+            raise ValueError(f"variant {self.variant!r} is neither 'paper' nor 'peft'")
+
+    def start(self, w: Tensor, given: Given) -> Tensors:
+        g = given.seen("gradient", "LoRAGA").to(w.device)
+        *_, m, n = w.shape
+        r, q = self._rank, min(2 * self._rank, m, n)
+        u, s, vh = truncated_svd(g, q, self.driver, seed=given.seed, where=f"the gradient of {given.name}")
+        left, right = u[..., q - r :], vh[..., :r, :]
+        c = m**0.25 / math.sqrt(self.gamma)
+        if self.variant == "peft":
+            return {"L": (c * left * s[..., None, q - r :]).to(w), "A": right.to(w).contiguous()}
+        return {"L": (c * left).to(w), "A": (c * right).to(w)}
+
+    def count(self, batch: int, m: int, n: int) -> int:
+        """r (m + n) per matrix."""
+        return batch * self._rank * (m + n)
