@@ -5,7 +5,7 @@ The base weight is not touched unless the user merges or folds, and then every b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from svdpeft.factors import Factors, Progress
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.reach import unwatch
+from svdpeft.per_example import routed, rows_of
 from svdpeft.registry import near_miss
 from svdpeft.sites import CHILD, Site
 from svdpeft.summary import summarise
 from svdpeft.weights import Borrowed, Frozen, running_statistics, stored
 
-Condition = Literal["attached", "merged", "folded", "disabled", "detached"]
+Condition = Literal["attached", "merged", "folded", "disabled", "in a per_example block", "detached"]
 BatchNorm = Literal["train", "frozen"]
 STATE = "_svdpeft"  # plain attribute of an adapted model
 
@@ -62,9 +63,14 @@ class MergeReport:
 
 
 def set_requires_grad(model: nn.Module, state: State) -> None:
-    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
+def adapters_in(model: nn.Module, state: State) -> list[Adapter]:
+    """Return the adapters of a model and those of its parts."""
     states = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
-    adapters = [adapter for each in {*states, state} for adapter in each.adapters.values()]
+    return [adapter for each in dict.fromkeys([*states, state]) for adapter in each.adapters.values()]
+
+
+    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
+    adapters = adapters_in(model, state)
     trained = {id(stored(*place)) for adapter in adapters for place in adapter.whole.values()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in state.required_grad:
@@ -235,6 +241,52 @@ class Adapter:
         self._to("attached")
         report = self._to("merged")
         if permanent:
+    @contextmanager
+    def per_example(self, names: Sequence[str | None], flattened: bool = False) -> Iterator[None]:
+        """Within the block every row of a batch is computed with an adapter of its own: ``model(x)`` as ever.
+
+        The base is computed once for all rows. Each adapter that is named adds one low-rank pass over its own rows, and
+        a copy of their inputs and outputs, at each of its layers; adapters that are not named cost nothing, and add
+        nothing. Every adapter gets the gradient of its own rows. A batch whose rows are all of one adapter gives that
+        adapter's outputs. Where activations are checkpointed, ``backward`` belongs in the block too.
+
+        Rows are indices of the first axis of what a layer is called with. If a model puts time first, a batch of as
+        many examples as time steps cannot be told from one that is right. In training mode batch normalisation
+        mixes rows, as always.
+
+        Args:
+            names: of an adapter of the same model for every row of the batch; ``None`` or ``"base"`` for none. Any
+                adapter of the model may be asked, and any may be named.
+            flattened: layers may see several rows for each example (windows, tokens), all of the first example, then
+                all of the second, and so on. Without it such a layer is refused.
+
+        Raises:
+            ValueError: a name that no adapter has; parameters or statistics that an adapter has changed whole, since
+                they are one for the whole batch; in the forward, a layer that does not see one row per example.
+            RuntimeError: an adapter that is merged or folded, one that is named and disabled, a weight that is read
+                instead of called, a block within a block.
+
+        Example:
+            >>> from svdpeft import LoRA, attach
+            >>> model = nn.Linear(4, 3)
+            >>> a, b = attach(model, LoRA(rank=1), name="a"), attach(model, LoRA(rank=2), name="b")
+            >>> with a.per_example(["a", "b", None, "a"]):
+            ...     model(torch.zeros(4, 4)).shape
+            torch.Size([4, 3])
+        """
+        state: State | None = getattr(self.model, STATE, None)
+        if state is None or self.state == "detached":
+            raise RuntimeError(f"adapter {self.name!r} is detached: it is no longer of this model")
+        adapters = adapters_in(self.model, state)
+        for adapter in adapters:
+            adapter._must_be("attached", "disabled")
+        rows = rows_of(names, state.adapters, flattened)
+        for name in rows:
+            state.adapters[name]._must_be("attached")
+        attached = [adapter for adapter in adapters if adapter.state == "attached"]
+        with routed(self.model, {state.adapters[name]: mine for name, mine in rows.items()}, attached):
+            yield
+
             self._leave(restore=False)
         return report
 

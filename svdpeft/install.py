@@ -192,3 +192,5 @@ def _check_name(name: str, state: State) -> None:
 def _check_whole(whole: Mapping[str, Any], state: State) -> None:
     if clash := {n for a in state.adapters.values() for n in a.whole} & set(whole):
         raise ValueError(f"{min(clash)} is trained whole by another adapter already")
+    if any(adapter.state == "in a per_example block" for adapter in state.adapters.values()):
+        raise RuntimeError(f"adapter {name!r} cannot be attached in a per_example block: no row would name it")

@@ -69,6 +69,8 @@ def _read(module: Any, parameter: str) -> Tensor | None:
                 place.reads = True
             if place.site.active:
                 places.append(place)
+            if place.site.rows is not None:
+                place.site.rows.refuse_read(place.site.name)
     if not places:
         return weight
     if not eager:  # a compiler finds the repeated computation itself

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from svdpeft.factors import Factors
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.methods.base import PerSite
+from svdpeft.methods.base import PerSite, Transform
+from svdpeft.per_example import Rows
 from svdpeft.reads import PLACES, dress
 from svdpeft.weights import BaseWeight
 
@@ -80,6 +81,7 @@ class Site:
         self.factors, self.weight, self.shape = factors, weight, shape
         self.active = True  # the update is added
         self.folded = False  # the start has left the weight, so that all of L C A is added
+        self.rows: Rows | None = None  # to these rows of the batch alone
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
         with torch.no_grad():
             product = method.product(factors)
@@ -182,6 +184,42 @@ class Site:
     def replace(self, place: Place, x: Tensor) -> Tensor:
         """Return the layer's whole output, where the factors hold all of the weight."""
         kind, device = place.kind, x.device.type
+    def _change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
+        """ΔW x of a method outside the equation: its tensors in their own precision, the layer in its output's."""
+        kind, method = place.kind, self.method
+        assert isinstance(kind, CalledKind)
+        with torch.autocast(self.weight.tensor.device.type, enabled=False):
+            if not self.dense and isinstance(method, Transform) and not out.is_nested:
+                return method.act(self.factors, _Call(place, x, out, None if self.weight.changed else own))
+            w = kind.from_matrix(place.module, method.delta(self.factors, self.base_matrix()))
+            return kind.run_like(place.module, x, w.to(out.dtype), out)
+
+    def add_to_rows(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None) -> Tensor:
+        """Add the update to the rows of this adapter; all others are left as they are."""
+        assert self.rows is not None
+        rows = self.rows.of(self.name, x, out)
+        if rows is None:
+            return self.add(place, x, out, own)
+        mine = None if own is None else own.index_select(0, rows)
+        part = self.add(place, x.index_select(0, rows), out.index_select(0, rows), mine)
+        return out.index_copy_(0, rows, part.to(out.dtype))
+
+    def prefers_dense(self, product: Product) -> bool:
+        """Whether building the product costs less than going through its factors."""
+        mixes = product.C is not None and product.C.ndim == product.L.ndim
+        return self.kind.prefers_dense(self.shape, product.rank, mixes)
+
+    def check_stepped(self, place: Place) -> None:
+        """Refuse to train on where a method's own step was left out: it would be another method without a word."""
+        if not self.method.keeps_state or torch.compiler.is_compiling():
+            return
+        if place.module.training and torch.is_grad_enabled() and self.factors.changed():
+            raise RuntimeError(
+                f"{self.name} has changed since its last forward in training, and {type(self.method).__name__} has not "
+                "done its own step: call adapter.before_step(peak_lr, total_steps) before optimizer.step() and "
+                "adapter.after_step(lr_scale) after it, or train with svdpeft.Trainer or AdapterCallback"
+            )
+
         assert isinstance(kind, CalledKind)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.tensor.dtype
         if x.is_floating_point():
@@ -289,8 +327,11 @@ def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             continue
         if not torch.compiler.is_compiling():
             place.calls = True
-        if place.site.active and not place.site.skips:
-            out = place.site.add(place, _first(args, kwargs), out)
+        site = place.site
+        if site.active and not site.skips:
+            out = (site.add if site.rows is None else site.add_to_rows)(place, _first(args, kwargs), out, own)
+            if site.rows is not None or not isinstance(site.method, Transform):
+                own = None
     return out
 
 
@@ -301,3 +342,53 @@ def _without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+class _Call:
+    """A layer in its own call: see ``factors.Call``."""
+
+    def __init__(self, place: Place, x: Tensor, like: Tensor, own: Tensor | None) -> None:
+        assert isinstance(place.kind, CalledKind)
+        self.site, self.module, self.kind = place.site, place.module, place.kind
+        self.x, self.like, self.own = x, like, own
+
+    @functools.cached_property
+    def w0(self) -> Tensor:
+        return self.site.base_matrix()
+
+    def rows(self, values: Tensor) -> Tensor:
+        factor = self.kind.per_row(self.module, self.x, values)
+        if factor is None:
+            return self._dense(values.unsqueeze(-1) * self.w0)
+        if self.own is None:
+            base = self.kind.run_like(self.module, self.x, self._stored(), self.like)
+        else:
+            base = self.own - self.kind.add_bias(self.module, self.own.new_zeros(()))
+        return factor.to(base.dtype) * base
+
+    def columns(self, values: Tensor) -> Tensor:
+        if self.kind.linear:
+            return self.frozen(self.x * values.to(self.x.dtype))
+        return self._dense(self.w0 * values.unsqueeze(-2))
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return self.kind.run_whole(self.module, x, self._stored())
+
+    def per_row(self, values: Tensor) -> Tensor:
+        factor = self.kind.per_row(self.module, self.x, values)
+        assert factor is not None
+        return factor.to(self.like.dtype)
+
+    def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
+        x = self.x
+        if dropout and self.module.training and x.is_floating_point():
+            x = F.dropout(x, dropout)
+        add = self.kind.add_dense if self.site.prefers_dense(product) else self.kind.add
+        return add(self.module, x, out, product.to(out.dtype))
+
+    def _stored(self) -> Tensor:
+        return self.site.weight.original.to(self.like.dtype)
+
+    def _dense(self, matrix: Tensor) -> Tensor:
+        w = self.kind.from_matrix(self.module, matrix).to(self.like.dtype)
+        return self.kind.run_like(self.module, self.x, w, self.like)
+
+

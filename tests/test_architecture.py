@@ -25,6 +25,7 @@ TIERS = [
     {"summary"},
     {"inventory", "reach"},
     {"sites"},
+    {"per_example"},
     {"reads"},
     {"readers"},
     {"weights"},
@@ -34,7 +35,7 @@ TIERS = [
     {"registry"},
 ]
 # Imports against the flow: for a type annotation alone, and the adapter's convenience `save`.
-AGAINST = {("summary", "adapter"), ("reads", "sites"), ("adapter", "checkpoint")}
+AGAINST = {("summary", "adapter"), ("per_example", "adapter"), ("reads", "sites"), ("adapter", "checkpoint")}
 
 
 def part(file: Path) -> str:

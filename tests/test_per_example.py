@@ -1,0 +1,461 @@
+"""Rows of one batch with adapters of their own: equal to one row after the other, or refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Both,
+    adapt,
+    assert_same,
+    close,
+    differs,
+    equal_bits,
+    every_called,
+    every_factored,
+    example,
+    perturb,
+    refused,
+    snapshot,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from svdpeft import SORSA, SVFT, LoRA, PiSSA, attach
+from svdpeft.adapter import Adapter
+from svdpeft.methods.base import Method
+
+
+def alone(model: nn.Module, adapters: list[Adapter], row: Tensor, name: str | None) -> Tensor:
+    """What the model gives for one row with one adapter, the others switched off."""
+    if not adapters:
+        return model(row)
+    if adapters[0].name == name:
+        return alone(model, adapters[1:], row, name)
+    with adapters[0].disabled():
+        return alone(model, adapters[1:], row, name)
+
+
+def one_by_one(model: nn.Module, adapters: list[Adapter], x: Tensor, names: list[str | None]) -> Tensor:
+    return torch.cat([alone(model, adapters, x[i : i + 1], name) for i, name in enumerate(names)])
+
+
+class Only(nn.Module):
+    """A layer under test that is called alone."""
+
+    targets = ("layer",)
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def five(x: Tensor) -> Tensor:
+    """Five rows that differ."""
+    if not x.is_floating_point():
+        return x[torch.arange(5) % len(x)].roll(1, 1)
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(5, *x.shape[1:], generator=generator, dtype=x.dtype)
+
+
+NAMES = ["a", None, "b", "c", "a"]
+
+
+@every_called
+@every_factored
+def test_rows_are_as_if_each_were_alone(method: Method, kind: tuple[str, int]):
+    _, layer, x = example(kind)
+    x, model = five(x), Only(layer).eval()
+    if method.why_not(example(kind)[0]) is not None:
+        pytest.skip("the method is not defined on this kind")
+    adapters = [
+        adapt(model, method, name="a"),
+        adapt(model, LoRA(rank=1), name="b", seed=6),
+        adapt(model, SVFT(), name="c", seed=7),
+    ]
+    for seed, adapter in enumerate(adapters):
+        perturb(adapter, seed=seed)
+    expected = one_by_one(model, adapters, x, NAMES)
+    everything = model(x)
+    before = snapshot(model)
+    with adapters[1].per_example(NAMES):
+        found = model(x)
+    assert_same(before, snapshot(model))
+    close(found, expected)
+    assert torch.equal(model(x), everything)
+    with adapters[0].disabled(), adapters[1].disabled(), adapters[2].disabled():
+        assert equal_bits(found[1], model(x)[1])
+    weights = torch.linspace(1, 2, expected.numel()).view_as(expected).double()
+    trained = [list(adapter.parameters()) for adapter in adapters]
+    flat = [p for parameters in trained for p in parameters]
+    for got, wanted in zip(
+        torch.autograd.grad((found * weights).sum(), flat, allow_unused=True),
+        torch.autograd.grad((expected * weights).sum(), flat, allow_unused=True),
+        strict=True,
+    ):
+        assert (got is None) == (wanted is None)
+        if wanted is not None:
+            close(got, wanted)
+
+
+def stack() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    return model, torch.randn(4, 3, 6, dtype=torch.float64)
+
+
+def two(model: nn.Module, **options: Any) -> list[Adapter]:
+    adapters = [
+        attach(model, PiSSA(rank=2), name="a", **options),
+        attach(model, SORSA(rank=3), name="b", **options),
+    ]
+    for seed, adapter in enumerate(adapters):
+        perturb(adapter, seed=seed)
+    return adapters
+
+
+def test_adapters_on_other_layers_add_nothing_to_a_row():
+    model, x = stack()
+    adapters = [
+        attach(model, PiSSA(rank=2), targets=["0"], name="a"),
+        attach(model, LoRA(rank=2), targets=["2"], name="b"),
+        attach(model, LoRA(rank=1), name="not named"),
+    ]
+    for adapter in adapters:
+        perturb(adapter)
+    names = ["b", "a", "base", "b"]
+    expected = one_by_one(model, adapters, x, [None if n == "base" else n for n in names])
+    with adapters[0].per_example(names):
+        found = model(x)
+        assert differs(found[3], x.new_zeros(1))
+    close(found, expected)
+    found.sum().backward()
+    assert all(p.grad is None for p in adapters[2].parameters())
+    with adapters[0].per_example([None, "base"]):
+        base = model(x)
+    with adapters[0].disabled(), adapters[1].disabled(), adapters[2].disabled():
+        assert torch.equal(base, model(x))
+
+
+def test_a_batch_of_one_adapter_is_that_adapter():
+    model, x = stack()
+    a, b = two(model)
+    with b.disabled():
+        expected = model(x)
+    with a.per_example(["a"] * 4):
+        assert torch.equal(model(x), expected)
+
+
+def test_a_row_gets_no_gradient_from_another():
+    model, x = stack()
+    a, b = two(model)
+    x.requires_grad_()
+    with a.per_example(["a", "b", "a", None]):
+        out = model(x)
+    out[[0, 2, 3]].sum().backward()
+    assert all(not p.grad.any() for p in b.parameters() if p.grad is not None)
+    assert all(p.grad is not None and p.grad.any() for p in a.parameters())
+    assert x.grad is not None
+    assert not x.grad[1].any()
+    assert x.grad[3].any()
+
+
+def test_dropout_falls_on_the_rows_that_have_it():
+    model, x = stack()
+    a = attach(model, LoRA(rank=2, dropout=0.5), name="a")
+    b = attach(model, LoRA(rank=2), name="b")
+    perturb(a)
+    perturb(b)
+    model.train()
+    with a.per_example(["a", "b", "a", None]):
+        one, other = model(x), model(x)
+    assert torch.equal(one[[1, 3]], other[[1, 3]])
+    assert differs(one[[0, 2]], other[[0, 2]])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_with_backward_in_the_block(reentrant: bool):
+    model, x = stack()
+    a, b = two(model)
+    x.requires_grad_()
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        with a.per_example(["a", "b", None, "b"]):
+            out = run(x)
+            assert isinstance(out, Tensor)
+            grads.append(
+                torch.autograd.grad(out.pow(2).sum(), [*a.parameters(), *b.parameters()], allow_unused=True)
+                if run is model
+                else _backward(out, [*a.parameters(), *b.parameters()])
+            )
+    for plain, again in zip(*grads, strict=True):
+        close(again, plain)
+
+
+def _backward(out: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    out.pow(2).sum().backward()
+    return [p.grad for p in parameters]
+
+
+def test_autocast_and_low_precision():
+    model, x = stack()
+    model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    a, b = two(model)
+    with a.per_example(["a", "b", None, "b"]):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    expected = one_by_one(model, [a, b], x, ["a", "b", None, "b"])
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+    model, x = stack()
+    model, x = model.float(), x.float()
+    a, b = two(model)
+    with a.per_example(["a", "b", None, "b"]), torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = one_by_one(model, [a, b], x, ["a", "b", None, "b"])
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend: str):
+    torch.compiler.reset()
+    model, x = stack()
+    adapters = two(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    mixed: list[list[str | None]] = [["a", "b", None, "b"], ["b", "a", "a", "a"], ["a", "a", "a", "a"], [None] * 4]
+    for names in mixed:
+        with adapters[0].per_example(names):
+            found = compiled(x)
+        close(found, one_by_one(model, adapters, x, names))
+    close(compiled(x), model(x))
+    torch.compiler.reset()
+
+
+# -- layers that see more rows than the batch has ----------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Every example is cut into pieces, batch first, as Swin's windows are; then a layer on the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+        self.outer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, n = x.shape
+        y = self.inner(x.reshape(b * 3, t // 3, n)).reshape(b, t, -1)
+        return self.outer(y)
+
+
+def test_windows_are_refused_and_taken_when_the_user_says_so():
+    torch.manual_seed(0)
+    model, x = Windows().double(), torch.randn(4, 6, 4, dtype=torch.float64)
+    a, b = two(model)
+    names = ["b", None, "a", "b"]
+    expected = one_by_one(model, [a, b], x, names)
+    with refused(model, "inner", "12 rows", "4 names", "flattened=True"), a.per_example(names):
+        model(x)
+    with a.per_example(names, flattened=True):
+        close(model(x), expected)
+    with b.disabled():
+        alone = model(x)
+    with a.per_example(["a"] * 4, flattened=True):
+        assert torch.equal(model(x), alone)
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_a_batch_of_another_size_is_refused(flattened: bool):
+    model, x = stack()
+    a, _ = two(model)
+    with refused(model, "0 sees 4 rows", "3 names"), a.per_example(["a", "b", "b"], flattened=flattened):
+        model(x)
+    with refused(model, "0 sees 4 rows", "8 names"), a.per_example(["a", "b"] * 4, flattened=flattened):
+        model(x)
+    with a.per_example(["a", None]), pytest.raises(ValueError, match="sees 1 rows, .* no axis for the batch"):
+        model(x[0, :1])
+    with a.per_example(["a", None]), pytest.raises(ValueError, match="sees 3 rows"):
+        model(x[0])
+
+
+def test_swin_windows():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 2)
+    )
+    model = model.double().eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    a, b = two(model, targets=["qkv", "proj", "fc1"])
+    names = ["a", "b", None]
+    with refused(model, "layers.0.blocks.0.attn.qkv", "12 rows", "flattened=True"), a.per_example(names):
+        model(x)
+    with a.per_example(names, flattened=True):
+        found = model(x)
+    close(found, one_by_one(model, [a, b], x, names))
+
+
+def test_a_language_model():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=20, n_positions=8)).double().eval()
+    ids = torch.randint(20, (3, 5))
+    a, b = two(model, targets=["c_attn[q,v]", "c_proj", "c_fc"])
+    with a.per_example(["b", None, "a"]):
+        found = model(ids).logits
+    close(found, torch.cat([alone_logits(model, [a, b], ids[i : i + 1], n) for i, n in enumerate(["b", None, "a"])]))
+
+
+def alone_logits(model: nn.Module, adapters: list[Adapter], ids: Tensor, name: str | None) -> Tensor:
+    off = [adapter for adapter in adapters if adapter.name != name]
+    for adapter in off:
+        adapter._activate(False)
+    try:
+        return model(ids).logits
+    finally:
+        for adapter in off:
+            adapter._activate(True)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_wrong():
+    model, _ = stack()
+    a, _ = two(model)
+    attach(model, LoRA(rank=1), name="german")
+    for names, words in (
+        (["a", "germna"], ["row 1", "'germna'", "did you mean 'german'"]),
+        ("a", ["'a'", "a sequence"]),
+        ([], ["a sequence"]),
+        ([3], ["row 0", "3"]),
+    ):
+        with refused(model, *words), a.per_example(names):  # type: ignore[arg-type]
+            raise AssertionError
+    attach(model, LoRA(rank=1), name="base")
+    with refused(model, "'base'", "None"), a.per_example(["base"]):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("state", ["merge", "fold"])
+@pytest.mark.parametrize("named", [True, False])
+def test_adapters_that_are_written_into_the_weights(state: str, named: bool):
+    model, _ = stack()
+    a, b = two(model)
+    getattr(a, state)()
+    names = ["a", "b"] if named else ["b", None]
+    with refused(model, "'a'", state, "attached", error=RuntimeError), b.per_example(names):
+        raise AssertionError
+    a.detach()
+    with pytest.raises(RuntimeError, match="detached"), a.per_example(["b"]):
+        raise AssertionError
+
+
+def test_disabled_adapters_may_stay_away_and_not_be_named():
+    model, x = stack()
+    a, b = two(model)
+    names = [None, "b", "b", None]
+    expected = one_by_one(model, [a, b], x, names)
+    with a.disabled():
+        with b.per_example(names):
+            close(model(x), expected)
+        with pytest.raises(RuntimeError, match="'a' is disabled"), b.per_example(["a"]):
+            raise AssertionError
+
+
+def test_a_merged_adapter_of_a_larger_model():
+    whole = nn.ModuleDict({"part": stack()[0]})
+    x = stack()[1]
+    outside = attach(whole, LoRA(rank=1), name="outside")
+    perturb(outside)
+    a = attach(whole["part"], LoRA(rank=1), name="a")
+    perturb(a)
+    with outside.disabled():
+        expected = whole["part"](x)
+    with a.per_example(["a"] * 4):
+        assert torch.equal(whole["part"](x), expected)
+    outside.merge()
+    with pytest.raises(RuntimeError, match=r"merged or folded at part\.0"), a.per_example(["a"]):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("inside", ["per_example", "merge", "fold", "disabled", "detach", "attach", "unwritten"])
+def test_what_cannot_be_done_within_the_block(inside: str):
+    model, x = stack()
+    a, b = two(model)
+    before = snapshot(model)
+    things: dict[str, Any] = {
+        "attach": lambda: attach(model, LoRA(rank=1), name="new"),
+        "per_example": lambda: b.per_example(["a"]).__enter__(),
+        "disabled": lambda: b.disabled().__enter__(),
+        "unwritten": lambda: b.unwritten().__enter__(),
+    }
+    with a.per_example(["a", "b", None, "b"]), pytest.raises(RuntimeError, match="per_example block"):
+        things.get(inside, getattr(b, inside, None))()
+    assert_same(before, snapshot(model))
+    assert a.state == b.state == "attached"
+    with a.per_example(["a", "b", None, "b"]):
+        model(x)
+
+
+def test_the_block_ends_when_something_raises():
+    model, x = stack()
+    a, b = two(model)
+    expected = model(x)
+    with pytest.raises(KeyError), a.per_example(["a"] * 4):
+        raise KeyError
+    assert torch.equal(model(x), expected)
+    assert a.state == b.state == "attached"
+    assert all(site.active and site.rows is None for adapter in (a, b) for site in adapter.sites.values())
+
+
+def test_a_weight_that_is_read():
+    model, x = Both().double(), torch.randn(2, 6, dtype=torch.float64)
+    a = attach(model, LoRA(rank=1), name="a")
+    with refused(model, "reads the weight of layer", "leave it out", error=RuntimeError), a.per_example(["a", None]):
+        model(x)
+    with a.per_example([None, None]):  # not named: W0 for everybody
+        model(x)
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2, batch_first=True)})
+    a = attach(attention, LoRA(rank=1), name="a")
+    with refused(attention, "reads the weight", "attention", error=RuntimeError), a.per_example(["a", None]):
+        raise AssertionError
+
+
+def test_what_is_one_for_the_whole_batch():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    a = attach(model, LoRA(rank=1), targets=["0"], train=["2"], name="a")
+    b = attach(model, LoRA(rank=1), targets=["0"], name="b", batch_norm="frozen")
+    with refused(model, "'a'", "2.weight", "train="), b.per_example(["b", None]):
+        raise AssertionError
+    with a.disabled(), b.per_example(["b", None, "b", None, "b"]):
+        model(x)
+    a.detach()
+    c = attach(model, LoRA(rank=1), targets=["0"], name="c")
+    with c.per_example(["b", None, "c", None, "b"]):
+        model(x)
+    b.detach()
+    model.train()(x)
+    with refused(model, "'c'", "running_mean", "batch_norm='frozen'"), c.per_example(["c", None]):
+        raise AssertionError
+
+
+def test_a_copy_of_the_model_has_a_block_of_its_own():
+    model, x = stack()
+    a, b = two(model)
+    names: list[str | None] = ["a", "b", None, "b"]
+    expected = one_by_one(model, [a, b], x, names)
+    with a.per_example(names):
+        other = copy.deepcopy(model)
+    close(other(x), expected)
+    assert differs(other(x), model(x))
