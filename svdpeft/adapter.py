@@ -62,7 +62,6 @@ class MergeReport:
         )
 
 
-def set_requires_grad(model: nn.Module, state: State) -> None:
 def adapters_in(model: nn.Module, state: State) -> list[Adapter]:
     """Return the adapters of a model and those of its parts."""
     states = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
@@ -70,6 +69,7 @@ def adapters_in(model: nn.Module, state: State) -> list[Adapter]:
 
 
     """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
+def set_requires_grad(model: nn.Module, state: State) -> None:
     adapters = adapters_in(model, state)
     trained = {id(stored(*place)) for adapter in adapters for place in adapter.whole.values()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
