@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from svdpeft.factors import Factors, Progress
 from svdpeft.methods.base import Method, PerSite
-from svdpeft.reach import unwatch
 from svdpeft.per_example import routed, rows_of
+from svdpeft.reach import unwatch
 from svdpeft.registry import near_miss
 from svdpeft.sites import CHILD, Site
 from svdpeft.summary import summarise
@@ -68,8 +68,8 @@ def adapters_in(model: nn.Module, state: State) -> list[Adapter]:
     return [adapter for each in dict.fromkeys([*states, state]) for adapter in each.adapters.values()]
 
 
-    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
 def set_requires_grad(model: nn.Module, state: State) -> None:
+    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
     adapters = adapters_in(model, state)
     trained = {id(stored(*place)) for adapter in adapters for place in adapter.whole.values()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -225,22 +225,6 @@ class Adapter:
         finally:
             self._to(state)
 
-    def merge(self, permanent: bool = False) -> MergeReport:
-        """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
-
-        A copy of each weight is kept for ``unmerge``.
-
-        Args:
-            permanent: keep no copy, and take the factors out of the model: what remains is a plain model with
-                merged weights, and this adapter is spent.
-
-        Returns:
-            The share of each site's update that was lost in rounding to the weight's dtype.
-        """
-        self._must_be("attached", "folded")
-        self._to("attached")
-        report = self._to("merged")
-        if permanent:
     @contextmanager
     def per_example(self, names: Sequence[str | None], flattened: bool = False) -> Iterator[None]:
         """Within the block every row of a batch is computed with an adapter of its own: ``model(x)`` as ever.
@@ -287,6 +271,22 @@ class Adapter:
         with routed(self.model, {state.adapters[name]: mine for name, mine in rows.items()}, attached):
             yield
 
+    def merge(self, permanent: bool = False) -> MergeReport:
+        """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
+
+        A copy of each weight is kept for ``unmerge``.
+
+        Args:
+            permanent: keep no copy, and take the factors out of the model: what remains is a plain model with
+                merged weights, and this adapter is spent.
+
+        Returns:
+            The share of each site's update that was lost in rounding to the weight's dtype.
+        """
+        self._must_be("attached", "folded")
+        self._to("attached")
+        report = self._to("merged")
+        if permanent:
             self._leave(restore=False)
         return report
 
