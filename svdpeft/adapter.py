@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from svdpeft import steering
 from svdpeft.factors import Factors, Progress
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.per_example import routed, rows_of
@@ -190,6 +191,20 @@ class Adapter:
             f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, "
             f"{self.trainable_count:,} trainable, {self.state})"
         )
+
+    def set(self, **values: float) -> None:
+        """Turn what the methods let be turned while the model runs, at every site whose method has it.
+
+        Args:
+            values: by name, such as ``coefficient=-1.0`` of AntiPaSTO or ``strength=0.5`` of SVDiff.
+
+        Raises:
+            ValueError: a name that no method has, or a value that is not a finite number. Nothing is set then.
+        """
+        if self.state == "merged":
+            raise RuntimeError(f"adapter {self.name!r} is merged: unmerge() it, set, and merge() again")
+        self._must_be("attached", "folded")
+        steering.write(self.sites.values(), values)
 
     # -- switching ------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,14 @@ class Factors(nn.Module):
     sigma: Tensor
     index: Tensor
     gate: Tensor
+    z: Tensor
+    Q: Tensor
+    P: Tensor
+    G: Tensor
+    alpha_vec: Tensor
+    beta_vec: Tensor
+    strength: Tensor
+    coefficient: Tensor
 
     def __init__(
         self, tensors: Mapping[str, Tensor], trains: Sequence[str], tied: Mapping[str, nn.Parameter] | None = None

@@ -23,7 +23,7 @@ TIERS = [
     {"adapter"},
     {"targets"},
     {"summary"},
-    {"inventory", "reach"},
+    {"inventory", "reach", "steering"},
     {"sites"},
     {"per_example"},
     {"reads"},

@@ -89,12 +89,13 @@ def test_start_is_the_base_bit_for_bit(method: Method, kind: tuple[str, int]):
         expected = frozen(model, x)
         adapter = adapt(model, method)
         exact = all(site.method.exact_start for site in adapter.sites.values())
-        assert torch.equal(frozen(model, x), expected) == exact
+        wide = dtype == torch.float64  # elsewhere a small step off the base may be rounded away
+        assert torch.equal(frozen(model, x), expected) == exact or not (exact or wide)
         for site in adapter.sites.values():
             assert bool((site.delta() == 0).all()) == exact
             name = weight_of(model, site)
             read = operator.attrgetter(name)(model)  # what the model's own code gets
-            assert torch.equal(read, weights_of(model, adapter)[name]) == exact
+            assert torch.equal(read, weights_of(model, adapter)[name]) == exact or not (exact or wide)
 
 
 # -- 2 disabled and detached ---------------------------------------------------------------------------------

@@ -2,7 +2,14 @@
 
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
-from svdpeft.decomposition.rotations import cayley, cayley_neumann, skew
+from svdpeft.decomposition.rotations import (
+    cayley,
+    cayley_neumann,
+    cayley_neumann_offset,
+    cayley_offset,
+    skew,
+    skew_count,
+)
 from svdpeft.decomposition.svd import (
     SVD,
     Driver,
@@ -22,6 +29,8 @@ __all__ = [
     "canonical_signs",
     "cayley",
     "cayley_neumann",
+    "cayley_neumann_offset",
+    "cayley_offset",
     "check_matrix",
     "check_rank",
     "difference",
@@ -31,6 +40,7 @@ __all__ = [
     "recompress",
     "scatter_core",
     "skew",
+    "skew_count",
     "top_index",
     "truncated_svd",
 ]

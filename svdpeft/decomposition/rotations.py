@@ -1,14 +1,28 @@
 """Rotations from skew-symmetric matrices: one sign convention for every method.
 
-    R = (I + Q)(I − Q)⁻¹        Q = −Qᵀ, so RᵀR = I; Q = 0 is R = I
+    R = (I + Q)(I − Q)⁻¹        Q = −Qᵀ, so RᵀR = I; Q = 0 is R = I, and −Q is Rᵀ
 
 A. Cayley, 1846. The Neumann form replaces (I − Q)⁻¹ by I + Q + … + Q^k: cheaper, and orthogonal only for small Q.
+
+Each comes as the rotation and as its distance from the identity, R − I, which is formed without a subtraction: where a
+method adds L (R − I) A to a weight, that is exactly zero at Q = 0 and keeps all its digits for a small Q. Both are
+computed in float32 at least, under autocast too.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def skew_count(size: int) -> int:
+    """Number of free values of a skew-symmetric matrix, size(size − 1)/2.
+
+    Example:
+        >>> skew_count(1), skew_count(4)
+        (0, 6)
+    """
+    return size * (size - 1) // 2
 
 
 def skew(values: Tensor, size: int) -> Tensor:
@@ -41,9 +55,21 @@ def cayley(q: Tensor) -> Tensor:
         >>> torch.allclose(r.mT @ r, torch.eye(3, dtype=torch.float64))
         True
     """
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    # (I + Q) and (I − Q)⁻¹ commute. No check for a singular matrix: there is none, and it would synchronise.
-    return torch.linalg.solve_ex((eye - q).expand_as(q), eye + q).result
+    return _identity(q) + cayley_offset(q)
+
+
+def cayley_offset(q: Tensor) -> Tensor:
+    """Return R − I = 2Q(I − Q)⁻¹ of the Cayley rotation.
+
+    Example:
+        >>> cayley_offset(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))  # a quarter turn
+        tensor([[-1., -1.],
+                [ 1., -1.]])
+    """
+    with _full_precision(q):
+        wide = _wide(q)
+        # Q and (I − Q)⁻¹ commute. No check for a singular matrix: there is none, and it would synchronise.
+        return (2 * torch.linalg.solve_ex(_identity(wide) - wide, wide).result).to(q.dtype)
 
 
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
@@ -54,8 +80,33 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    series = eye.expand_as(q)
-    for _ in range(terms):  # Horner: I + Q(I + Q(…))
-        series = eye + q @ series
-    return (eye + q) @ series
+    return _identity(q) + cayley_neumann_offset(q, terms)
+
+
+def cayley_neumann_offset(q: Tensor, terms: int) -> Tensor:
+    """Return R − I = 2Q + 2Q² + … + 2Q^terms + Q^(terms + 1) of the Neumann form.
+
+    Example:
+        >>> cayley_neumann_offset(torch.tensor([[0.0, -1.0], [1.0, 0.0]]), terms=1)
+        tensor([[-1., -2.],
+                [ 2., -1.]])
+    """
+    with _full_precision(q):
+        wide = _wide(q)
+        series = wide
+        for _ in range(terms):  # Horner: 2Q + Q(2Q + Q(… + Q))
+            series = 2 * wide + wide @ series
+        return series.to(q.dtype)
+
+
+def _identity(q: Tensor) -> Tensor:
+    return torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+
+
+def _wide(q: Tensor) -> Tensor:
+    return q.to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _full_precision(q: Tensor) -> torch.autocast:
+    """Autocast would multiply the r×r matrices in half precision."""
+    return torch.autocast(q.device.type, enabled=False)

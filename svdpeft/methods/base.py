@@ -94,6 +94,7 @@ class PerSite(Method):
     trains: ClassVar[tuple[str, ...]] = ("L", "A")  # names of the tensors that train
     exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
     knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
+    settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
     needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
 
     # -- what a method defines ----------------------------------------------------------------------------------
