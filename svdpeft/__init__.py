@@ -10,18 +10,26 @@ from importlib import import_module
 from typing import Any
 
 from svdpeft.adapter import Adapter, MergeReport
+from svdpeft.allocation import Budget
+from svdpeft.calibration import Calibration, calibrate
 from svdpeft.checkpoint import CheckpointError, load
 from svdpeft.install import attach
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS
+from svdpeft.schedules import Adaptive, Schedule
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "Adaptive",
+    "Budget",
+    "Calibration",
     "CheckpointError",
     "MergeReport",
     "Method",
+    "Schedule",
     "attach",
+    "calibrate",
     "cite",
     "load",
     "method",

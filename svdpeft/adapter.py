@@ -106,6 +106,7 @@ class Adapter:
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self.steps = 0  # optimizer steps so far, of this training
         self._stepped = False
+        self._total: int | None = None  # steps of the whole training, where somebody has said
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -408,6 +409,7 @@ class Adapter:
             peak_lr: the largest learning rate of the schedule.
             total_steps: optimizer steps of the whole training, for methods with a schedule of their own.
         """
+        self._total = total_steps
         progress = Progress(self.steps + 1, total_steps, peak_lr=peak_lr)
         for method, factors in self._by_method():
             method.before_step(factors, progress)
@@ -418,16 +420,18 @@ class Adapter:
 
         Args:
             lr_scale: lr_t / lr_peak, where the schedule is now.
-            total_steps: as in ``before_step``.
+            total_steps: as in ``before_step``; default what it was told there.
 
         Raises:
             RuntimeError: a method needs ``before_step`` and it was not called.
         """
-        progress = Progress(self.steps + 1, total_steps, lr_scale=lr_scale)
+        progress = Progress(self.steps + 1, total_steps or self._total, lr_scale=lr_scale)
         for method, factors in self._by_method():
             if method.changes_gradients and not self._stepped:
                 raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
             method.after_step(factors, progress)
+            for f in factors:
+                f.settle()
         self.steps += 1
         self._stepped = False
 

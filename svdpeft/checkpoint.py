@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter
-from svdpeft.factors import Factors
+from svdpeft.factors import Factors, share
 from svdpeft.install import install
 from svdpeft.inventory import users_of_parameters
 from svdpeft.layers.fused import Part
+from svdpeft.layers.heads import Heads
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import KINDS, METHODS, Registry, near_miss
@@ -133,7 +135,7 @@ def _parts(
     pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
     remaining, built, checked = dict(tensors), [], set()
-    held: dict[str, Factors] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -150,9 +152,10 @@ def _parts(
         method = _method(entry["method"], path)
         assert isinstance(method, PerSite)
         own = _take(remaining, site, entry["tensors"], path)
-        tied = {role: held[holder].get_parameter(role) for role, holder in entry["tied"].items()}
-        held[site] = factors = Factors(own, method.trains, tied)
-        _check_fit(site, method, factors, first.kind.to_matrix(first.module, weight).shape, path)
+        tied = _tied(site, entry["tied"], own, method, groups)
+        shape = first.kind.to_matrix(first.module, weight).shape
+        factors = Factors(own, method.trains, tied, (math.prod(shape[:-2]), shape[-2], shape[-1]))
+        _check_fit(site, method, factors, shape, path)
         built.append(
             (Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"]), method, factors)
         )
@@ -184,7 +187,7 @@ def to_file(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "dtype": str(site.weight.original.dtype),
             "hash": hashes[id(site.weight)],
             "tensors": {role: list(t.shape) for role, t in factors.items()},
-            "tied": tied,  # role -> the site, earlier in the file, that holds the tensor
+            "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }
     changed = adapter.borrowed.changed()
     kept = {n: adapter.borrowed[n] for n in adapter.borrowed.places if n in adapter.whole or n in changed}
@@ -225,6 +228,8 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     with adapter.unwritten(), torch.no_grad():
         for name, tensor in places.items():
             tensor.copy_(saved[name])
+    for site in adapter.sites.values():
+        site.factors.settle()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -270,6 +275,16 @@ def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]],
     return taken
 
 
+def _tied(
+    site: str, tied: dict[str, str], own: dict[str, Tensor], method: PerSite, groups: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What a site shares with others: taken out of its own tensors where it is the holder, else the holder's."""
+    groups[site] = share({role: own.pop(role) for role, holder in tied.items() if holder == site}, method.trains)
+    found, holders = {role: groups[holder][role] for role, holder in tied.items()}, set(tied.values())
+    whole = groups[holders.pop()] if len(holders) == 1 else {}
+    return whole if whole.keys() == found.keys() else found  # one mapping for all of a group, as attach makes it
+
+
 @torch.no_grad()
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
@@ -277,7 +292,8 @@ def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, 
     try:
         product = method.product(factors, folded=True)  # L, C and A as they are
         if product is None:
-            if (found := method.delta(factors, torch.zeros(shape)).shape) != shape:
+            dtype = next(factors.parameters()).dtype
+            if (found := method.delta(factors, torch.zeros(shape, dtype=dtype)).shape) != shape:
                 raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
             return
         for role, tensor, want in (("L", product.L, [*batch, m]), ("A", product.A.mT, [*batch, n])):
@@ -291,26 +307,28 @@ def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, 
 
 
 def _describe(place: Place, names: Mapping[int, str]) -> dict[str, Any]:
-    kind = place.kind.whole if isinstance(place.kind, Part) else place.kind
+    kind, heads = place.kind, {}
+    if isinstance(kind, Heads):
+        kind, heads = kind.whole, {"heads": {"count": kind.heads, "axis": kind.axis}}
+    kind = kind.whole if isinstance(kind, Part) else kind
     axes = list(kind.axes) if isinstance(kind, Raw) else []
     layer = names[id(place.module)]
-    return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes}
+    return {"layer": layer, "parameter": place.parameter, "kind": kind.name, "axes": axes, **heads}
 
 
 def _held(adapter: Adapter) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-    """Per site the tensors that are written under its name, and role -> earlier site for those that it shares."""
+    """Per site the tensors that are written under its name, and shared role -> the first site that has the tensor."""
     holders: dict[int, str] = {}
     found = {}
     for name, site in adapter.sites.items():
-        parameters = dict(site.factors.named_parameters())
-        first = {role: holders.setdefault(id(p), name) for role, p in parameters.items()}
-        tied = {role: holder for role, holder in first.items() if holder != name}
-        found[name] = ({role: t for role, t in site.factors.tensors().items() if role not in tied}, tied)
+        factors = site.factors
+        tied = {role: holders.setdefault(id(getattr(factors, role)), name) for role in factors.tied}
+        found[name] = ({role: t for role, t in factors.tensors().items() if tied.get(role, name) == name}, tied)
     return found
 
 
 def _describe_part(site: Site) -> dict[str, Any] | None:
-    kind = site.kind
+    kind = site.kind.whole if isinstance(site.kind, Heads) else site.kind
     if not isinstance(kind, Part):
         return None
     return {"name": site.part, "of": kind.total, "ranges": [list(r) for r in kind.rows]}
@@ -335,6 +353,8 @@ def _place(
         if part["of"] != rows:
             raise CheckpointError(f"{path}: {site} is a part of {part['of']} rows there, of {rows} here")
         kind = Part(kind, part["ranges"], part["of"])
+    if heads := entry.get("heads"):
+        kind = Heads(kind, heads["count"], heads["axis"])
     return Place(module, parameter, kind)
 
 

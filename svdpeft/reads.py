@@ -33,6 +33,8 @@ def adapted(weight: Tensor, places: list[Place]) -> Tensor:
             w = torch.zeros_like(w)
         for place in places:
             place.site.check_device(weight.device)
+            if not place.called:
+                place.site.check_stepped(place)
             w = w + place.kind.from_matrix(place.module, place.site.matrix(place.site.folded))
         return w.to(weight.dtype)
 
@@ -67,10 +69,10 @@ def _read(module: Any, parameter: str) -> Tensor | None:
         if place.parameter == parameter and not (place.called and running):
             if eager:
                 place.reads = True
-            if place.site.active:
-                places.append(place)
             if place.site.rows is not None:
                 place.site.rows.refuse_read(place.site.name)
+            if place.site.active:
+                places.append(place)
     if not places:
         return weight
     if not eager:  # a compiler finds the repeated computation itself

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svdpeft.decomposition import Product
 from svdpeft.factors import Factors
 from svdpeft.layers.base import CalledKind, LayerKind
 from svdpeft.methods.base import PerSite, Transform
@@ -80,13 +81,16 @@ class Site:
         self.name, self.places, self.part, self.method = name, places, part, method
         self.factors, self.weight, self.shape = factors, weight, shape
         self.active = True  # the update is added
-        self.folded = False  # the start has left the weight, so that all of L C A is added
         self.rows: Rows | None = None  # to these rows of the batch alone
+        self.folded = False  # the start has left the weight, so that all of L C A is added
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
         with torch.no_grad():
             product = method.product(factors)
-        mixes = product is not None and product.C is not None and product.C.ndim == product.L.ndim
-        self.dense = product is None or self.kind.prefers_dense(shape, product.rank, mixes)
+        if product is not None:
+            self.dense = self.prefers_dense(product)  # ΔW is built
+        else:
+            called = [place.kind.linear for place in places if place.called]
+            self.dense = not (called and isinstance(method, Transform) and all(map(method.acts, called)))
         for place in places:
             place.site = self
 
@@ -126,8 +130,9 @@ class Site:
 
     @property
     def count(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for p in self.factors.parameters() if p.requires_grad)
+        """Number of trained values of this site alone: what it shares with others is counted by the adapter."""
+        own = ((name, p) for name, p in self.factors.named_parameters() if name not in self.factors.tied)
+        return sum(p.numel() for _, p in own if p.requires_grad)
 
     def base_matrix(self) -> Tensor:
         """W0 as matrices, at least float32, whatever is written into the weight at present."""
@@ -152,38 +157,33 @@ class Site:
         assert anchor is not None, "a start of zero is not written"
         return self.kind.from_matrix(self.places[0].module, -anchor.dense())
 
-    def add(self, place: Place, x: Tensor, out: Tensor) -> Tensor:
-        """Add the update to ``out``, the layer's fresh output for ``x``."""
+    def add(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None) -> Tensor:
+        """Add the update to ``out``, the layer's fresh output for ``x``.
+
+        Args:
+            place: the layer.
+            x: its input.
+            out: its output with the updates of those before; changed in place where the method is on the equation.
+            own: its output as the layer has made it, where that is still known.
+        """
         kind = place.kind
         assert isinstance(kind, CalledKind)
-        if x.is_floating_point():  # token ids are neither dropped nor cast
-            if self.method.dropout and place.module.training:
-                x = F.dropout(x, self.method.dropout)
-            x = x.to(out.dtype)
+        self.check_stepped(place)
         if isinstance(out, Tensor):  # and no proxy of torch.fx
             self.check_device(out.device)
         product = self.method.product(self.factors, self.folded)
+        if x.is_floating_point():  # token ids are neither dropped nor cast
+            if self.method.dropout and place.module.training and product is not None:
+                x = F.dropout(x, self.method.dropout)
+            x = x.to(out.dtype)
         if product is None:
-            w = self.method.delta(self.factors, self.base_matrix()).to(out.dtype)
-            return out + kind.run(place.module, x, kind.from_matrix(place.module, w))
+            return out + self._change(place, x, out, own)
         product = product.to(out.dtype)  # formed in the factors' own, so that only the result is rounded
         if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
             return out + kind.apply(place.module, x, product)
         add = kind.add_dense if self.dense else kind.add
         return add(place.module, x, out, product)
 
-    def check_device(self, device: torch.device) -> None:
-        """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
-        found = next(self.factors.parameters()).device
-        if found != device:
-            raise RuntimeError(
-                f"the factors of {self.name} are on {found} and the layer computes on {device}: offload or dispatch "
-                "the model before attaching, or keep the factors with their layer"
-            )
-
-    def replace(self, place: Place, x: Tensor) -> Tensor:
-        """Return the layer's whole output, where the factors hold all of the weight."""
-        kind, device = place.kind, x.device.type
     def _change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
         """ΔW x of a method outside the equation: its tensors in their own precision, the layer in its output's."""
         kind, method = place.kind, self.method
@@ -211,7 +211,7 @@ class Site:
 
     def check_stepped(self, place: Place) -> None:
         """Refuse to train on where a method's own step was left out: it would be another method without a word."""
-        if not self.method.keeps_state or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.method.keeps_state:
             return
         if place.module.training and torch.is_grad_enabled() and self.factors.changed():
             raise RuntimeError(
@@ -220,6 +220,18 @@ class Site:
                 "adapter.after_step(lr_scale) after it, or train with svdpeft.Trainer or AdapterCallback"
             )
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
+        found = next(self.factors.parameters()).device
+        if found != device:
+            raise RuntimeError(
+                f"the factors of {self.name} are on {found} and the layer computes on {device}: offload or dispatch "
+                "the model before attaching, or keep the factors with their layer"
+            )
+
+    def replace(self, place: Place, x: Tensor) -> Tensor:
+        """Return the layer's whole output, where the factors hold all of the weight."""
+        kind, device = place.kind, x.device.type
         assert isinstance(kind, CalledKind)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.tensor.dtype
         if x.is_floating_point():
@@ -322,6 +334,7 @@ def base_weight(owner: nn.Module, parameter: str) -> BaseWeight:
 
 
 def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    own = out  # what the layer itself has made of its input, until something is added to it in place
     for place in getattr(module, PLACES):
         if not place.called:
             continue
@@ -335,13 +348,6 @@ def _add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return out
 
 
-def _without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    place = next(place for place in getattr(module, PLACES) if place.site.skips)
-    return place.site.replace(place, _first(args, kwargs))
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
 class _Call:
     """A layer in its own call: see ``factors.Call``."""
 
@@ -392,3 +398,10 @@ class _Call:
         return self.kind.run_like(self.module, self.x, w, self.like)
 
 
+def _without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    place = next(place for place in getattr(module, PLACES) if place.site.skips)
+    return place.site.replace(place, _first(args, kwargs))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from svdpeft.allocation import Budget
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
-from svdpeft.factors import Factors, Given, Progress, Tensors
+from svdpeft.factors import Call, Factors, Given, Progress, Tensors
+from svdpeft.factors import by_shape as by_shape
 
 BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
 
@@ -68,6 +71,7 @@ class Method(ABC):
     name: ClassVar[str]
     reference: ClassVar[Reference | None] = None
     latex: ClassVar[str] = ""  # the formula, for the documentation
+    example: ClassVar[str] = ""  # a program for the documentation, where the usual one does not do
     factored: ClassVar[bool] = True  # False: no factors, trains parameters of the base itself
 
     def whole(self, model: nn.Module) -> tuple[str, ...]:
@@ -95,6 +99,7 @@ class PerSite(Method):
     exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
     knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
     settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
+    pairs: ClassVar[tuple[str, ...]] = ()  # it decomposes products of an attention's weights by head: "qk", "vo"
     needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
 
     # -- what a method defines ----------------------------------------------------------------------------------
@@ -118,6 +123,8 @@ class PerSite(Method):
 
     def why_not(self, kind: Any) -> str | None:
         """Why the method is not defined on a layer kind, or ``None`` where it is."""
+        if self.needs == "inputs" and not kind.sees:
+            return f"{type(self).__name__} starts from the inputs of a layer, and a {kind.name} weight sees none"
         return None
 
     def supports(self, kind: Any) -> bool:
@@ -135,12 +142,24 @@ class PerSite(Method):
         return None
 
     def share(self, group: Sequence[Given]) -> Tensors:
-        """Return what the sites of one group share; names in ``trains`` train."""
+        """Return what the sites of one group share; names in ``trains`` train, integer tensors become buffers."""
         return {}
 
     def shared_count(self, group: Sequence[Given]) -> int:
         """Number of values that train and that all sites of one group share."""
         return 0
+
+    def shared_seed(self, given: Given) -> int:
+        """A seed for what a group shares: of the attachment's seed and the group's name, not of who is in it."""
+        return zlib.crc32(f"{given.origin}/{self.group(given)}".encode())
+
+    def knob_values(self, sites: Sequence[Given]) -> Sequence[Any]:
+        """The values of the knob that a budget may choose, the smallest count first."""
+        return range(1 if self.knob == "rank" else 0, max(min(site.shape[1:]) for site in sites) + 1)
+
+    def turned(self, value: Any) -> PerSite:
+        """The method with another value of its knob."""
+        return dataclasses.replace(self, **{self.knob: value})
 
     def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
         """Return what is added to the loss, a scalar, or ``None``."""
@@ -155,6 +174,11 @@ class PerSite(Method):
     @property
     def changes_gradients(self) -> bool:
         """Whether ``before_step`` must be called for the method to be what its name says."""
+        return False
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps something from step to step: ``after_step`` must be called, and a resumed run needs it."""
         return False
 
     # -- how it acts: Factored and Transform ----------------------------------------------------------------------
@@ -192,7 +216,7 @@ class PerSite(Method):
 
     def factors(self, given: Given) -> Factors:
         """Build the site's tensors."""
-        return Factors(self.start(given.weight(), given), self.trains, given.shared)
+        return Factors(self.start(given.weight(), given), self.trains, given.shared, given.shape)
 
     def total(self, sites: Sequence[Given], clip: bool = True) -> int:
         """Number of values that train on these sites together, what they share counted once."""
@@ -210,15 +234,18 @@ class Factored(PerSite):
         alpha: the update is scaled by alpha / rank; ``None`` is alpha = rank, a scale of one.
         dropout: probability with which an entry of the adapter's input is dropped in training.
         rs: rank-stabilised scale, alpha / √rank.
+        allocate: a budget of triplets over all sites, for methods whose update is a sum of triplets.
     """
 
     rank: int | Mapping[str, int] | None = 8
     alpha: float | None = None
     dropout: float = 0.0
     rs: bool = False
+    allocate: Budget | None = None
 
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
     scaled: ClassVar[bool] = True  # the method has a scale s
+    pruned: ClassVar[tuple[str, ...]] = ()  # a triplet is out when these are at their start; (): has no triplets
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -228,6 +255,13 @@ class Factored(PerSite):
         if not self.scaled and (self.alpha is not None or self.rs):
             given = "rs=True" if self.alpha is None else f"alpha {self.alpha}"
             raise ValueError(f"{given}: {type(self).__name__} has no scale in front of its update")
+        if self.allocate is not None:
+            if not self.pruned:
+                raise ValueError(
+                    "allocate works with methods whose update is a sum of triplets that can be left out one by one, "
+                    f"such as AdaLoRA, SORSA, PiSSA and LoRA: {type(self).__name__} is none"
+                )
+            object.__setattr__(self, "allocate", Budget.of(self.allocate))
 
     # -- what a method defines ------------------------------------------------------------------------------------
 
@@ -241,6 +275,10 @@ class Factored(PerSite):
 
     def default_rank(self, m: int, n: int) -> int:
         """What ``rank=None`` means."""
+        return min(m, n)
+
+    def rank_limit(self, m: int, n: int) -> int | None:
+        """The largest rank; ``None``: any."""
         return min(m, n)
 
     def export_rank(self, m: int, n: int) -> int | None:
@@ -280,9 +318,10 @@ class Factored(PerSite):
             rank = matching[0]
         if rank is None:
             rank = self.default_rank(m, n)
-        if clip and isinstance(rank, int):
-            rank = min(rank, m, n)
-        return dataclasses.replace(self, rank=check_rank(rank, m, n, site))
+        limit = self.rank_limit(m, n)
+        if clip and limit is not None and isinstance(rank, int):
+            rank = min(rank, limit)
+        return dataclasses.replace(self, rank=check_rank(rank, m, n, site, math.inf if limit is None else limit))
 
     def general(self) -> Factored:
         return dataclasses.replace(self, rank=1)
@@ -292,7 +331,7 @@ class Factored(PerSite):
         tensors = self.start(given.weight(), given)
         if self.anchored:
             tensors |= {f"{name}0": tensors[name].clone() for name in ("L", "C", "A") if name in self.trains}
-        return Factors(tensors, self.trains, given.shared)
+        return Factors(tensors, self.trains, given.shared, given.shape)
 
     def now(self, f: Factors) -> Product:
         """Return s [L C A] as it is now."""
@@ -310,6 +349,22 @@ class Factored(PerSite):
 
     def product(self, f: Factors, folded: bool = False) -> Product:
         return self.now(f) if folded else self.update(f)
+
+    def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        if self.allocate is not None:
+            self.allocate.before_step(sites, progress)
+
+    def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        if self.allocate is not None:
+            self.allocate.after_step(sites, self.pruned, progress)
+
+    @property
+    def changes_gradients(self) -> bool:
+        return self.allocate is not None and self.allocate.importance == "paper"
+
+    @property
+    def keeps_state(self) -> bool:
+        return self.allocate is not None
 
 
 @dataclass(frozen=True)
@@ -329,14 +384,23 @@ class Decomposed(Factored):
 
 @dataclass(frozen=True)
 class Transform(PerSite):
-    """A method outside the equation: W' is another function of W0 and of the site's tensors."""
+    """A method outside the equation: W' is another function of W0 and of the site's tensors.
+
+    ``delta`` is enough for every kind of layer. Where ``acts`` says so, ``act`` gives a called layer the same change
+    without building ΔW.
+    """
 
     @abstractmethod
-    def weight(self, f: Factors, w0: Tensor) -> Tensor:
-        """Return W' of matrices w0, (*b, m, n), differentiable in the site's tensors."""
-
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
-        return self.weight(f, w0) - w0
+        """Return W' − W0 of matrices w0, (*b, m, n), differentiable in the site's tensors."""
+
+    def acts(self, linear: bool) -> bool:
+        """Whether ``act`` is defined on a layer that is called; ``linear``: it multiplies its input's last axis."""
+        return False
+
+    def act(self, f: Factors, call: Call) -> Tensor:
+        """Return ΔW x of a layer in its own call."""
+        raise NotImplementedError
 
 
 def _plain(value: Any) -> Any:
@@ -346,12 +410,16 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
-def grouped(methods: Sequence[PerSite], sites: Sequence[Given]) -> dict[tuple[str, str], tuple[PerSite, list[Given]]]:
-    """Gather the sites that share tensors: (method, group) -> one of the methods, and the sites."""
-    groups: dict[tuple[str, str], tuple[PerSite, list[Given]]] = {}
+def grouped(methods: Sequence[PerSite], sites: Sequence[Given]) -> dict[tuple, tuple[PerSite, list[Given]]]:
+    """Gather the sites that share tensors: one of the methods and its sites, by method, group, dtype and device.
+
+    Ranks may differ within a group, unless the method names the rank in it.
+    """
+    groups: dict[tuple, tuple[PerSite, list[Given]]] = {}
     for method, site in zip(methods, sites, strict=True):
         if (name := method.group(site)) is not None:
-            groups.setdefault((repr(method), name), (method, []))[1].append(site)
+            key = (repr(method.general()), name, site.dtype, site.device)
+            groups.setdefault(key, (method, []))[1].append(site)
     return groups
 
 
@@ -373,19 +441,6 @@ def matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
-
-
-def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Group the positions of tensors that can be stacked, so that one batched call serves many sites.
-
-    Example:
-        >>> by_shape([torch.zeros(2, 3), torch.zeros(1), torch.zeros(2, 3)])
-        [[0, 2], [1]]
-    """
-    groups: dict[tuple, list[int]] = {}
-    for i, t in enumerate(tensors):
-        groups.setdefault((t.shape, t.dtype, t.device), []).append(i)
-    return list(groups.values())
 
 
 def generator(seed: int) -> torch.Generator:

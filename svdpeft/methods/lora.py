@@ -39,6 +39,7 @@ class LoRA(Factored):
         alpha: α; ``None`` is α = r.
         dropout: on the adapter's input.
         rs: rank-stabilised scale, α/√r instead of α/r.
+        allocate: a budget of triplets over all sites; L of one that is left out returns to zero.
         init: of A: ``"uniform"`` or ``"gaussian"``.
 
     Example:
@@ -49,6 +50,7 @@ class LoRA(Factored):
     init: Literal["uniform", "gaussian"] = "uniform"
 
     anchored: ClassVar[bool] = False
+    pruned: ClassVar[tuple[str, ...]] = ("L",)  # its A has no start to return to
     latex: ClassVar[str] = r"W' = W_0 + s\,L A,\qquad L_0 = 0,\quad A_0 \sim U(-1/\sqrt{n},\, 1/\sqrt{n})"
     reference: ClassVar = Reference(
         key="hu2022lora",

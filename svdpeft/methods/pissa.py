@@ -23,14 +23,29 @@ from svdpeft.registry import METHODS
 class PiSSA(Decomposed):
     """LoRA started from the weight's leading singular triplets instead of from zero.
 
+    When to use:
+        In the place of LoRA at the same size: it begins in the directions that carry the weight instead of with a zero
+        factor, and its authors report faster convergence for it. It needs an SVD at the start and keeps a copy of both
+        factors. What it moves are the directions that the base relies on most, so watch what is forgotten.
+
+    Paper and code:
+        The paper and its code write the residual into the weight; here the weight stays and the start is subtracted:
+        ``adapter.fold()`` gives the papers' layout.
+        PEFT divides the singular values by the scale α/r; here W' starts at W0 for every scale, and nothing is divided.
+
     Args:
         rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r, the paper's choice.
         dropout: on the adapter's input.
         rs: scale α/√r.
+        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
         driver: of the decomposition.
     """
 
+    pruned: ClassVar = ("L", "A")
+    latex: ClassVar[str] = (
+        r"W' = W_0 + s\,(L A - L_0 A_0),\qquad L_0 = U_r \sqrt{\Sigma_r},\quad A_0 = \sqrt{\Sigma_r}\, V_r^\top"
+    )
     reference: ClassVar = Reference(
         key="meng2024pissa",
         authors="Meng, Fanxu and Wang, Zhaohui and Zhang, Muhan",

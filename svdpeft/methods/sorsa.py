@@ -16,12 +16,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Factors, Given, Progress, Tensors
-from svdpeft.methods.base import Decomposed, Reference, by_shape
+from svdpeft.decomposition.orthonormality import orthonormality_error, orthonormality_gradient, polar
+from svdpeft.factors import Factors, Given, Progress, Tensors, by_shape
+from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
+from svdpeft.schedules import Adaptive, Schedule, read_gamma
 
 MODES = ("decoupled", "gradient", "loss", "retract")
 NORMS = ("frobenius", "squared")
+GAMMA = "gamma"  # in the memory of the method's first site: γ of the next step, and what it is found from
 
 
 @METHODS.register("sorsa")
@@ -29,25 +32,47 @@ NORMS = ("frobenius", "squared")
 class SORSA(Decomposed):
     """Singular values and singular vectors train as three factors under an orthonormal regulariser.
 
+    When to use:
+        When a fine-tuning should move the leading directions of a weight and keep them readable as such: singular
+        values and both bases stay apart, so that what changed can be seen. As many values as LoRA and one more per
+        rank, an SVD at the start, and a little time after each step. With ``gamma=0`` it is PiSSA in other
+        coordinates. Its learning rates are lower than LoRA's, and a run that orthonormality does not help gains
+        nothing over PiSSA.
+
+    Paper and code:
+        The paper moves the bases by −γ_t ∂L_reg beside the optimizer; the official code adds γ/lr_peak times the mean
+        over all factors to the gradients, so that Adam rescales it: ``mode="gradient"``.
+        The official code divides that by the gradient accumulation as well; not offered.
+        The author's PEFT fork adds γ times the mean to the loss; ``mode="loss"`` adds γ times the sum.
+        The official code multiplies out the dense weight in every forward; here the factors stay thin.
+
     Args:
         rank: r, or a mapping from site pattern to r.
         alpha: α of s = α/r; ``None`` is s = 1, as published. σ is never divided by s.
         dropout: on the adapter's input.
-        gamma: γ, strength of the regulariser; 0 switches it off.
+        rs: scale α/√r.
+        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
+        driver: of the decomposition.
+        gamma: γ, strength of the regulariser; 0 switches it off. Ours: a ``Schedule`` over the training, or
+            ``Adaptive``, which holds the mean of ‖QᵀQ − I‖_F over all bases at a target.
         mode: where the regulariser acts. ``"decoupled"``: on the factors after the optimizer's step, as in the
             paper, independent of Adam's state, weight decay and gradient accumulation. ``"gradient"``: the official
             code, γ/lr_peak times the mean over all factors, added to the clipped gradients. ``"loss"``: γ L_reg in
             the loss. ``"retract"``: a polar step back onto orthonormal bases after each step; γ is not used.
         norm: ``"frobenius"`` (un-squared, as in the paper) or ``"squared"`` (vanishes smoothly).
-        driver: of the decomposition.
     """
 
     rank: int | dict[str, int] | None = 4
-    gamma: float = 4e-4
+    gamma: float | Schedule | Adaptive = 4e-4
     mode: Literal["decoupled", "gradient", "loss", "retract"] = "decoupled"
     norm: Literal["frobenius", "squared"] = "frobenius"
 
     trains: ClassVar = ("L", "C", "A")
+    pruned: ClassVar = ("L", "C", "A")
+    latex: ClassVar[str] = (
+        r"W' = W_0 + s\,(L\,\mathrm{diag}(C)\,A - U_r \Sigma_r V_r^\top),\quad "
+        r"L_0 = U_r,\; C_0 = \sigma_r,\; A_0 = V_r^\top"
+    )
     reference: ClassVar = Reference(
         key="cao2024sorsa",
         authors="Cao, Yang and Song, Zhao",
@@ -62,8 +87,14 @@ class SORSA(Decomposed):
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma {self.gamma} is negative")
+        object.__setattr__(self, "gamma", read_gamma(self.gamma))
+        if self.mode == "retract" and self._moving:
+            raise ValueError(f"gamma {self.gamma}: mode 'retract' has no γ")
+
+    @property
+    def _moving(self) -> bool:
+        """Whether γ is more than a number."""
+        return isinstance(self.gamma, (Schedule, Adaptive))
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         u, s, vh = self.svd(w, given)
@@ -76,36 +107,51 @@ class SORSA(Decomposed):
     def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
         if self.mode != "loss" or self.gamma == 0:
             return None
-        q = bases(sites)
-        errors = [orthonormality_error(torch.stack([q[i] for i in group]), self.norm).sum() for group in by_shape(q)]
-        return self.gamma * torch.stack(errors).sum()
+        return self._gamma(sites) * errors(sites, self.norm).sum()
 
     @property
     def changes_gradients(self) -> bool:
-        return self.mode == "gradient" and self.gamma > 0
+        return super().changes_gradients or (self.mode == "gradient" and self.gamma != 0)
+
+    @property
+    def keeps_state(self) -> bool:
+        return super().keeps_state or self._moving
 
     @torch.no_grad()
     def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
-        if self.changes_gradients:
-            weight = self.gamma / progress.peak_lr / (2 * len(sites))  # the official code averages over every factor
+        super().before_step(sites, progress)
+        if self.mode == "gradient" and self.gamma != 0:
+            weight = self._gamma(sites) / progress.peak_lr / (2 * len(sites))  # the code's mean over every factor
             self._add(sites, weight, bases(sites, gradient))
 
     @torch.no_grad()
     def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
-        if self.mode == "decoupled" and self.gamma > 0:
-            self._add(sites, -self.gamma * progress.lr_scale, bases(sites))
+        if self.mode == "decoupled" and self.gamma != 0:
+            self._add(sites, -self._gamma(sites) * progress.lr_scale, bases(sites))
         elif self.mode == "retract":
             q = bases(sites)
             for group in by_shape(q):
                 for i, nearest in zip(group, polar(torch.stack([q[i] for i in group])), strict=True):
                     q[i].copy_(nearest)
+        super().after_step(sites, progress)
+        if isinstance(self.gamma, (Schedule, Adaptive)):
+            memory = sites[0].memory
+            memory[GAMMA] = self.gamma.after(memory.get(GAMMA), progress, lambda: errors(sites).mean())
 
-    def _add(self, sites: Sequence[Factors], weight: float, targets: list[Tensor]) -> None:
+    def _gamma(self, sites: Sequence[Factors]) -> float | Tensor:
+        """γ of the coming step: a number, or what the last step left."""
+        if not isinstance(self.gamma, (Schedule, Adaptive)):
+            return self.gamma
+        return sites[0].memory[GAMMA][0] if GAMMA in sites[0].memory else self.gamma.start
+
+    def _add(self, sites: Sequence[Factors], weight: float | Tensor, targets: list[Tensor]) -> None:
         """Add ``weight · ∂L_reg`` of every basis to its target, one batched call per shape."""
         q = bases(sites)
         for group in by_shape(q):
-            step = orthonormality_gradient(torch.stack([q[i] for i in group]), self.norm)
-            torch._foreach_add_([targets[i] for i in group], list(step.unbind()), alpha=weight)
+            step, factor = orthonormality_gradient(torch.stack([q[i] for i in group]), self.norm), weight
+            if isinstance(factor, Tensor):  # found on a device, and the host does not wait for it
+                step, factor = step * (factor.to(step.device) if factor.is_cuda else factor), 1.0
+            torch._foreach_add_([targets[i] for i in group], list(step.unbind()), alpha=factor)
 
 
 def bases(sites: Sequence[Factors], of: Callable[[Tensor], Tensor] = lambda p: p) -> list[Tensor]:
@@ -113,53 +159,15 @@ def bases(sites: Sequence[Factors], of: Callable[[Tensor], Tensor] = lambda p: p
     return [q for f in sites for q in (of(f.L), of(f.A).mT)]
 
 
+def errors(sites: Sequence[Factors], norm: str = "frobenius") -> Tensor:
+    """Return the orthonormality errors of all bases, one after the other, grouped by shape."""
+    q = bases(sites)
+    found = [orthonormality_error(torch.stack([q[i] for i in group]), norm).flatten() for group in by_shape(q)]
+    return torch.cat([error.to(q[0].device) for error in found])
+
+
 def gradient(p: Tensor) -> Tensor:
     """The gradient of ``p``, made of zeros where the loss did not reach it."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
     return p.grad
-
-
-def orthonormality_error(q: Tensor, norm: str = "frobenius") -> Tensor:
-    """Return ‖QᵀQ − I‖_F, or its square, of each basis.
-
-    Args:
-        q: bases with their vectors as columns, (*b, m, r).
-        norm: ``"frobenius"`` or ``"squared"``.
-
-    Returns:
-        The errors, (*b,); exactly zero (and so without a gradient) below the rounding noise of the dtype.
-
-    Example:
-        >>> orthonormality_error(torch.tensor([[2.0], [0.0]]))
-        tensor(3.)
-    """
-    error = torch.linalg.matrix_norm(_gram_error(q))
-    error = torch.where(error > noise(q), error, torch.zeros_like(error))
-    return error.square() if norm == "squared" else error
-
-
-def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
-    """Return the gradient of ``orthonormality_error`` in closed form, without an autograd graph.
-
-    ∂‖E‖_F = 2 Q E / ‖E‖_F        ∂‖E‖_F² = 4 Q E        E = QᵀQ − I
-    """
-    e = _gram_error(q)
-    size = torch.linalg.matrix_norm(e)[..., None, None]  # (*b, 1, 1)
-    slope = torch.full_like(size, 4.0) if norm == "squared" else 2.0 / size
-    return torch.where(size > noise(q), slope, torch.zeros_like(size)) * (q @ e)
-
-
-def noise(q: Tensor) -> float:
-    """‖QᵀQ − I‖_F of a basis that is orthonormal up to rounding: below this the direction means nothing."""
-    return 10 * q.shape[-1] * torch.finfo(q.dtype).eps
-
-
-def polar(q: Tensor) -> Tensor:
-    """Return the nearest matrix with orthonormal columns, U Vᵀ of Q = U Σ Vᵀ, (*b, m, r)."""
-    u, _, vh = torch.linalg.svd(q, full_matrices=False)
-    return u @ vh
-
-
-def _gram_error(q: Tensor) -> Tensor:
-    return q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from svdpeft.adapter import Adapter
+from svdpeft.training.state import load_training_state, save_training_state
 
 FOLDER = "adapter"  # inside a trainer's checkpoint folder
 
@@ -46,7 +47,8 @@ class AdapterCallback(StepCallback):
     """Train an adapter with a stock ``transformers.Trainer``, or a trainer built on one (TRL and the like).
 
     Does what ``svdpeft.Trainer`` does without replacing it: calls the method around each step, adds its penalty to the
-    loss that the model returns, and saves the adapter beside every checkpoint, in its folder ``adapter``.
+    loss that the model returns, and saves the adapter beside every checkpoint, in its folder ``adapter``. A resumed run
+    finds what the method remembers in ``output_dir/checkpoint-N``.
 
     Args:
         adapter: attached to the model that is trained.
@@ -63,6 +65,8 @@ class AdapterCallback(StepCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step:  # resumed: the trainer has loaded the model, factors and all
+            load_training_state(self.adapter, self._folder(args, state))
         if self.adapter.penalty() is not None:
             self._handle = self.adapter.model.register_forward_hook(self._add_penalty)
 
@@ -74,7 +78,12 @@ class AdapterCallback(StepCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save and args.output_dir is not None:
-            self.adapter.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FOLDER)
+            folder = self._folder(args, state)
+            self.adapter.save(folder / FOLDER)
+            save_training_state(self.adapter, folder)
+
+    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def _add_penalty(self, model: nn.Module, args: Any, output: Any) -> None:
         if not model.training:

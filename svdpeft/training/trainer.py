@@ -19,6 +19,7 @@ from svdpeft.adapter import Adapter
 from svdpeft.registry import near_miss
 from svdpeft.training.callback import FOLDER, StepCallback
 from svdpeft.training.memory import peak_memory
+from svdpeft.training.state import load_training_state, save_training_state
 
 
 class Trainer(transformers.Trainer):
@@ -26,7 +27,8 @@ class Trainer(transformers.Trainer):
 
     Models that return a bare tensor (timm) get a cross-entropy loss against ``labels``; models that return a loss
     keep theirs. The method's penalty, gradient and after-step rules happen where its mode puts them. Checkpoints hold
-    the adapter, the optimizer and the random state; a resumed run continues to the same weights.
+    the adapter, what its method remembers of the training, the optimizer and the random state; a resumed run continues
+    to the same weights.
 
     Args:
         model: with the adapter attached.
@@ -127,13 +129,18 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.adapter.save(folder / FOLDER)
+            save_training_state(self.adapter, folder)
             torch.save(self.args, folder / "training_args.bin")
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(os.fspath(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.restore(self.adapter, Path(resume_from_checkpoint) / FOLDER)
+        self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        checkpoint.restore(self.adapter, Path(self.state.best_model_checkpoint) / FOLDER)
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        checkpoint.restore(self.adapter, folder / FOLDER)
+        load_training_state(self.adapter, folder)
