@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from svdpeft.adapter import STATE, Adapter, BatchNorm, State, set_requires_grad
 from svdpeft.decomposition import check_matrix
-from svdpeft.factors import Factors, Given, Statistics
+from svdpeft.factors import Factors, Given, Partner, Statistics, share
 from svdpeft.methods.base import Method, PerSite, grouped
 from svdpeft.reach import watch
+from svdpeft.registry import near_miss
 from svdpeft.sites import CHILD, Site, base_weight
 from svdpeft.targets import Choice, Selection, Targets, rules, select, trained_whole
 from svdpeft.weights import BaseWeight, stored
@@ -84,18 +85,19 @@ def _build(
     choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
 ) -> list[tuple[Choice, PerSite, Factors]]:
     """Make the factors of every site; nothing of the model changes."""
-    known = [given(choice, seed, calibration) for choice in choices]
+    known = [given(choice, seed, calibration, i) for i, choice in enumerate(choices)]
+    for choice, site in zip(choices, known, strict=True):
+        _check_seen(choice, site, calibration)
     resolved: dict[int, PerSite] = {}
-    shared: dict[int, dict[str, nn.Parameter]] = {}
+    shared: dict[int, dict[str, Tensor]] = {}
     for method in list(dict.fromkeys(repr(choice.method) for choice in choices)):  # the methods of several rules
         positions = [i for i, choice in enumerate(choices) if repr(choice.method) == method]
         sites = [known[i] for i in positions]
         found = choices[positions[0]].method.resolve(sites, clip)
         resolved |= dict(zip(positions, found, strict=True))
         for one, group in grouped(found, sites).values():
-            tensors = one.share(group)
-            tied = {name: nn.Parameter(t, requires_grad=name in one.trains) for name, t in tensors.items()}
-            shared |= {i: tied for i in positions if any(known[i] is site for site in group)}
+            tied = share(one.share(group), one.trains)
+            shared |= {site.position: tied for site in group}
     built = []
     for i, choice in enumerate(tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None)):
         _check_dropout(choice)
@@ -103,7 +105,7 @@ def _build(
     return built
 
 
-def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics]) -> Given:
+def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics], position: int = 0) -> Given:
     """What a method may know of a site. The weight is looked at when it is asked for, one at a time."""
     place = choice.places[0]
     raw = base_weight(place.module, place.parameter).original
@@ -113,9 +115,20 @@ def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics]) -> G
     def weight() -> Tensor:
         return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
 
+    partner = None
+    if (half := choice.half) is not None:
+        module, parameter, _, kind = half.partner
+        other = base_weight(module, parameter).original
+        check_matrix(other, f"the other weight of {choice.name}'s pair")
+        partner = Partner(
+            half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
+        )
     site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
     shape = (math.prod(batch), m, n)
-    return Given(choice.name, shape, site_seed, weight, choice.roles, calibration.get(choice.name))
+    dtype, seen = torch.promote_types(raw.dtype, torch.float32), calibration.get(choice.name)
+    return Given(
+        choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, raw.device, partner
+    )
 
 
 def install(
@@ -173,6 +186,17 @@ def _check_free(
                 )
 
 
+def _check_seen(choice: Choice, site: Given, calibration: Mapping[str, Statistics]) -> None:
+    needs = choice.method.needs
+    if needs and calibration and site.statistics is None:
+        raise ValueError(
+            f"the calibration saw nothing of {site.name}, whose {needs} {type(choice.method).__name__} starts from: "
+            f"{near_miss(site.name, calibration)}; calibrate with the same targets, and exclude what is never called"
+        )
+    if needs:
+        site.check_seen(needs, type(choice.method).__name__)
+
+
 def _check_dropout(choice: Choice) -> None:
     method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
     if method.dropout and place is not None:
@@ -183,6 +207,8 @@ def _check_dropout(choice: Choice) -> None:
 
 
 def _check_name(name: str, state: State) -> None:
+    if any(adapter.state == "in a per_example block" for adapter in state.adapters.values()):
+        raise RuntimeError(f"adapter {name!r} cannot be attached in a per_example block: no row would name it")
     if name in state.adapters:
         raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
     if not name or "." in name:
@@ -192,5 +218,3 @@ def _check_name(name: str, state: State) -> None:
 def _check_whole(whole: Mapping[str, Any], state: State) -> None:
     if clash := {n for a in state.adapters.values() for n in a.whole} & set(whole):
         raise ValueError(f"{min(clash)} is trained whole by another adapter already")
-    if any(adapter.state == "in a per_example block" for adapter in state.adapters.values()):
-        raise RuntimeError(f"adapter {name!r} cannot be attached in a per_example block: no row would name it")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from svdpeft.inventory import weights_of
 from svdpeft.weights import stored
@@ -32,6 +33,10 @@ def summarise(adapter: Adapter) -> str:
     for (name, *rest), counts in groups.items():
         times = f" ×{len(counts)}" if len(counts) > 1 else ""
         table.add_row(*map(Text, (name + times, *rest, f"{sum(counts):,}")))  # no markup: names may end in [q]
+    for role, parameter, users in _shared(adapter):
+        where = f"{role} of {len(users)} site" + "s" * (len(users) > 1)
+        size, method = "x".join(map(str, parameter.shape)), str(adapter.sites[users[0]].method)
+        table.add_row(*map(Text, (where, size, "shared", method, "", f"{parameter.numel():,}")))
     for name, (owner, attribute) in adapter.whole.items():
         tensor = stored(owner, attribute)
         table.add_row(Text(name), "x".join(map(str, tensor.shape)), "whole", "", "", f"{tensor.numel():,}")
@@ -50,6 +55,17 @@ def summarise(adapter: Adapter) -> str:
             f"  {len(vectors)} vectors (biases, norms and the like, {sum(vectors):,} values): train= names what trains"
         )
     return "\n".join(lines)
+
+
+def _shared(adapter: Adapter) -> list[tuple[str, Tensor, list[str]]]:
+    """What several sites train together: name, parameter, sites."""
+    found: dict[int, tuple[str, Tensor, list[str]]] = {}
+    for name, site in adapter.sites.items():
+        for role in site.factors.tied:
+            parameter = getattr(site.factors, role)
+            if parameter.requires_grad:
+                found.setdefault(id(parameter), (role, parameter, []))[2].append(name)
+    return list(found.values())
 
 
 def _vectors(adapter: Adapter) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
@@ -16,7 +15,7 @@ from svdpeft.targets import select
 def sites_of(model: nn.Module, method: PerSite, targets: Sequence[str], exclude: Sequence[str]) -> list[Given]:
     """Return the sites that ``attach`` would adapt: names and shapes."""
     choices = select(model, [(pattern, method) for pattern in targets], exclude, ()).choices
-    return [given(choice, seed=0, calibration={}) for choice in choices]
+    return [given(choice, 0, {}, i) for i, choice in enumerate(choices)]
 
 
 def count(method: PerSite, sites: Sequence[Given]) -> int:
@@ -60,19 +59,18 @@ def fit(method: PerSite, budget: int, sites: Sequence[Given]) -> PerSite:
     Raises:
         ValueError: even the smallest is over the budget; its count is named.
     """
-    smallest = 1 if method.knob == "rank" else 0
-    largest = max(min(site.shape[1:]) for site in sites)
+    values = method.knob_values(sites)
 
-    def turned(knob: int) -> PerSite:
-        return dataclasses.replace(method, **{method.knob: knob})
+    def turned(position: int) -> PerSite:
+        return method.turned(values[position])
 
-    least = count(turned(smallest), sites)
+    least = count(turned(0), sites)
     if least > budget:
         raise ValueError(
-            f"{method} has at least {least:,} values on {len(sites)} sites ({method.knob}={smallest}), "
+            f"{method} has at least {least:,} values on {len(sites)} sites ({method.knob}={values[0]}), "
             f"over the budget of {budget:,}"
         )
-    low, high = smallest, largest  # counts grow with the knob: low fits, the answer is in [low, high]
+    low, high = 0, len(values) - 1  # counts grow with the position: low fits, the answer is in [low, high]
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if count(turned(middle), sites) <= budget else (low, middle - 1)

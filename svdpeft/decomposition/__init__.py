@@ -1,5 +1,6 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
+from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
 from svdpeft.decomposition.rotations import (
@@ -35,6 +36,7 @@ __all__ = [
     "check_rank",
     "difference",
     "exact_rank",
+    "kmeans",
     "minor_svd",
     "random_index",
     "recompress",

@@ -103,12 +103,12 @@ def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
         )
 
 
-def check_rank(rank: int, m: int, n: int, where: str) -> int:
-    """Return ``rank`` if 1 <= rank <= min(m, n), else raise a ValueError that names ``where``."""
+def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None) -> int:
+    """Return ``rank`` if 1 <= rank <= min(m, n), or another limit, else raise a ValueError that names ``where``."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank {rank!r} at {where} is not a whole number")
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank {rank} is outside [1, {min(m, n)}] at {where} ({m}x{n})")
+    if not 1 <= rank <= (limit := min(m, n) if limit is None else limit):
+        raise ValueError(f"rank {rank} is outside [1, {limit}] at {where} ({m}x{n})")
     return rank
 
 
