@@ -29,6 +29,7 @@ from svdpeft.factors import Statistics
 from svdpeft.layers.base import CalledKind
 from svdpeft.methods.base import PerSite
 from svdpeft.methods.lora import LoRA
+from svdpeft.reach import WATCH, unwatch, watch
 from svdpeft.reads import PLACES
 from svdpeft.sites import Place
 from svdpeft.targets import Choice, Targets, rules, select
@@ -207,7 +208,7 @@ class _Watched:
 
         @torch.no_grad()
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+            x: Any = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
             assert isinstance(place.kind, CalledKind)
             with torch.autocast(x.device.type, enabled=False):
                 self.add(place.kind.inputs(module, x.detach()), mask[0])
@@ -318,7 +319,11 @@ def _parameter(place: Place) -> Tensor:
 def _base(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base, without any adapter."""
     states = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
+    awaited = [(module, vars(module)[WATCH][1]) for module in model.modules() if WATCH in vars(module)]
     with ExitStack() as stack:
+        for module, sites in awaited:  # the first batch of the training, which this is not
+            unwatch(module)
+            stack.callback(watch, module, sites)
         for state in dict.fromkeys(states):
             for adapter in list(state.adapters.values()):
                 stack.enter_context(adapter.disabled())

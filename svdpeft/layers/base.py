@@ -39,8 +39,10 @@ class LayerKind(ABC):
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]] = ()  # dotted names, so that an optional library is not imported
     parameter: ClassVar[str] = "weight"
+    heads: int = 0  # of an attention, where the kind shows a matrix for each
     linear: ClassVar[bool] = False  # multiplies the last axis of its input: taken by targets="all-linear"
     split: ClassVar[bool] = False  # its parts are always adapted apart
+    sees: ClassVar[bool] = False  # it is called with vectors that its matrices multiply: see CalledKind.inputs
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:
@@ -115,6 +117,22 @@ class CalledKind(LayerKind):
     @abstractmethod
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         """Return ``out`` plus the layer's bias, if it has one."""
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return the vectors that the layer's matrices multiply, (*b, *positions, n), of kinds that ``sees`` is of."""
+        raise NotImplementedError
+
+    def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        """``run``, where the size of the output is up to the caller: that of ``out``."""
+        return self.run(module, x, w)
+
+    def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        """``run`` with the layer's whole weight; where the kind shows a part of it, the rest of the output is zero."""
+        return self.run(module, x, w)
+
+    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
+        """Values (*b, m), one per row of the matrices, as what multiplies an output; ``None``: rows are no outputs."""
+        return None
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         """Add the update to the layer's fresh output, in place."""

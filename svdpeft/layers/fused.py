@@ -101,6 +101,8 @@ class Part(CalledKind):
         self.rows: Rows = tuple((start, stop, step) for start, stop, step in rows)
         self.name = whole.name  # type: ignore[misc]
         self.multiplies = False  # type: ignore[misc]
+        self.linear = whole.linear  # type: ignore[misc]
+        self.sees = whole.sees  # type: ignore[misc]
 
     def called(self, module: nn.Module) -> bool:
         return self.whole.called(module)
@@ -121,14 +123,32 @@ class Part(CalledKind):
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         return self._layer.run(module, x, w)
 
+    def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        return self._layer.run_like(module, x, w, out)
+
+    def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        out = self._layer.run_whole(module, x, w)
+        mine = self.per_row(module, x, out.new_ones(sum(len(range(*rows)) for rows in self.rows)))
+        return out if mine is None else out * mine
+
+    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
+        return self._layer.per_row(module, x, self._among_zeros(values.unsqueeze(-1)).squeeze(-1))
+
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         return self._layer.add_bias(module, out)
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        return self._layer.inputs(module, x)
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         return self._layer.add(module, x, out, self._widen(product))
 
     def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         return self._layer.add_dense(module, x, out, self._widen(product))
+
+    def spread(self, out: Tensor) -> Tensor:
+        """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
+        return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
 
     @property
     def _layer(self) -> CalledKind:

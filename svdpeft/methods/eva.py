@@ -93,15 +93,15 @@ class EVA(Factored):
     def resolve(self, sites: Sequence[Given], clip: bool) -> list[PerSite]:
         methods = [self.at(site.name, *site.shape[1:], clip=clip, roles=site.roles) for site in sites]
         if self.rho == 1 or any(site.statistics is None for site in sites):  # a plan, before there is data
-            return methods
+            return [*methods]
         ranks = dict.fromkeys((site.name for site in sites), 1)
         rest = []
         for site, method in zip(sites, methods, strict=True):
-            cap = min(round(self.rho * method.rank), *site.shape[1:])
+            cap = min(round(self.rho * method._rank), *site.shape[1:])
             values = torch.linalg.eigvalsh(self._scatter(site)).clamp(min=0).flip(-1)  # (*b, n), σ²
             share = values.reshape(-1, values.shape[-1]).sum(0) / values.sum().clamp(min=1e-300)
             rest += [(-float(share[i]), site.name) for i in range(1, cap)]
-        budget = sum(method.rank for method in methods) - len(sites)
+        budget = sum(method._rank for method in methods) - len(sites)
         for _, name in sorted(rest)[:budget]:  # equal shares by name, so that the order of modules does not matter
             ranks[name] += 1
         return [_with_rank(method, ranks[site.name]) for site, method in zip(sites, methods, strict=True)]
