@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter
 from svdpeft.decomposition import Product
+from svdpeft.factors import Statistics
 from svdpeft.install import attach
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.methods.base import Method
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import KINDS, METHODS
+from svdpeft.targets import select
+from svdpeft.weights import stored
 
 # The one bound of float64. No method and no layer kind has its own.
 RTOL, ATOL = 1e-10, 1e-12
@@ -98,6 +102,11 @@ def methods(factored: bool | None = None) -> list[Method]:
 def kinds() -> list[tuple[str, int]]:
     """Every example layer of every registered kind, as (kind, position)."""
     return [(name, i) for name in KINDS for i in range(len(KINDS[name]().examples()))]
+
+
+def defined(method: Method, kind: tuple[str, int]) -> bool:
+    """Whether the method is defined on the kind: no test has a row where it is not (see ``conftest``)."""
+    return not isinstance(method, PerSite) or method.why_not(KINDS[kind[0]]()) is None
 
 
 def label(value: Any) -> str:
@@ -221,7 +230,26 @@ def adapt(model: nn.Module, method: Method, **options: Any) -> Adapter:
     if not method.factored:
         options.setdefault("train", ("head",))
     targets = list(getattr(model, "targets", ["layer"]))
-    return attach(model, method, **{"targets": targets, "clip_rank": True, "seed": 5, **options})
+    options = {"targets": targets, "clip_rank": True, "seed": 5, **options}
+    if getattr(method, "needs", ""):
+        options.setdefault("calibration", seen_at(model, method, options["targets"]))
+    return attach(model, method, **options)
+
+
+def seen_at(model: nn.Module, method: Any, targets: Any) -> dict[str, Statistics]:
+    """A calibration without a forward: what a few seeded random inputs, and gradients, make at every site."""
+    found = {}
+    for choice in select(
+        model, [(t, method) for t in ([targets] if isinstance(targets, str) else targets)], (), ()
+    ).choices:
+        module, kind = choice.places[0].module, choice.places[0].kind
+        w = kind.to_matrix(module, stored(module, choice.places[0].parameter))
+        *batch, m, n = w.shape
+        generator = torch.Generator().manual_seed(zlib.crc32(choice.name.encode()))
+        x = torch.randn(*batch, n, 3 * n + 5, generator=generator, dtype=torch.float64) + 0.3
+        gradient = torch.randn(*batch, m, n, generator=generator, dtype=torch.float64)
+        found[choice.name] = Statistics(x.shape[-1], x @ x.mT, x.sum(-1), gradient)
+    return found
 
 
 def perturb(adapter: Adapter, size: float = 0.3, seed: int = 7) -> None:
