@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import torch
 
@@ -27,12 +28,12 @@ def write(sites: Iterable[Site], values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"no method of this adapter lets {name!r} be set: {near_miss(name, known)}")
-        if isinstance(value, bool | str) or not math.isfinite(number := float(value)):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} is not a finite number")
         for site in (site for site in sites if name in site.method.settable):
             tensor = getattr(site.factors, name)
-            if abs(number) > torch.finfo(tensor.dtype).max:
+            if abs(value) > torch.finfo(tensor.dtype).max:
                 raise ValueError(f"{name}={value!r} is infinite in {tensor.dtype}, the dtype of {site.name}")
-            found.append((tensor, number))
-    for tensor, number in found:
-        tensor.fill_(number)
+            found.append((tensor, value))
+    for tensor, value in found:
+        tensor.fill_(value)
