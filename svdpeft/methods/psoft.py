@@ -43,8 +43,8 @@ class PSOFT(Decomposed):
     Paper and code:
         The published code divides Σ_r by α/r and multiplies the update by it again, so that its α has no effect; here
         there is none.
-        PEFT counts the terms of the Neumann series otherwise: its 5, the default, is ``terms=3`` here, and so are
-        its 3 and 4; the paper's K = 5 is ``terms=5``.
+        PEFT counts the terms of the Neumann series otherwise: its 5, the default, is ``terms=3`` here, its 3 and its
+        4 are both ``terms=2``; the paper's K = 5 is ``terms=5``.
         PEFT's bound on ‖Q‖_F, which it leaves off by default: ``bound=0.9``. It applies to both rotations here.
         The code's free R in the place of a rotation, and √Σ_r on both sides, are not offered: LoRA-XS is the former.
 
