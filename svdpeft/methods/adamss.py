@@ -4,7 +4,8 @@
     vectors of U_r[cᵢ]
 
 cᵢ are the rows of a k-means cluster of the rows of U_r; Aᵢ (ρ×r) and Bᵢ (|cᵢ|×ρ) train, V_r is frozen. L has the Bᵢ as
-its blocks, one per row, and A the Aᵢ one below the other.
+its blocks, one per row, and A the Aᵢ one below the other. Where singular values of U_r[cᵢ] are equal (a single cluster
+has no others) any directions of theirs may be taken.
 
 J. Zheng, W. Lu, Y. Dong, C. Ji, Y. Cao, Z. Lin. AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient
 Fine-Tuning. NeurIPS 2025, openreview.net/forum?id=8ZdWmpYxT0.
