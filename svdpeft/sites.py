@@ -355,10 +355,13 @@ class _Call:
         assert isinstance(place.kind, CalledKind)
         self.site, self.module, self.kind = place.site, place.module, place.kind
         self.x, self.like, self.own = x, like, own
+        self._w0: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def w0(self) -> Tensor:
-        return self.site.base_matrix()
+        if self._w0 is None:  # no cached_property: a compiler cannot enter its lock
+            self._w0 = self.site.base_matrix()
+        return self._w0
 
     def rows(self, values: Tensor) -> Tensor:
         factor = self.kind.per_row(self.module, self.x, values)

@@ -44,6 +44,9 @@ class Embedding(CalledKind):
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding(x, w, module.padding_idx)  # whose row gets no gradient
 
+    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor:
+        return self.run(module, x, values.unsqueeze(-1))
+
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         return out
 
