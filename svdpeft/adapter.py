@@ -300,11 +300,24 @@ class Adapter:
             The share of each site's update that was lost in rounding to the weight's dtype.
         """
         self._must_be("attached", "folded")
+        if permanent:
+            self._check_no_transform_beside()
         self._to("attached")
         report = self._to("merged")
         if permanent:
             self._leave(restore=False)
         return report
+
+    def _check_no_transform_beside(self) -> None:
+        """The change of a method outside the equation depends on W0: a new base would silently change it."""
+        weights = {id(site.weight) for site in self.sites.values()}
+        for site in getattr(self.model, STATE).sites():
+            mine = site is self.sites.get(site.name)
+            if not mine and id(site.weight) in weights and site.method.product(site.factors) is None:
+                raise ValueError(
+                    f"another adapter transforms the weight of {site.name} ({site.method}): with another base "
+                    "it would no longer be what was trained; merge or detach that one first"
+                )
 
     def unmerge(self) -> None:
         """Give the base weights back, bit for bit, and add the update in the forward pass again."""
