@@ -39,9 +39,8 @@ class BOFT(Transform):
 
     Paper and code:
         PEFT stores full b×b blocks and uses their skew part alone, N n b + m values for our N n(b − 1)/2 + m.
-        Without its CUDA extension PEFT sets N to 1 without a word.
-        PEFT's third and later butterflies are its second one again, on larger groups: half-blocks 2 apart, where the
-            paper has 4, 8, …; up to N = 2 both are equal. Its dropout of blocks is not offered.
+        Without its CUDA extension PEFT sets N to 1 without a word, and it holds each permutation as an n×n matrix.
+        Its dropout of blocks is not offered.
 
     Args:
         block_size: b, which divides the number of inputs n; even where there are several factors. ``clip_rank`` takes
