@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: demo test lint types coverage-models
+.PHONY: demo test lint types docs coverage-models
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --out runs/demo
@@ -16,6 +16,10 @@ test: lint types
 coverage-models: $(DONE)
 	$(BIN)/python benchmarks/coverage.py timm
 	$(BIN)/python benchmarks/coverage.py transformers
+
+# A page and a picture per method, made from the classes.
+docs: $(DONE)
+	$(BIN)/python docs/build.py
 
 lint: $(DONE)
 	$(BIN)/ruff check

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -99,37 +100,79 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods, or print one method's card."""
-    import inspect
-
-    from svdpeft.methods.base import PerSite
     from svdpeft.registry import METHODS
+    from svdpeft.zoo import SIDE, card
 
     if name is not None:
         try:
-            cls = METHODS[name]
+            c = card(name)
         except ValueError as error:
             _fail(error)
-        module = inspect.getmodule(cls)
-        console.print((module.__doc__ or "").strip(), markup=False, highlight=False)
-        console.print("\n" + inspect.cleandoc(cls.__doc__ or ""), markup=False, highlight=False)
+        if as_json:
+            print(json.dumps({**vars(c), "cls": c.cls.__name__}))
+        else:
+            _print_card(c)
         return
-    listed = []
-    for cls in METHODS.values():
-        row = {"name": cls.name, "trains": "parameters of the base", "4096x4096": None, "source": ""}
-        if issubclass(cls, PerSite):
-            method = cls().at("a weight", 4096, 4096)
-            row |= {"trains": ", ".join(method.trains), "4096x4096": method.count(1, 4096, 4096)}
-        if cls.reference is not None:
-            row["source"] = f"arXiv:{cls.reference.arxiv}"
-        listed.append(row)
+    cards = [card(each) for each in METHODS]
     if as_json:
-        print(json.dumps(listed))
+        print(json.dumps([{**vars(c), "cls": c.cls.__name__} for c in cards]))
         return
-    table = Table("name", "trains", "values at 4096x4096, defaults", "source")
-    for row in listed:
-        size = row["4096x4096"]
-        table.add_row(row["name"], row["trains"], f"{size:,}" if size else "", row["source"])
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    table.add_column("trains", max_width=22)
+    table.add_column(f"{SIDE}x{SIDE}", justify="right", no_wrap=True)
+    table.add_column("start", no_wrap=True)
+    table.add_column("LoRA", justify="right", no_wrap=True)
+    table.add_column("works on")
+    for c in cards:
+        start = "exact" if c.exact_start else "off"
+        missing = ", ".join(kind for kind, why in c.kinds.items() if why)
+        works = f"all but {missing}" if missing else "all kinds" if c.kinds else ""
+        values = f"{c.values:,}" if c.values else ""
+        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), works)
     console.print(table)
+    console.print(
+        f"{SIDE}x{SIDE}: values that train at one such layer with the defaults. start: whether the model starts "
+        "as the base. LoRA: rank of the plain LoRA that holds the trained adapter, – where none does. `svdpeft methods "
+        "NAME` says more, also why a method is not defined on a layer kind.",
+        style="dim",
+        highlight=False,
+    )
+
+
+@app.command()
+def cite(names: Annotated[list[str], typer.Argument(help="Methods, such as sorsa pissa.")]) -> None:
+    """Print the BibTeX entries of methods."""
+    import svdpeft
+
+    try:
+        entries = svdpeft.cite(*names)
+    except ValueError as error:
+        _fail(error)
+    print(entries)  # not through rich: an entry is for a file
+
+
+def _print_card(c: Any) -> None:
+    """What a paper's reader wants to know of a method."""
+    show = functools.partial(console.print, markup=False, highlight=False)
+    show(c.title, style="bold")
+    show(f"\n{c.formula}\n\n{c.summary}" if c.formula else f"\n{c.summary}")
+    for section in ("When to use", "Paper and code", "Args"):
+        if section in c.sections:
+            show(f"\n{section}", style="bold")
+            show(c.sections[section])
+    if c.kinds:
+        show("\nAt a glance", style="bold")
+        missing = [f"{kind} ({why})" for kind, why in c.kinds.items() if why]
+        show(f"trains         {c.trains}\nvalues         {c.parameters} {c.values:,} at 4096x4096 with the defaults")
+        show(f"start          {'the base model, bit for bit' if c.exact_start else 'off the base model'}")
+        show(f"as a LoRA      {f'of rank {c.export_rank}' if c.export_rank else 'no: its update has full rank'}")
+        show(f"layer kinds    {'all but ' + '; '.join(missing) if missing else 'all'}")
+        show("\nCombinations", style="bold")
+        for what, how in c.combines.items():
+            show(f"{what}: {how}")
+    if c.citation:
+        show(f"\n{c.citation}")
 
 
 def _fail(error: Exception) -> None:

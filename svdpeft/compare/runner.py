@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,20 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from svdpeft.calibration import Calibration, calibrate
 from svdpeft.compare import budget
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store, provenance
 from svdpeft.install import attach
-from svdpeft.methods.base import PerSite
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import load
+from svdpeft.tasks.base import TaskData
 from svdpeft.training.memory import peak_memory, reset_peak_memory
 from svdpeft.training.trainer import Trainer
 
+CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -104,7 +110,8 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
         method = budget.fit(method, budget.parse(spec.budget, base), sites)
     reset_peak_memory()
     started = time.perf_counter()
-    adapter = attach(model, method, spec.targets, spec.exclude, train=head, seed=seed, clip_rank=True)
+    seen = calibration(spec, model, method, data)
+    adapter = attach(model, method, spec.targets, spec.exclude, head, seed=seed, clip_rank=True, calibration=seen)
     attached = time.perf_counter() - started
     own_lr = None if method.whole(model) or not head or spec.head_lr is None else {"whole": spec.head_lr}
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +145,39 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
         "merge_error": merge_error(model, adapter, data.collate([data.train[i] for i in range(4)])),
         "loss": [[entry["step"], entry["loss"]] for entry in logs],
     }
+
+
+def calibration(spec: Spec, model: nn.Module, method: Method, data: TaskData) -> Calibration | None:
+    """Show the base a few training batches, for a method that starts from data; the time counts as attaching.
+
+    Args:
+        spec: says the size of a batch, and what is adapted.
+        model: the base.
+        method: whose ``needs`` says what to look at.
+        data: of the task.
+    """
+    if not isinstance(method, PerSite) or not method.needs:
+        return None
+    device = next(model.parameters()).device
+    total = len(data.train)  # type: ignore[arg-type]
+    size = min(spec.batch_size, total)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for i in range(min(CALIBRATION_BATCHES, total // size)):
+            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    def call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return model(**{name: value for name, value in batch.items() if returns_loss or name != "labels"})
+
+    def loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
+        return output.loss if returns_loss else cross_entropy(output, batch["labels"])
+
+    returns_loss = "labels" in inspect.signature(model.forward).parameters
+    gradients = method.needs == "gradients"
+    return calibrate(
+        model, batches(), spec.targets, spec.exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
+    )
 
 
 def arguments(spec: Spec, entry: Entry, seed: int, folder: str) -> transformers.TrainingArguments:

@@ -37,6 +37,14 @@ class LNTuning(Method):
 
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0,\qquad g' = g_0 + \Delta g,\quad b' = b_0 + \Delta b"
+    example: ClassVar[str] = """\
+from torch import nn
+import svdpeft
+
+model = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 320), nn.GELU(), nn.Linear(320, 10))
+adapter = svdpeft.attach(model, svdpeft.LNTuning(), train=["3"])
+print(adapter.summary())
+"""
     reference: ClassVar = Reference(
         key="zhao2024tuning",
         authors="Zhao, Bingchen and Tu, Haoqin and Wei, Chen and Mei, Jieru and Xie, Cihang",

@@ -1,0 +1,139 @@
+"""The method zoo: one card per method, made from its class, for the command line and for the pages in docs/methods."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from svdpeft.allocation import Budget
+from svdpeft.factors import Given
+from svdpeft.methods.base import Method, PerSite
+from svdpeft.methods.dora import DoRA
+from svdpeft.registry import KINDS, METHODS
+
+SIDE = 4096  # of the square layer whose values the tables count
+SECTIONS = ("When to use", "Paper and code", "Args", "Returns", "Raises", "Example")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is said of a method: everything comes from its class.
+
+    Args:
+        name: in the registry.
+        title: its name and one sentence.
+        formula: in plain text, as the file begins.
+        citation: the source in one line.
+        summary: first line of the class, and the paragraphs after it.
+        sections: of the class's docstring: "When to use", "Paper and code", "Args".
+        trains: names of what trains.
+        parameters: the formula of the number of values.
+        values: their number at one 4096×4096 layer with the defaults; ``None`` where it depends on the model.
+        exact_start: whether the adapted model starts as the base model.
+        export_rank: of the LoRA that holds the trained adapter, at 4096×4096; ``None`` where none does.
+        kinds: layer kind -> why the method is not defined there, or "".
+        combines: what it can be combined with -> "yes", or why not.
+    """
+
+    name: str
+    cls: type[Method]
+    title: str
+    formula: str
+    citation: str
+    summary: str
+    sections: dict[str, str]
+    trains: str
+    parameters: str
+    values: int | None
+    exact_start: bool
+    export_rank: int | None
+    kinds: dict[str, str]
+    combines: dict[str, str]
+
+
+def card(name: str) -> Card:
+    """Return the card of a method.
+
+    Raises:
+        ValueError: no method has that name.
+
+    Example:
+        >>> card("lora").values, card("lora").export_rank
+        (65536, 8)
+    """
+    cls = METHODS[name]
+    module = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")
+    paragraphs = module.split("\n\n")
+    summary, sections = _sections(inspect.cleandoc(cls.__doc__ or ""))
+    shared: dict[str, Any] = {
+        "name": name,
+        "cls": cls,
+        "title": paragraphs[0],
+        "formula": paragraphs[1] if len(paragraphs) > 1 and paragraphs[1].startswith(" ") else "",
+        "citation": paragraphs[-1].replace("\n", " ") if cls.reference else "",
+        "summary": summary,
+        "sections": sections,
+    }
+    if not issubclass(cls, PerSite):
+        return Card(
+            **shared,
+            trains="the base",
+            parameters="the sizes of what trains",
+            values=None,
+            exact_start=True,
+            export_rank=None,
+            kinds={},
+            combines={},
+        )
+    method = cls()
+    site = Given("a weight", (1, SIDE, SIDE), 0, lambda: None)  # type: ignore[arg-type, return-value]
+    resolved = method.at("a weight", SIDE, SIDE, clip=True)
+    return Card(
+        **shared,
+        trains=", ".join(method.trains),
+        parameters=(inspect.getdoc(cls.count) or "").split("\n")[0],
+        values=method.total([site]),
+        exact_start=method.exact_start,
+        export_rank=resolved.export_rank(SIDE, SIDE),
+        kinds={kind.name: method.why_not(kind()) or "" for kind in KINDS.values()},
+        combines=_combines(cls),
+    )
+
+
+def _sections(doc: str) -> tuple[str, dict[str, str]]:
+    """Take a docstring apart: what comes first, and its sections without their indentation."""
+    found: dict[str, list[str]] = {"": []}
+    here = ""
+    for line in doc.split("\n"):
+        if line.removesuffix(":") in SECTIONS and line.endswith(":"):
+            here = line[:-1]
+            found[here] = []
+        else:
+            found[here].append(line)
+    texts = {name: inspect.cleandoc("\n" + "\n".join(lines)).strip() for name, lines in found.items()}
+    return texts.pop(""), texts
+
+
+def _combines(cls: type[PerSite]) -> dict[str, str]:
+    """Try each combination."""
+    fields = {f.name for f in inspect.signature(cls).parameters.values()}
+
+    def attempt(make: Any) -> str:
+        try:
+            make()
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return "yes"
+
+    ranked = "rank" in fields
+    return {
+        "DoRA(…) on top": attempt(lambda: DoRA(inner=cls())),
+        "a rank per site, rank={pattern: r}": attempt(lambda: cls(rank={".*": 4})) if ranked else "it has no rank",  # type: ignore[call-arg]
+        "rank-stabilised scale, rs=True": attempt(lambda: cls(rs=True)) if "rs" in fields else "it has no scale",  # type: ignore[call-arg]
+        "allocate=Budget(…)": attempt(lambda: cls(allocate=Budget(target_rank=2)))  # type: ignore[call-arg]
+        if "allocate" in fields
+        else "its update is not a sum of triplets that can be dropped one by one",
+        "a quantised base": "refused when attaching: the stored form of the weight is not known here",
+        "weights tied in the model": "yes, one shared adapter where all users are named",
+    }

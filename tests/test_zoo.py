@@ -1,0 +1,83 @@
+"""The zoo: every method has a card, a page and a picture, made from its class and not out of date."""
+
+import inspect
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from matplotlib.mathtext import MathTextParser
+from typer.testing import CliRunner
+
+import svdpeft
+from svdpeft.cli import app
+from svdpeft.methods.base import PerSite
+from svdpeft.registry import KINDS, METHODS
+from svdpeft.zoo import card
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "methods"
+build = runpy.run_path(str(ROOT / "docs" / "build.py"))
+every_name = pytest.mark.parametrize("name", list(METHODS))
+
+
+@every_name
+def test_a_method_says_what_it_is(name):
+    c = card(name)
+    assert c.title.endswith((".", ")")), "a name and one sentence"
+    assert "W' = " in c.formula
+    assert len(c.sections["When to use"]) > 80
+    assert c.cls.latex, "the formula for the page"
+    MathTextParser("path").parse(f"${build['drawable'](c.cls.latex)}$")  # raises where it is not LaTeX
+    own = [f.name for f in inspect.signature(c.cls).parameters.values()]
+    for field in own:
+        assert f"{field}:" in c.sections.get("Args", ""), f"{field} is not described"
+    if c.cls.reference is None:
+        assert name in ("full", "partial", "head-only")
+        return
+    assert c.cls.reference.bibtex().startswith("@")
+    assert c.cls.reference.title.split(":")[0] in c.citation
+    if issubclass(c.cls, PerSite):
+        assert c.parameters.endswith("."), "the first line of count() is the formula"
+        assert set(c.kinds) == {kind.name for kind in KINDS.values()}
+
+
+@every_name
+def test_the_page_of_a_method_is_there_and_up_to_date(name):
+    page, picture = PAGES / f"{name}.md", PAGES / f"{name}.svg"
+    assert page.is_file(), f"{name} has no page: run make docs"
+    assert picture.is_file(), f"{name} has no picture: run make docs"
+    assert page.read_text() == build["page"](name), f"the page of {name} is out of date: run make docs"
+
+
+def test_the_index_is_up_to_date_and_nothing_is_left_over():
+    assert (PAGES / "README.md").read_text() == build["index"](), "run make docs"
+    assert {file.stem for file in PAGES.iterdir()} == {*METHODS, "README"}
+
+
+@every_name
+def test_the_card_on_the_command_line(name):
+    result = CliRunner().invoke(app, ["methods", name])
+    assert result.exit_code == 0, result.output
+    assert card(name).title.split()[0] in result.output
+
+
+def test_the_table_on_the_command_line():
+    result = CliRunner().invoke(app, ["methods"])
+    assert result.exit_code == 0
+    for name in METHODS:
+        assert name in result.output
+    listed = json.loads(CliRunner().invoke(app, ["methods", "--json"]).output)
+    assert [row["name"] for row in listed] == list(METHODS)
+    lora = next(row for row in listed if row["name"] == "lora")
+    assert (lora["values"], lora["export_rank"], lora["exact_start"]) == (8 * 8192, 8, True)
+
+
+def test_citations_on_the_command_line():
+    result = CliRunner().invoke(app, ["cite", "sorsa", "pissa", "sorsa"])
+    assert result.exit_code == 0
+    assert result.output.strip() == svdpeft.cite("sorsa", "pissa")
+    assert result.output.count("@") == 2
+    wrong = CliRunner().invoke(app, ["cite", "sorza"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'sorsa'" in wrong.output
