@@ -202,9 +202,9 @@ class Adapter:
         Raises:
             ValueError: a name that no method has, or a value that is not a finite number. Nothing is set then.
         """
-        if self.state == "merged":
-            raise RuntimeError(f"adapter {self.name!r} is merged: unmerge() it, set, and merge() again")
-        self._must_be("attached", "folded")
+        if self.state not in ("attached", "folded"):
+            how = {"merged": "unmerge() it first, and merge() again afterwards", "detached": "attach or load it again"}
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}: {how.get(self.state, 'leave the block first')}")
         steering.write(self.sites.values(), values)
 
     # -- switching ------------------------------------------------------------------------------------------------

@@ -214,17 +214,17 @@ def test_a_method_without_such_values_says_so():
 def test_states_in_which_nothing_is_set():
     model, x, adapter = steered(AntiPaSTO(rank=3))
     adapter.merge()
-    with refused(model, "'default' is merged", "unmerge()", "merge() again", error=RuntimeError):
+    with refused(model, "'default' is merged", "unmerge() it first", "merge() again", error=RuntimeError):
         adapter.set(coefficient=0.5)
     adapter.unmerge()
     with (
         adapter.disabled(),
-        refused(model, "'default' is disabled", "attached or folded", error=RuntimeError),
+        refused(model, "'default' is disabled", "leave the block first", error=RuntimeError),
     ):
         adapter.set(coefficient=0.5)
     assert value(adapter, "coefficient") == [1.0]
     adapter.detach()
-    with refused(model, "'default' is detached", error=RuntimeError):
+    with refused(model, "'default' is detached", "attach or load it again", error=RuntimeError):
         adapter.set(coefficient=0.5)
     assert bool(torch.isfinite(model(x)).all())
 

@@ -1,6 +1,6 @@
 """AntiPaSTO: steer a model both ways with one coefficient on a rotation and a shift of its spectrum.
 
-    W'(α) = W0 + U_r (C(α) − Σ_r) V_rᵀ        C(α) = (Σ_r + α diag(C)) Rot(α)    C = ΔS
+    W' = W0 + U_r (C(α) − Σ_r) V_rᵀ        C(α) = (Σ_r + α diag(C)) Rot(α)    C = ΔS
     Rot(α) = (I − αX/2)(I + αX/2)⁻¹,  X = a tanh(Q/a) entry by entry,  a = 2 tan(θ_max/2),  Q = −Qᵀ
 
 ΔS = 0 and Q = 0 at the start. α = ±1 in training; afterwards ``adapter.set(coefficient=-0.5)``, and 0 is the base.
