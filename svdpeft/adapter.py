@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from svdpeft import steering
 from svdpeft.factors import Factors, Progress
 from svdpeft.methods.base import Method, PerSite
-from svdpeft.per_example import routed, rows_of
+from svdpeft.per_example import routed
 from svdpeft.reach import unwatch
 from svdpeft.registry import near_miss
 from svdpeft.sites import CHILD, Site
 from svdpeft.summary import summarise
-from svdpeft.weights import Borrowed, Frozen, running_statistics, stored
+from svdpeft.weights import Borrowed, Frozen, MergeReport, running_statistics, stored
 
 Condition = Literal["attached", "merged", "folded", "disabled", "in a per_example block", "detached"]
 BatchNorm = Literal["train", "frozen"]
@@ -39,28 +38,6 @@ class State:
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
         return [site for adapter in self.adapters.values() for site in adapter.sites.values()]
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding took: per site the share ‖W_stored − W_exact‖_F / ‖ΔW‖_F of the update that was lost."""
-
-    lost: Mapping[str, float]
-
-    @property
-    def worst(self) -> float:
-        """The largest share over all sites."""
-        return max(self.lost.values(), default=0.0)
-
-    def __str__(self) -> str:
-        if not self.lost:
-            return "merged 0 sites"
-        where = max(self.lost, key=lambda name: self.lost[name])
-        mean = sum(self.lost.values()) / len(self.lost)
-        return (
-            f"merged {len(self.lost)} sites; rounding to the weights' dtype lost {mean:.2%} of the update on average, "
-            f"at most {self.worst:.2%} at {where}"
-        )
 
 
 def adapters_in(model: nn.Module, state: State) -> list[Adapter]:
@@ -274,17 +251,9 @@ class Adapter:
             ...     model(torch.zeros(4, 4)).shape
             torch.Size([4, 3])
         """
-        state: State | None = getattr(self.model, STATE, None)
-        if state is None or self.state == "detached":
-            raise RuntimeError(f"adapter {self.name!r} is detached: it is no longer of this model")
-        adapters = adapters_in(self.model, state)
-        for adapter in adapters:
-            adapter._must_be("attached", "disabled")
-        rows = rows_of(names, state.adapters, flattened)
-        for name in rows:
-            state.adapters[name]._must_be("attached")
-        attached = [adapter for adapter in adapters if adapter.state == "attached"]
-        with routed(self.model, {state.adapters[name]: mine for name, mine in rows.items()}, attached):
+        self._must_be("attached", "merged", "folded", "disabled")
+        state: State = getattr(self.model, STATE)
+        with routed(self.model, adapters_in(self.model, state), state.adapters, names, flattened):
             yield
 
     def merge(self, permanent: bool = False) -> MergeReport:

@@ -101,8 +101,24 @@ def rows_of(names: Sequence[str | None], known: Iterable[str], flattened: bool) 
 
 
 @contextmanager
-def routed(model: nn.Module, rows: Mapping[Adapter, Rows], attached: Sequence[Adapter]) -> Iterator[None]:
-    """Within the block the sites of some adapters act on their rows alone, and all other sites of the model on none."""
+def routed(
+    model: nn.Module, adapters: Sequence[Adapter], known: Mapping[str, Adapter], names: Sequence[str | None], flat: bool
+) -> Iterator[None]:
+    """Within the block the sites of the named adapters act on their rows alone, all other sites of the model on none.
+
+    Args:
+        model: whose forward will be called.
+        adapters: of the model and of its parts.
+        known: those that may be named.
+        names: of an adapter for every row.
+        flat: layers may see several rows per example.
+    """
+    for adapter in adapters:
+        adapter._must_be("attached", "disabled")
+    rows = {known[name]: its for name, its in rows_of(names, known, flat).items()}
+    for adapter in rows:
+        adapter._must_be("attached")
+    attached = [adapter for adapter in adapters if adapter.state == "attached"]
     for adapter in attached:
         _check_one_per_batch(adapter)
     mine = {site: its for adapter, its in rows.items() for site in adapter.sites.values()}

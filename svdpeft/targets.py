@@ -8,7 +8,7 @@ regular expression that matches the whole name. A target may end in brackets: ``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from svdpeft.layers.base import LayerKind, Rows
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import BRACKETS, Method, PerSite, matches
+from svdpeft.pairs import STAYS, UNKNOWN, Half, Key, halves
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites import Place
 
@@ -37,6 +38,7 @@ class Choice:
     method: PerSite
     part: str = ""
     roles: tuple[str, ...] = ()
+    half: Half | None = None  # of a pair of weights, for methods that work on pairs
 
 
 @dataclass
@@ -156,6 +158,9 @@ def select(
     shared, users = views(weights), by_identity(weights)
     hits = dict.fromkeys((rule.text for rule in listed), 0)
     refused: dict[str, str] = {}  # rule -> why a weight that it names cannot be adapted
+    unasked: dict[str, str] = {}  # rule -> the same of a weight that is not what its method works on
+    kinds = {(id(w.module), w.parameter): w.kind for w in weights if w.kind is not None}
+    known = halves(model, kinds) if any(rule.method.pairs for rule in listed) else {}
     taken: set[int] = set()
     for weight in weights:
         wanting = [rule for rule in listed if rule.wants(weight)]
@@ -174,6 +179,14 @@ def select(
             taken.add(id(weight.tensor))
             same = [weight, *(o for o in users[id(weight.tensor)] if o is not weight)]
             for choice, rule in _choose(model, same, wanting, exclude, selection.skipped):
+                if rule.method.pairs:
+                    choice, reason = _by_heads(choice, known)
+                    if reason is not None:
+                        selection.skipped[choice.name] = reason
+                        (unasked if reason in (STAYS, UNKNOWN) else refused).setdefault(
+                            rule.text, f"{choice.name}: {reason}"
+                        )
+                        continue
                 hits[rule.text] += 1
                 selection.choices.append(choice)
             continue
@@ -191,7 +204,8 @@ def select(
                     refused.setdefault(rule.text, f"{layer}: {selection.skipped[layer]}")
     for rule in listed:
         if hits[rule.text] == 0:
-            raise ValueError(_no_site(rule, weights, refused.get(rule.text), selection.skipped))
+            why = refused.get(rule.text) or unasked.get(rule.text)
+            raise ValueError(_no_site(rule, weights, why, selection.skipped))
     return selection
 
 
@@ -240,7 +254,7 @@ def _why_not(
         return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", True
     if isinstance(weight.module, nn.RNNBase):
         return _KEEPS.format(type(weight.module).__name__), True
-    if (reason := wanting[0].method.why_not(kind or Raw())) is not None:
+    if not wanting[0].method.pairs and (reason := wanting[0].method.why_not(kind or Raw())) is not None:
         return reason, True
     return None, False
 
@@ -284,7 +298,8 @@ def _choose(
         kind.check_axes(weight.tensor, weight.name)
     rows = _rows(model, weight, kind)
     by_part = {part: next((p for p in exclude if matches(p, f"{weight.name}[{part}]")), None) for part in rows}
-    apart = (kind.split and rows) or any(rule.parts for rule in wanting) or any(by_part.values())
+    always = kind.split or first.method.pairs
+    apart = (always and rows) or any(rule.parts for rule in wanting) or any(by_part.values())
     if not apart:
         if first.axes and weight.kind is not None:
             raise ValueError(f"targets={first.text!r}: {weight.name} is of kind {kind.name!r}, which knows its axes")
@@ -311,6 +326,20 @@ def _choose(
             places.append(Place(w.module, w.parameter, Part(whole, runs, total)))
         found.append((Choice(name, places, rule.method, part, weight.roles), rule))
     return found
+
+
+def _by_heads(choice: Choice, known: Mapping[Key, Half | str]) -> tuple[Choice, str | None]:
+    """Show a choice head by head, or say why it is no half of a pair that its method works on."""
+    place = choice.places[0]
+    half = known.get((id(place.module), place.parameter, choice.part), UNKNOWN)
+    if isinstance(half, str):
+        return choice, half
+    if half.pair not in choice.method.pairs:
+        return choice, f"not in pairs={choice.method.pairs}"
+    if len(choice.places) > 1:
+        return choice, "its weight is shared with another layer, which has a pair of its own"
+    places = [Place(place.module, place.parameter, half.kind)]
+    return replace(choice, places=places, half=half), choice.method.why_not(half.kind)
 
 
 def _no_site(rule: Rule, weights: Sequence[Weight], refused: str | None, skipped: Mapping[str, str]) -> str:

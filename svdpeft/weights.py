@@ -7,6 +7,7 @@ is copied back when nothing is: it is never reached by subtracting, so every bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,11 @@ class BaseWeight:
         else:
             self._original = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything is written at present."""
+        return bool(self._written)
+
     def written(self, key: str) -> bool:
         """Whether something is written under ``key``."""
         return key in self._written
@@ -97,6 +103,28 @@ class BaseWeight:
         for part in (self._written if written is None else written).values():
             total = total + part().to(total.dtype)
         return total
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding took: per site the share ‖W_stored − W_exact‖_F / ‖ΔW‖_F of the update that was lost."""
+
+    lost: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest share over all sites."""
+        return max(self.lost.values(), default=0.0)
+
+    def __str__(self) -> str:
+        if not self.lost:
+            return "merged 0 sites"
+        where = max(self.lost, key=lambda name: self.lost[name])
+        mean = sum(self.lost.values()) / len(self.lost)
+        return (
+            f"merged {len(self.lost)} sites; rounding to the weights' dtype lost {mean:.2%} of the update on average, "
+            f"at most {self.worst:.2%} at {where}"
+        )
 
 
 class Borrowed:
