@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from svdpeft.decomposition import Product
 
@@ -70,7 +71,7 @@ class Factors(nn.Module):
         self.trains, self.tied, self.shape = tuple(trains), tuple(tied or ()), shape
         self._shared = {} if tied is None else tied  # one mapping in all sites of a group
         self.memory: Tensors = {}  # what a method keeps from step to step: of a training, not of the adapter
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: list[tuple[int, int, int]] | None = None
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=name in trains))
@@ -100,9 +101,10 @@ class Factors(nn.Module):
 
     def changed(self) -> bool:
         """Whether what trains was written to since this was last asked, and ``settle`` was not called since."""
-        now = [(id(p), p._version) for p in self._parameters.values() if p is not None and p.requires_grad]
+        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
+        now = [(id(p), p._version, optimizer_steps(p)) for p in trained]
         seen, self._seen = self._seen, now
-        return seen is not None and any(a[0] == b[0] and a[1] != b[1] for a, b in zip(seen, now, strict=False))
+        return seen is not None and any(a[0] == b[0] and a != b for a, b in zip(seen, now, strict=False))
 
     def settle(self) -> None:
         """Take what is there as it is: a method's own step was done, or another state was loaded."""
@@ -277,6 +279,25 @@ class Call(Protocol):
     def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
         """Add s L C A x to ``out``, in place, with this dropout on x in training."""
         ...
+
+
+_steps: dict[int, int] = {}  # of the parameters that are watched, by identity
+
+
+def optimizer_steps(p: nn.Parameter) -> int:
+    """How many optimizer steps there were on a parameter since this was first asked.
+
+    A fused optimizer writes to its parameters without raising their version.
+    """
+    if not _steps:
+        register_optimizer_step_post_hook(_count_step)
+    return _steps.setdefault(id(p), 0)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(p) in _steps:
+            _steps[id(p)] += 1
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from svdpeft.factors import Progress
 
-DAMPING, CORRECTION = 2.0, 0.02  # of the controller: exponents of the ratio of error and target
-REACH = 4.0  # the ratio is cut to [1/4, 4]
+CORRECTION = 0.05  # of the controller: what a ratio of error and target does to its memory, as an exponent
+REACH = 10.0  # the ratio is cut to [1/10, 10]
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,11 @@ class Schedule:
 class Adaptive:
     """γ is what holds the mean error at a target.
 
-        γ = g · ρ²        g ← g · ρ^0.02        ρ = error / target, cut to [1/4, 4];  both within [low, high]
+        γ = g ρ        g ← g ρ^0.05        ρ = error / target, cut to [1/10, 10];  both within [low, high]
 
-    The first factor damps, the second finds the strength that the training asks for, whatever its learning rate.
+    g finds the strength that the training asks for, whatever its learning rate; ρ damps. In mode "decoupled" no step
+    is longer than that of Newton and Schulz to the nearest orthonormal basis, so that none overshoots. A target far
+    below what one optimizer step adds to the error cannot be held.
 
     Args:
         target: of the mean of ‖QᵀQ − I‖_F over all bases of the method.
@@ -89,7 +91,7 @@ class Adaptive:
         ratio = (error() / self.target).float().clamp(1 / REACH, REACH)
         g = torch.full_like(ratio, self.start) if state is None else state[1].to(ratio.device)
         g = (g * ratio**CORRECTION).clamp(self.low, self.high)
-        return torch.stack([(g * ratio**DAMPING).clamp(self.low, self.high), g])
+        return torch.stack([(g * ratio).clamp(self.low, self.high), g])
 
 
 def read_gamma(value: float | Schedule | Adaptive | Mapping[str, Any]) -> float | Schedule | Adaptive:

@@ -38,6 +38,17 @@ def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
     return torch.where(size > noise(q), slope, torch.zeros_like(size)) * (q @ e)
 
 
+def orthonormality_step(q: Tensor, gamma: Tensor, norm: str = "frobenius") -> Tensor:
+    """Return −γ times the gradient, but never more than −½ Q E, (*b, m, r).
+
+    That is the step of Newton and Schulz to the polar factor, Q(3I − QᵀQ)/2: a longer one leads away from it again.
+    """
+    e = _gram_error(q)
+    size = torch.linalg.matrix_norm(e)[..., None, None]  # (*b, 1, 1)
+    slope = (torch.full_like(size, 4.0) if norm == "squared" else 2.0 / size) * gamma
+    return torch.where(size > noise(q), -slope.clamp(max=0.5), torch.zeros_like(size)) * (q @ e)
+
+
 def noise(q: Tensor) -> float:
     """‖QᵀQ − I‖_F of a basis that is orthonormal up to rounding: below this the direction means nothing."""
     return 10 * q.shape[-1] * torch.finfo(q.dtype).eps

@@ -16,7 +16,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition.orthonormality import orthonormality_error, orthonormality_gradient, polar
+from svdpeft.decomposition.orthonormality import (
+    orthonormality_error,
+    orthonormality_gradient,
+    orthonormality_step,
+    polar,
+)
 from svdpeft.factors import Factors, Given, Progress, Tensors, by_shape
 from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
@@ -131,8 +136,7 @@ class SORSA(Decomposed):
         elif self.mode == "retract":
             q = bases(sites)
             for group in by_shape(q):
-                for i, nearest in zip(group, polar(torch.stack([q[i] for i in group])), strict=True):
-                    q[i].copy_(nearest)
+                torch._foreach_copy_([q[i] for i in group], list(polar(torch.stack([q[i] for i in group])).unbind()))
         super().after_step(sites, progress)
         if isinstance(self.gamma, (Schedule, Adaptive)):
             memory = sites[0].memory
@@ -148,9 +152,15 @@ class SORSA(Decomposed):
         """Add ``weight · ∂L_reg`` of every basis to its target, one batched call per shape."""
         q = bases(sites)
         for group in by_shape(q):
-            step, factor = orthonormality_gradient(torch.stack([q[i] for i in group]), self.norm), weight
-            if isinstance(factor, Tensor):  # found on a device, and the host does not wait for it
-                step, factor = step * (factor.to(step.device) if factor.is_cuda else factor), 1.0
+            stack, factor = torch.stack([q[i] for i in group]), weight
+            if isinstance(factor, Tensor) and factor.is_cuda:
+                factor = factor.to(stack.device)
+            if self.mode == "decoupled" and isinstance(self.gamma, Adaptive):  # whatever the controller asks for
+                step, factor = orthonormality_step(stack, -factor, self.norm), 1.0
+            else:
+                step = orthonormality_gradient(stack, self.norm)
+            if isinstance(factor, Tensor):  # found on the device, and the host does not wait for it
+                step, factor = step * factor, 1.0
             torch._foreach_add_([targets[i] for i in group], list(step.unbind()), alpha=factor)
 
 
