@@ -45,7 +45,7 @@ class SSVD(FrozenBases):
         ESPnet's code draws ΔΣ from U(−√(6/r), √(6/r)) and multiplies it by a trained sigmoid gate, so that it starts
         off the base model: ``reference_init=True``.
         ESPnet's code decomposes the transpose where m < n, and so rotates the output side there: ``side="smaller"``.
-        It takes r as a fraction of min(m, n): ``rank=None, ratio=0.25``.
+        It takes r as a number or as a fraction of min(m, n), ``rank=None, ratio=0.25``; the defaults of both are ours.
 
     Args:
         rank: r, or a mapping from site pattern to r; ``None`` is the fraction ``ratio`` of min(m, n).
