@@ -50,7 +50,9 @@ class CLOVER(Factored):
 
     Args:
         rank: r of each core; ``None`` is d, the size of a head, as in the paper.
+        alpha: none, the method has no scale.
         dropout: on the adapter's input.
+        rs: none, the method has no scale.
         pairs: which products: ``"qk"`` changes queries, ``"vo"`` output projections.
 
     Example:
