@@ -460,12 +460,12 @@ def test_methods_say_which_kinds_have_no_inputs():
             reason = method.why_not(KINDS[name]())
             sees = KINDS[name].sees
             assert (reason is None) == (sees or method.needs == "gradients"), name
-            assert reason is None or f"a {name} weight sees none" in reason
+            assert reason is None or f"kind {name!r} see none" in reason
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="EVA starts from the inputs of a layer, and a embedding"):
+    with pytest.raises(ValueError, match="EVA starts from the inputs of a layer, and weights of kind 'embedding'"):
         attach(model, EVA(rank=2), ["0"])
     seen = calibrate(model, [torch.arange(9)])
-    assert "embedding weight sees none" in attach(model, EVA(rank=2), "all", calibration=seen).skipped["0"]
+    assert "kind 'embedding' see none" in attach(model, EVA(rank=2), "all", calibration=seen).skipped["0"]
 
 
 @pytest.mark.parametrize("method", FROM_DATA, ids=str)

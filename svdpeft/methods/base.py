@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,7 @@ from svdpeft.allocation import Budget
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
 from svdpeft.factors import Call, Factors, Given, Progress, Tensors
 from svdpeft.factors import by_shape as by_shape
-
-BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
+from svdpeft.registry import matches as matches
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,9 @@ class PerSite(Method):
     def why_not(self, kind: Any) -> str | None:
         """Why the method is not defined on a layer kind, or ``None`` where it is."""
         if self.needs == "inputs" and not kind.sees:
-            return f"{type(self).__name__} starts from the inputs of a layer, and a {kind.name} weight sees none"
+            return (
+                f"{type(self).__name__} starts from the inputs of a layer, and weights of kind {kind.name!r} see none"
+            )
         return None
 
     def supports(self, kind: Any) -> bool:
@@ -421,26 +421,6 @@ def grouped(methods: Sequence[PerSite], sites: Sequence[Given]) -> dict[tuple, t
             key = (repr(method.general()), name, site.dtype, site.device)
             groups.setdefault(key, (method, []))[1].append(site)
     return groups
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` names ``name``: exactly, as a suffix of whole dotted parts, or as a regular expression.
-
-    Of a fused weight ``qkv[q,v]`` names the parts ``qkv[q]`` and ``qkv[v]``.
-
-    Example:
-        >>> matches("attn.qkv", "blocks.0.attn.qkv"), matches("kv", "blocks.0.attn.qkv"), matches(".*qkv", "a.qkv")
-        (True, False, True)
-    """
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    layer, _, part = name.removesuffix("]").partition("[")
-    if part and (found := BRACKETS.fullmatch(pattern)) is not None:
-        return part in re.split(r"\s*,\s*", found[2]) and matches(found[1], layer)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
 
 
 def generator(seed: int) -> torch.Generator:
