@@ -19,9 +19,9 @@ from svdpeft.inventory import Weight, by_identity, computes_without_gradient, vi
 from svdpeft.layers.base import LayerKind, Rows
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
-from svdpeft.methods.base import BRACKETS, Method, PerSite, matches
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.pairs import STAYS, UNKNOWN, Half, Key, halves
-from svdpeft.registry import KINDS, near_miss
+from svdpeft.registry import BRACKETS, KINDS, matches, near_miss
 from svdpeft.sites import Place
 
 Targets = str | Sequence[str] | Mapping[str, Method]

@@ -38,7 +38,7 @@ def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
     return torch.where(size > noise(q), slope, torch.zeros_like(size)) * (q @ e)
 
 
-def orthonormality_step(q: Tensor, gamma: Tensor, norm: str = "frobenius") -> Tensor:
+def orthonormality_step(q: Tensor, gamma: Tensor | float, norm: str = "frobenius") -> Tensor:
     """Return −γ times the gradient, but never more than −½ Q E, (*b, m, r).
 
     That is the step of Newton and Schulz to the polar factor, Q(3I − QᵀQ)/2: a longer one leads away from it again.

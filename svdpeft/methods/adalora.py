@@ -5,8 +5,8 @@
 
 L, C, A are the paper's P, Λ, Q. The budget, its schedule and the importance of a triplet: ``svdpeft.allocation``.
 
-Q. Zhang, M. Chen, A. Bukharin, N. Karampatziakis, P. He, Y. Cheng, W. Chen, T. Zhao. Adaptive Budget Allocation for
-Parameter-Efficient Fine-Tuning. ICLR 2023, arXiv:2303.10512.
+Q. Zhang, M. Chen, A. Bukharin, N. Karampatziakis, P. He, Y. Cheng, W. Chen, T. Zhao.
+Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. ICLR 2023, arXiv:2303.10512.
 """
 
 from __future__ import annotations
