@@ -63,14 +63,14 @@ def card(name: str) -> Card:
         (65536, 8)
     """
     cls = METHODS[name]
-    module = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")
+    module = (inspect.getmodule(cls).__doc__ or "").strip()
     paragraphs = module.split("\n\n")
     summary, sections = _sections(inspect.cleandoc(cls.__doc__ or ""))
     shared: dict[str, Any] = {
         "name": name,
         "cls": cls,
         "title": paragraphs[0],
-        "formula": paragraphs[1] if len(paragraphs) > 1 and paragraphs[1].startswith(" ") else "",
+        "formula": paragraphs[1] if len(paragraphs) > 1 else "",
         "citation": paragraphs[-1].replace("\n", " ") if cls.reference else "",
         "summary": summary,
         "sections": sections,

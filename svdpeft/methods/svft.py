@@ -58,6 +58,7 @@ class SVFT(Decomposed):
     Args:
         rank: k, the number of triplets kept, or a mapping from site pattern to k; ``None`` keeps all min(m, n).
             What a smaller rank leaves out stays in the weight.
+        dropout: on the adapter's input.
         pattern: of the trainable entries of M.
         off_diagonals: d of the band whose size every pattern but the plain one takes.
         reference_init: start as the official code does, off the base model: M is Kaiming-normal times a trained
