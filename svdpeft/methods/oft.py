@@ -6,9 +6,9 @@ A rotation keeps the lengths of the rows of W0 and the angles between them. A li
 input, so neither R nor the new weight is built: beside b n multiplications per token it costs one more product with
 the frozen weight. Other layers build W0 (R − I), one m×n matrix per forward.
 
-Z. Qiu, W. Liu, H. Feng, Y. Xue, Y. Feng, Z. Liu, D. Zhang, A. Weller, B. Schölkopf. Controlling Text-to-Image Diffusion
-by Orthogonal Finetuning. NeurIPS 2023, arXiv:2306.07280. The rotation of the input and the Neumann series: Z. Qiu,
-W. Liu, A. Weller, B. Schölkopf. Orthogonal Finetuning Made Scalable. arXiv:2506.19847.
+Z. Qiu, W. Liu, H. Feng, Y. Xue, Y. Feng, Z. Liu, D. Zhang, A. Weller, B. Schölkopf.
+Controlling Text-to-Image Diffusion by Orthogonal Finetuning. NeurIPS 2023, arXiv:2306.07280. The rotation of the input
+and the Neumann series: Z. Qiu, W. Liu, A. Weller, B. Schölkopf. Orthogonal Finetuning Made Scalable. arXiv:2506.19847.
 """
 
 from __future__ import annotations
