@@ -163,6 +163,11 @@ def test_allocation_follows_the_algorithm(method, pruned: tuple[str, ...], budge
         if budget.importance == "code" and t < total - budget.t_final:
             oracle.measure(f, g)
         adapter.after_step()
+        if t < total - budget.t_final:
+            for k, site in adapter.sites.items():
+                for n in method.trains:
+                    near(site.factors.memory[f"importance.{n}"], oracle.mean[k][n])
+                    near(site.factors.memory[f"uncertainty.{n}"], oracle.spread[k][n])
         f = oracle.prune(t, f)
         found = values(adapter)
         for k in f:
