@@ -271,7 +271,7 @@ def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]],
         if tensor is None or list(tensor.shape) != shape:
             found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
             raise CheckpointError(f"{path / TENSORS}: tensor {site}/{role} of shape {shape} is {found}")
-        taken[role] = tensor
+        taken[role] = tensor.clone()  # in memory aligned as torch aligns it: its kernels may differ by that
     return taken
 
 

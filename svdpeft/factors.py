@@ -74,7 +74,8 @@ class Factors(nn.Module):
         self._seen: list[tuple[int, int, int]] | None = None
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=name in trains))
+                # contiguous, as it comes back from a file: another layout may take another kernel
+                self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=name in trains))
             else:
                 self.register_buffer(name, tensor)
         for name, tensor in (tied or {}).items():
@@ -126,7 +127,7 @@ class Factors(nn.Module):
 def share(tensors: Tensors, trains: Sequence[str]) -> Tensors:
     """Make what several sites will share: parameters, and integer tensors as they are."""
     return {
-        name: nn.Parameter(t, requires_grad=name in trains) if t.is_floating_point() else t
+        name: nn.Parameter(t.contiguous(), requires_grad=name in trains) if t.is_floating_point() else t
         for name, t in tensors.items()
     }
 
