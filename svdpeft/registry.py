@@ -13,13 +13,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=type)
-BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
@@ -34,26 +32,6 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     hint = f"did you mean {close[0]!r}? " if close else ""
     shown = ", ".join(known[:40]) + (f", … ({len(known)} in all)" if len(known) > 40 else "")
     return f"{hint}Known: {shown or 'none'}"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` names ``name``: exactly, as a suffix of whole dotted parts, or as a regular expression.
-
-    Of a fused weight ``qkv[q,v]`` names the parts ``qkv[q]`` and ``qkv[v]``.
-
-    Example:
-        >>> matches("attn.qkv", "blocks.0.attn.qkv"), matches("kv", "blocks.0.attn.qkv"), matches(".*qkv", "a.qkv")
-        (True, False, True)
-    """
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    layer, _, part = name.removesuffix("]").partition("[")
-    if part and (found := BRACKETS.fullmatch(pattern)) is not None:
-        return part in re.split(r"\s*,\s*", found[2]) and matches(found[1], layer)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
 
 
 class Registry(Generic[T]):

@@ -21,7 +21,8 @@ from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.pairs import STAYS, UNKNOWN, Half, Key, halves
-from svdpeft.registry import BRACKETS, KINDS, matches, near_miss
+from svdpeft.patterns import BRACKETS, matches
+from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites import Place
 
 Targets = str | Sequence[str] | Mapping[str, Method]

@@ -33,7 +33,7 @@ TIERS = [
     {"allocation", "schedules"},
     {"factors"},
     {"decomposition"},
-    {"registry"},
+    {"registry", "patterns"},
 ]
 # Imports against the flow: for a type annotation alone, and the adapter's convenience `save`.
 AGAINST = {("summary", "adapter"), ("per_example", "adapter"), ("reads", "sites"), ("adapter", "checkpoint")}

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from svdpeft.allocation import Budget
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
 from svdpeft.factors import Call, Factors, Given, Progress, Tensors
-from svdpeft.factors import by_shape as by_shape
-from svdpeft.registry import matches as matches
+from svdpeft.patterns import chosen
 
 
 @dataclass(frozen=True)
@@ -309,13 +308,7 @@ class Factored(PerSite):
             clip: lower a rank that is larger than min(m, n) instead of refusing it.
             roles: further names of the site that a pattern may mean.
         """
-        rank = self.rank
-        if isinstance(rank, Mapping):
-            names = (site, site.partition("[")[0], *roles)  # a part also goes by the name of its layer
-            matching = [value for pattern, value in rank.items() if any(matches(pattern, n) for n in names)]
-            if not matching:
-                raise ValueError(f"no pattern of rank={rank!r} matches {site}; '.*' matches the rest")
-            rank = matching[0]
+        rank = chosen(self.rank, site, roles)
         if rank is None:
             rank = self.default_rank(m, n)
         limit = self.rank_limit(m, n)

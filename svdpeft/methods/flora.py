@@ -10,7 +10,7 @@ Y. Wen, S. Chaudhuri. Batched Low-Rank Adaptation of Foundation Models. ICLR 202
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from svdpeft.decomposition import check_rank
 from svdpeft.factors import Call, Factors, Given, Tensors
 from svdpeft.methods.base import Reference, Transform, generator
+from svdpeft.patterns import chosen
 from svdpeft.registry import METHODS
 
 FEW = 4  # products with the frozen weight that cost less than an m×n matrix that autograd keeps
@@ -42,14 +43,14 @@ class FLoRA(Transform):
             are other methods.
 
     Args:
-        rank: r, number of terms.
+        rank: r, number of terms, or a mapping from site pattern to r.
 
     Example:
         >>> FLoRA(rank=2).count(1, 30, 20)  # 2 · 50
         100
     """
 
-    rank: int = 1
+    rank: int | Mapping[str, int] = 1
 
     latex: ClassVar[str] = r"W' = W_0 \circ L A,\quad L A = \mathbf{1}\mathbf{1}^\top \text{ at the start}"
     reference: ClassVar = Reference(
@@ -62,39 +63,45 @@ class FLoRA(Transform):
     )
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if isinstance(self.rank, int) and self.rank < 1:
             raise ValueError(f"rank {self.rank} is below 1")
 
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> FLoRA:
-        rank = min(self.rank, m, n) if clip else self.rank
-        return dataclasses.replace(self, rank=check_rank(rank, m, n, site))
+        rank = chosen(self.rank, site, roles)
+        return dataclasses.replace(self, rank=check_rank(min(rank, m, n) if clip else rank, m, n, site))
 
     def general(self) -> FLoRA:
         return dataclasses.replace(self, rank=1)
 
+    @property
+    def terms(self) -> int:
+        """r at one site."""
+        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
+        return self.rank
+
     def start(self, w: Tensor, given: Given) -> Tensors:
         *batch, m, n = w.shape
-        left = w.new_zeros(*batch, m, self.rank)
+        left = w.new_zeros(*batch, m, self.terms)
         left[..., 0] = 1
-        right = torch.randn(*batch, self.rank, n, generator=generator(given.seed), dtype=torch.float64).to(w)
+        right = torch.randn(*batch, self.terms, n, generator=generator(given.seed), dtype=torch.float64).to(w)
         right[..., 0, :] = 1
         return {"L": left, "A": right}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""
-        return batch * self.rank * (m + n)
+        return batch * self.terms * (m + n)
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         return w0 * (f.L.to(w0.dtype) @ f.A.to(w0.dtype) - 1)
 
     def acts(self, linear: bool) -> bool:
-        return linear and self.rank <= FEW
+        return linear and self.terms <= FEW
 
     def act(self, f: Factors, call: Call) -> Tensor:
         # With u = L₁ − 1 and v = A₁ − 1 the first term less W0 x is W0 (v∘x) + u∘W0 x + u∘W0 (v∘x): no big numbers
         # are subtracted, and it is zero at the start.
         u, v = f.L[..., 0] - 1, f.A[..., 0, :] - 1
         change = call.rows(u) + call.per_row(u + 1) * call.columns(v)
-        for j in range(1, self.rank):
+        for j in range(1, self.terms):
             change = change + call.per_row(f.L[..., j]) * call.columns(f.A[..., j, :])
         return change

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import cayley_neumann_offset, cayley_offset, skew, skew_count
-from svdpeft.factors import Call, Factors, Given, Progress, Tensors
-from svdpeft.methods.base import Reference, Transform, by_shape
+from svdpeft.factors import Call, Factors, Given, Progress, Tensors, by_shape
+from svdpeft.methods.base import Reference, Transform
 from svdpeft.registry import METHODS
 
 
