@@ -75,7 +75,7 @@ def compare(
     else:
         console.print(report.terminal(records))
         console.print(f"report: {out / 'report.md'}   numbers: {out / 'results.csv'}   picture: {out / 'report.png'}")
-    if all("error" in record for record in records):
+    if not any(map(report.finished, records)):
         raise typer.Exit(1)
 
 

@@ -30,13 +30,14 @@ def matches(pattern: str, name: str) -> bool:
         raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
 
 
-def chosen(value: T | Mapping[str, T], site: str, roles: Sequence[str] = ()) -> T:
+def chosen(value: T | Mapping[str, T], site: str, roles: Sequence[str] = (), what: str = "rank") -> T:
     """Return a hyper-parameter at one site: the value, or of a mapping that of the first pattern that matches.
 
     Args:
         value: for all sites, or a mapping from pattern to value.
         site: its name; a part also goes by the name of its layer.
         roles: its further names.
+        what: name of the hyper-parameter, for the message.
 
     Raises:
         ValueError: no pattern matches.
@@ -51,4 +52,4 @@ def chosen(value: T | Mapping[str, T], site: str, roles: Sequence[str] = ()) -> 
     for pattern, found in value.items():
         if any(matches(pattern, name) for name in names):
             return found
-    raise ValueError(f"no pattern of {dict(value)!r} matches {site}; '.*' matches the rest")
+    raise ValueError(f"no pattern of {what}={dict(value)!r} matches {site}; '.*' matches the rest")

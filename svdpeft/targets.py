@@ -30,6 +30,10 @@ BROAD = ("all-linear", "all")
 _KEEPS = "{} keeps references of its own to its weights"
 
 
+class NotDefined(ValueError):
+    """The method is not defined on what it was to adapt: it works on attention, or on inputs, and there are none."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One weight, or one part of it, that will be adapted: where it is used, and by which method."""
@@ -167,7 +171,7 @@ def select(
         wanting = [rule for rule in listed if rule.wants(weight)]
         excluded = next((p for p in exclude if any(matches(p, n) for n in weight.names)), None)
         named = next((rule for rule in wanting if rule.pattern not in BROAD), None)
-        reason, fatal = _why_not(weight, wanting, excluded, trained, shared)
+        reason, error = _why_not(weight, wanting, excluded, trained, shared)
         if reason is None and id(weight.tensor) in taken:
             for rule in wanting[:1]:
                 hits[rule.text] += 1
@@ -175,7 +179,7 @@ def select(
         if reason is None:
             others = [other for other in users[id(weight.tensor)] if other is not weight]
             reason = _why_not_shared(weight, others, listed, exclude)
-            fatal = reason is not None
+            error = ValueError
         if reason is None:
             taken.add(id(weight.tensor))
             same = [weight, *(o for o in users[id(weight.tensor)] if o is not weight)]
@@ -194,8 +198,8 @@ def select(
         selection.skipped[weight.name] = reason
         if named is not None:
             refused.setdefault(named.text, f"{weight.name}: {reason}")
-            if fatal and excluded is None:
-                raise ValueError(f"{weight.name} cannot be adapted: {reason}")
+            if error is not None and excluded is None:
+                raise error(f"{weight.name} cannot be adapted: {reason}")
     for name, module in model.named_modules():
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
             layer, _, parameter = name.rpartition(".parametrizations.")
@@ -206,7 +210,8 @@ def select(
     for rule in listed:
         if hits[rule.text] == 0:
             why = refused.get(rule.text) or unasked.get(rule.text)
-            raise ValueError(_no_site(rule, weights, why, selection.skipped))
+            error = NotDefined if rule.text in unasked and rule.text not in refused else ValueError
+            raise error(_no_site(rule, weights, why, selection.skipped))
     return selection
 
 
@@ -228,36 +233,39 @@ def _check_exclude(model: nn.Module, weights: Sequence[Weight], exclude: Sequenc
 
 def _why_not(
     weight: Weight, wanting: list[Rule], excluded: str | None, trained: set[int], shared: Mapping[int, str]
-) -> tuple[str | None, bool]:
-    """Return why a weight is left, and whether that is an error where it was named."""
+) -> tuple[str | None, type[ValueError] | None]:
+    """Return why a weight is left, and the error that this is where it was named."""
     kind, tensor = weight.kind, weight.tensor
     if not wanting:
         if weight.head:
-            return "output head; name it to adapt it", False
+            return "output head; name it to adapt it", None
         if isinstance(weight.module, nn.RNNBase):
-            return _KEEPS.format(type(weight.module).__name__), False
+            return _KEEPS.format(type(weight.module).__name__), None
         if kind is None:
-            return "a raw parameter; name it to adapt it", False
-        return "not in targets", False
+            return "a raw parameter; name it to adapt it", None
+        return "not in targets", None
     if excluded is not None:
-        return f"excluded by {excluded!r}", False
+        return f"excluded by {excluded!r}", None
     if id(tensor) in trained:
-        return "trained whole", False
+        return "trained whole", None
     if tensor.is_complex():
-        return f"it is {tensor.dtype}: keep real and imaginary part as one real parameter (view_as_complex)", True
+        return f"it is {tensor.dtype}: keep real and imaginary part as one real parameter (view_as_complex)", ValueError
     plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and tensor.element_size() > 1
     if not plain or tensor.layout is not torch.strided:
         what = f"{type(tensor).__name__} of {tensor.dtype}"
-        return f"its weight is a {what}: stored, or quantised, in a way that is not known here", True
+        return f"its weight is a {what}: stored, or quantised, in a way that is not known here", ValueError
     if id(tensor) in shared:
-        return f"it shares memory with {shared[id(tensor)]}, of which it is a view: merging would change both", True
+        return (
+            f"it shares memory with {shared[id(tensor)]}, of which it is a view: merging would change both",
+            ValueError,
+        )
     if computes_without_gradient(weight.module):
-        return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", True
+        return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", ValueError
     if isinstance(weight.module, nn.RNNBase):
-        return _KEEPS.format(type(weight.module).__name__), True
+        return _KEEPS.format(type(weight.module).__name__), ValueError
     if not wanting[0].method.pairs and (reason := wanting[0].method.why_not(kind or Raw())) is not None:
-        return reason, True
-    return None, False
+        return reason, NotDefined
+    return None, None
 
 
 def _why_not_shared(weight: Weight, others: list[Weight], rules: Sequence[Rule], exclude: Sequence[str]) -> str | None:

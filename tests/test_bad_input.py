@@ -67,7 +67,7 @@ def test_unknown_names_get_the_near_miss(net: Net):
     with pytest.raises(ValueError, match="no method is called 'sorza': did you mean 'sorsa'"):
         svdpeft.method("sorza")
     with pytest.raises(ValueError, match="did you mean 'svft'"):
-        svdpeft.cite("svtf")
+        svdpeft.cite("svftt")
     with pytest.raises(AttributeError, match="no attribute 'SORZA'"):
         _ = svdpeft.SORZA
     with refused(net, "'projj'", "did you mean 'proj'"):

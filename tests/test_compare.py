@@ -300,6 +300,33 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
 def test_methods_lists_and_explains():
     names = [row["name"] for row in json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)]
     assert names == svdpeft.methods()
-    assert "arXiv:2409.00055" in CliRunner().invoke(app, ["methods"]).output
     assert "‖LᵀL − I‖_F" in CliRunner().invoke(app, ["methods", "sorsa"]).output
     assert "did you mean 'sorsa'" in CliRunner().invoke(app, ["methods", "sorza"]).stderr
+
+
+def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
+    """CLOVER works on attention, which a CNN has none of: said in the record and in the report, and not run again."""
+    spec = read_spec(
+        model="efficientnet-lite0",
+        methods="clover,head-only",
+        seeds=[0],
+        epochs=1,
+        sizes={"train_size": 32, "test_size": 32},
+    )
+    records = runner.compare(spec, tmp_path)
+    assert "no projection of an attention" in records[0]["undefined"]
+    assert "error" not in records[0]
+    report.write(records, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "## Not defined on this model" in text
+    assert "## Failed" not in text
+    assert [row.label for row in report.rows(records)] == ["HeadOnly"]
+
+
+@pytest.mark.parametrize("name", ["eva", "lora-ga"])
+def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path):
+    sizes = {"train_size": 32, "test_size": 32}
+    spec = read_spec(model="efficientnet-lite0", methods=name, seeds=[0], epochs=1, sizes=sizes)
+    (record,) = runner.compare(spec, tmp_path)
+    assert "error" not in record, record.get("error")
+    assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]

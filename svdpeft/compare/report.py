@@ -57,11 +57,16 @@ HEADINGS = (
 )
 
 
+def finished(record: Record) -> bool:
+    """Whether a run has a result: it did not fail, and its method is defined on the model."""
+    return "error" not in record and "undefined" not in record
+
+
 def rows(records: Sequence[Record]) -> list[Row]:
-    """Return one row per method, best first; failed runs are left out."""
+    """Return one row per method, best first; runs that failed, or could not be, are left out."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        if "error" not in record:
+        if finished(record):
             groups.setdefault(record["label"], []).append(record)
     found = [
         Row(
@@ -104,7 +109,12 @@ def _cells(row: Row) -> list[str]:
 def terminal(records: Sequence[Record]) -> Table:
     """Return the table for a terminal: 80 columns are enough."""
     found = rows(records)
-    table = Table(title=title(records), caption=_failures(records), box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title(records),
+        caption="\n".join(_without(records, "error") + _without(records, "undefined")) or None,
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
     table.title_justify = table.caption_justify = "left"
     cells = [_cells(row) for row in found]
     for i, heading in enumerate(_headings(found)):
@@ -133,14 +143,15 @@ def markdown(records: Sequence[Record]) -> str:
         "",
     ]
     for label, record in {r["label"]: r for r in records}.items():
-        text = record["method"]["text"] if "error" not in record else record["error"]
+        text = record["method"]["text"] if finished(record) else record.get("error") or record["undefined"]
         lines.append(f"- {label}: `{text}`, learning rate {record['identity']['lr']:g}")
     identity = {k: v for k, v in records[0]["identity"].items() if k not in ("method", "seed", "lr")}
     lines += ["", "```python", *(f"{key} = {value!r}" for key, value in identity.items()), "```", ""]
     lines += [f"svdpeft {records[0]['svdpeft']}, git {records[0]['git']}, {records[0]['date']}", ""]
     lines += [", ".join(f"{k} {v}" for k, v in (records[0]["versions"] | records[0]["machine"]).items())]
-    if failures := _failures(records):
-        lines += ["", "## Failed", "", failures]
+    for heading, what in (("Failed", "error"), ("Not defined on this model", "undefined")):
+        if found := _without(records, what):
+            lines += ["", f"## {heading}", "", *(f"- {line}" for line in found)]
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +176,7 @@ def table_csv(records: Sequence[Record]) -> str:
         "attach_seconds",
         "step_seconds",
     )
-    fields += ("peak_memory_bytes", "checkpoint_bytes", "merge_error", "method", "error")
+    fields += ("peak_memory_bytes", "checkpoint_bytes", "merge_error", "method", "error", "undefined")
     text = io.StringIO()
     writer: csv.DictWriter[str] = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -176,7 +187,7 @@ def table_csv(records: Sequence[Record]) -> str:
             "lr": r["identity"]["lr"],
             "method": r["identity"]["method"]["name"],
         }
-        if "error" not in r:
+        if finished(r):
             flat |= {
                 "metric": r["metric"]["name"],
                 "value": r["metric"]["value"],
@@ -192,7 +203,8 @@ def picture(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     found = rows(records)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    many = len(found) > 20
+    figure = Figure(figsize=(11, 7) if many else (8, 5), layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(found):
         low, high = row.mean - min(row.values), max(row.values) - row.mean
@@ -209,7 +221,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
     axes.set(xscale="log", xlabel="trainable parameters, head included", title=title(records))
     axes.set_ylabel(f"{found[0].metric} in %; line: worst to best seed")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, ncols=2 if many else 1, fontsize=8 if many else None)
     figure.savefig(path, dpi=150)
 
 
@@ -225,6 +237,6 @@ def write(records: Sequence[Record], folder: Path) -> None:
         os.replace(temporary, folder / "report.png")
 
 
-def _failures(records: Sequence[Record]) -> str | None:
-    failed = [f"{r['label']}, seed {r['identity']['seed']}: {r['error']}" for r in records if "error" in r]
-    return "\n".join(failed) or None
+def _without(records: Sequence[Record], what: str) -> list[str]:
+    """The runs without a result, for one of the two reasons."""
+    return [f"{r['label']}, seed {r['identity']['seed']}: {r[what]}" for r in records if what in r]

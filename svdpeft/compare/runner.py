@@ -26,6 +26,7 @@ from svdpeft.compare.store import Store, provenance
 from svdpeft.install import attach
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import load
+from svdpeft.targets import NotDefined
 from svdpeft.tasks.base import TaskData
 from svdpeft.training.memory import peak_memory, reset_peak_memory
 from svdpeft.training.trainer import Trainer
@@ -57,6 +58,8 @@ def compare(spec: Spec, out: Path) -> list[dict[str, Any]]:
                 started = time.perf_counter()
                 try:
                     record |= run(spec, entry, seed, _Advance(progress, steps))
+                except NotDefined as reason:  # no failure: a method of attention on a CNN
+                    record["undefined"] = str(reason)
                 except Exception as error:  # recorded: one method's failure does not cost the others their runs
                     record |= {
                         "error": f"{type(error).__name__}: {error}",
@@ -131,7 +134,7 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
     metrics = data.evaluate(model)
     peak = peak_memory()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    factors = sum(site.count for site in adapter.sites.values())
+    factors = adapter.trainable_count - sum(p.numel() for p in adapter.roles().get("whole", []))
     return {
         "method": {**method.to_json(), "text": str(method)},
         "metric": {"name": task.metric, "value": metrics[task.metric]},
