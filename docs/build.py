@@ -58,7 +58,8 @@ def page(name: str) -> str:
     c = card(name)
     title, _, sentence = c.title.partition(": ")
     lines = [f"# {c.cls.__name__}" + (f" (`{name}`)" if c.cls.__name__.lower() != name else "")]
-    lines += [f"{sentence or title}".replace("\n", " "), f"![What is frozen and what trains in {name}]({name}.svg)"]
+    sentence = (sentence or title).replace("\n", " ")
+    lines += [sentence[0].upper() + sentence[1:], f"![What is frozen and what trains in {name}]({name}.svg)"]
     if c.cls.latex:
         lines += [f"$$\n{c.cls.latex}\n$$"]
     if c.formula:
@@ -74,7 +75,9 @@ def page(name: str) -> str:
         differences = c.sections.get("Paper and code", "")
         lines += ["## Paper and code", _list(differences) if differences else "No difference is known."]
     if c.kinds:
-        lines += ["## Layer kinds", _kinds(c), "## Combinations", _table(("with", ""), c.combines)]
+        lines += ["## Layer kinds", _kinds(c)]
+    if c.combines:
+        lines += ["## Combinations", _table(("with", ""), c.combines)]
     if c.cls.reference is not None:
         lines += ["## Citation", c.citation, f"```bibtex\n{c.cls.reference.bibtex()}\n```"]
     lines += [f"*Made from `{c.cls.__module__.replace('.', '/')}.py` by `make docs`.*"]
@@ -86,9 +89,9 @@ def index() -> str:
     lines = [
         "# The method zoo",
         f"{len(METHODS)} methods. Values are those of one {SIDE}×{SIDE} layer with the method's defaults. “LoRA rank” "
-        "is the rank of the plain LoRA that holds the trained adapter exactly. “Not on” names the layer kinds where a "
-        "method is not defined; its page says why.",
-        "| method | trains | values | exact start | LoRA rank | not on | source |\n"
+        "is the rank of the plain LoRA that holds the trained adapter exactly. A method's page says why it is not "
+        "defined on a kind of layer.",
+        "| method | trains | values | exact start | LoRA rank | works on | source |\n"
         "| --- | --- | ---: | --- | ---: | --- | --- |",
     ]
     rows = []
@@ -96,10 +99,9 @@ def index() -> str:
         c = card(name)
         source = c.cls.reference
         link = f"[{source.arxiv}](https://arxiv.org/abs/{source.arxiv})" if source and source.arxiv else ""
-        missing = ", ".join(kind for kind, why in c.kinds.items() if why)
         rows.append(
             f"| [{c.cls.__name__}]({name}.md) | {c.trains} | {f'{c.values:,}' if c.values else ''} | "
-            f"{'yes' if c.exact_start else 'no'} | {c.export_rank or '–'} | {missing} | {link} |"
+            f"{'yes' if c.exact_start else 'no'} | {c.export_rank or '–'} | {c.works} | {link} |"
         )
     lines[-1] += "\n" + "\n".join(rows)
     return "\n\n".join(lines) + "\n"
@@ -114,7 +116,7 @@ def _glance(c: Card) -> str:
         if c.export_rank
         else "no: its update has full rank"
         if c.kinds
-        else "no: it changes parameters of the base",
+        else "no: it changes more than one weight's matrix at a time",
     }
     return _table(("", ""), rows)
 
@@ -131,15 +133,9 @@ def _table(head: tuple[str, str], rows: dict[str, str]) -> str:
     return "\n".join(lines + [f"| {key} | {value} |".replace("\n", " ") for key, value in rows.items()])
 
 
-def _list(text: str) -> str:
-    """Lines of a docstring section as a list; deeper lines belong to the entry above."""
-    entries: list[str] = []
-    for line in text.split("\n"):
-        if line.startswith(" ") and entries:
-            entries[-1] += " " + line.strip()
-        elif line.strip():
-            entries.append(re.sub(r"^(\w+):", r"`\1`:", line.strip()))
-    return "\n".join(f"* {entry}" for entry in entries)
+def _list(entries: str) -> str:
+    """The entries of a docstring section as a list."""
+    return "\n".join("* " + re.sub(r"^(\w+):", r"`\1`:", entry) for entry in entries.split("\n"))
 
 
 def write(folder: Path) -> None:

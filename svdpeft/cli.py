@@ -126,10 +126,8 @@ def methods(
     table.add_column("works on")
     for c in cards:
         start = "exact" if c.exact_start else "off"
-        missing = ", ".join(kind for kind, why in c.kinds.items() if why)
-        works = f"all but {missing}" if missing else "all kinds" if c.kinds else ""
         values = f"{c.values:,}" if c.values else ""
-        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), works)
+        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), c.works)
     console.print(table)
     console.print(
         f"{SIDE}x{SIDE}: values that train at one such layer with the defaults. start: whether the model starts "
@@ -160,14 +158,15 @@ def _print_card(c: Any) -> None:
     for section in ("When to use", "Paper and code", "Args"):
         if section in c.sections:
             show(f"\n{section}", style="bold")
-            show(c.sections[section])
-    if c.kinds:
+            show(c.sections[section].replace("\n", " " if section == "When to use" else "\n"))
+    if c.works:
         show("\nAt a glance", style="bold")
-        missing = [f"{kind} ({why})" for kind, why in c.kinds.items() if why]
-        show(f"trains         {c.trains}\nvalues         {c.parameters} {c.values:,} at 4096x4096 with the defaults")
+        reason = next((f" ({why})" for why in c.kinds.values() if why), "")
+        values = f" {c.values:,} at 4096x4096 with the defaults" if c.values else ""
+        show(f"trains         {c.trains}\nvalues         {c.parameters}{values}")
         show(f"start          {'the base model, bit for bit' if c.exact_start else 'off the base model'}")
-        show(f"as a LoRA      {f'of rank {c.export_rank}' if c.export_rank else 'no: its update has full rank'}")
-        show(f"layer kinds    {'all but ' + '; '.join(missing) if missing else 'all'}")
+        show(f"as a LoRA      {f'of rank {c.export_rank} there' if c.export_rank else 'no'}")
+        show(f"works on       {c.works}{reason}")
         show("\nCombinations", style="bold")
         for what, how in c.combines.items():
             show(f"{what}: {how}")

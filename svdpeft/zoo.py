@@ -29,10 +29,11 @@ class Card:
         sections: of the class's docstring: "When to use", "Paper and code", "Args".
         trains: names of what trains.
         parameters: the formula of the number of values.
-        values: their number at one 4096×4096 layer with the defaults; ``None`` where it depends on the model.
+        values: their number at one 4096×4096 layer with the defaults; ``None`` where a single layer has none.
         exact_start: whether the adapted model starts as the base model.
         export_rank: of the LoRA that holds the trained adapter, at 4096×4096; ``None`` where none does.
-        kinds: layer kind -> why the method is not defined there, or "".
+        kinds: layer kind -> why the method is not defined there, or ""; empty for methods that are not about kinds.
+        works: on which kinds, in a few words.
         combines: what it can be combined with -> "yes", or why not.
     """
 
@@ -49,6 +50,7 @@ class Card:
     exact_start: bool
     export_rank: int | None
     kinds: dict[str, str]
+    works: str
     combines: dict[str, str]
 
 
@@ -84,35 +86,51 @@ def card(name: str) -> Card:
             exact_start=True,
             export_rank=None,
             kinds={},
+            works="",
             combines={},
         )
     method = cls()
     site = Given("a weight", (1, SIDE, SIDE), 0, lambda: None)  # type: ignore[arg-type, return-value]
+    kinds = {} if method.pairs else {kind.name: method.why_not(kind()) or "" for kind in KINDS.values()}
+    missing = ", ".join(kind for kind, why in kinds.items() if why)
     resolved = method.at("a weight", SIDE, SIDE, clip=True)
     return Card(
         **shared,
         trains=", ".join(method.trains),
         parameters=(inspect.getdoc(cls.count) or "").split("\n")[0],
-        values=method.total([site]),
+        values=None if method.pairs else method.total([site]),
         exact_start=method.exact_start,
-        export_rank=resolved.export_rank(SIDE, SIDE),
-        kinds={kind.name: method.why_not(kind()) or "" for kind in KINDS.values()},
+        export_rank=None if method.pairs else resolved.export_rank(SIDE, SIDE),
+        kinds=kinds,
+        works="pairs of attention weights" if method.pairs else f"all but {missing}" if missing else "all kinds",
         combines=_combines(cls),
     )
 
 
 def _sections(doc: str) -> tuple[str, dict[str, str]]:
-    """Take a docstring apart: what comes first, and its sections without their indentation."""
+    """Take a docstring apart: what comes first, and its sections, an entry to a line."""
     found: dict[str, list[str]] = {"": []}
     here = ""
-    for line in doc.split("\n"):
+    for line in doc.replace("``", "`").split("\n"):
         if line.removesuffix(":") in SECTIONS and line.endswith(":"):
             here = line[:-1]
             found[here] = []
         else:
             found[here].append(line)
     texts = {name: inspect.cleandoc("\n" + "\n".join(lines)).strip() for name, lines in found.items()}
-    return texts.pop(""), texts
+    summary = "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in texts.pop("").split("\n\n"))
+    return summary, {name: "\n".join(_entries(text)) for name, text in texts.items()}
+
+
+def _entries(text: str) -> list[str]:
+    """Join lines that were broken: a deeper one, and one after a line that does not end a sentence."""
+    entries: list[str] = []
+    for line in text.split("\n"):
+        if entries and (line.startswith(" ") or not entries[-1].endswith((".", ")", "`"))):
+            entries[-1] += " " + line.strip()
+        elif line.strip():
+            entries.append(line.strip())
+    return entries
 
 
 def _combines(cls: type[PerSite]) -> dict[str, str]:
