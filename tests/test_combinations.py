@@ -26,7 +26,7 @@ def fields(cls: type[PerSite]) -> set[str]:
 
 def defined(cls: type[PerSite]) -> bool:
     """Whether the method is defined on the linear layer of these tests."""
-    return not card(cls.name).kinds["linear"]
+    return not cls.pairs and not card(cls.name).kinds["linear"]
 
 
 def small(cls: type[PerSite]) -> PerSite:
