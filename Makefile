@@ -10,7 +10,7 @@ demo: $(DONE)
 	$(BIN)/svdpeft compare --out runs/demo
 
 test: lint types
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # Every family of timm and many architectures of transformers; writes docs/coverage-*.md.
 coverage-models: $(DONE)

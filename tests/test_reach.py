@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Both, assert_same, close, differs, every_factored, perturb, snapshot
+from helpers import Both, adapt, assert_same, close, differs, every_factored, perturb, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +55,7 @@ UNTOUCHED = pytest.mark.filterwarnings("ignore:1 adapted weights were not touche
 def test_the_first_batch_is_right_already(method: Method):
     """Output and gradients of the very first forward equal those of a model with dense weights W0 + ΔW."""
     model, x = build()
-    adapter = attach(model, method, exclude=["unused"], clip_rank=True)
+    adapter = adapt(model, method, targets="all-linear", exclude=["unused"])
     perturb(adapter)
     assert adapter.unreached == ["attention.qkv", "attention.proj"]
     first = model(x)

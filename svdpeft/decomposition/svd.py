@@ -107,7 +107,8 @@ def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None
     """Return ``rank`` if 1 <= rank <= min(m, n), or another limit, else raise a ValueError that names ``where``."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank {rank!r} at {where} is not a whole number")
-    if not 1 <= rank <= (limit := min(m, n) if limit is None else limit):
+    limit = min(m, n) if limit is None else limit
+    if not 1 <= rank <= limit:
         raise ValueError(f"rank {rank} is outside [1, {limit}] at {where} ({m}x{n})")
     return rank
 

@@ -76,7 +76,7 @@ class LoRAXS(Decomposed):
     def start(self, w: Tensor, given: Given) -> Tensors:
         u, s, vh = self.svd(w, given)
         noise = torch.randn(*s.shape, self._rank, generator=generator(given.seed), dtype=torch.float64)
-        return {"L": u, "C": (self.std * noise).to(w), "A": s.unsqueeze(-1) * vh}
+        return {"L": u, "C": (self.std * noise).to(w) + 0.0, "A": s.unsqueeze(-1) * vh}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r² per matrix."""
