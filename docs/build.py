@@ -32,7 +32,7 @@ print(adapter.summary())
 """
 CALIBRATE = """\
 batches = torch.randn(8, 16, 256)  # yours: a few batches of the data to adapt to
-calibration = svdpeft.calibrate(model, batches, targets=["0"]{more})
+calibration = svdpeft.calibrate({arguments})
 """
 FROZEN, TRAINED, INK = "#c9d3e0", "#f2a65a", "#1f2933"
 HEIGHT, WIDTH, THIN = 1.6, 2.0, 0.45  # of W, and of the inner side of L and A
@@ -47,9 +47,13 @@ def example(name: str) -> str:
     if cls.example:
         return cls.example
     before = more = ""
-    if issubclass(cls, PerSite) and cls.needs:
-        gradients = ", inputs=False, gradients=True, loss=lambda y, batch: y.square().mean()"
-        before, more = CALIBRATE.format(more=gradients if cls.needs == "gradients" else ""), ", calibration=calibration"
+    needs = cls().needs if issubclass(cls, PerSite) else ""
+    if needs:
+        arguments = 'model, batches, targets=["0"]'
+        if needs == "gradients":
+            loss = "loss=lambda y, batch: y.square().mean()"
+            arguments = f"\n    {arguments}, inputs=False, gradients=True, {loss}\n"
+        before, more = CALIBRATE.format(arguments=arguments), ", calibration=calibration"
     return EXAMPLE.format(before=before, name=cls.__name__, more=more)
 
 
@@ -116,7 +120,9 @@ def _glance(c: Card) -> str:
         if c.export_rank
         else "no: its update has full rank"
         if c.kinds
-        else "no: it changes more than one weight's matrix at a time",
+        else "no: a LoRA file has no word for the part of a weight that is one head"
+        if c.combines
+        else "no: it changes parameters of the base",
     }
     return _table(("", ""), rows)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Factors, Progress, by_shape
+from svdpeft.factors import Factors, Progress, by_shape, check_numbers
 from svdpeft.registry import near_miss
 
 AXES = {"L": -2, "C": None, "A": -1}  # of a factor, over which the entries of one triplet are averaged
@@ -61,6 +61,7 @@ class Budget:
     importance: Literal["paper", "code"] = "paper"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.target_rank is not None and self.target_rank <= 0:
             raise ValueError(f"target_rank {self.target_rank} is not positive")
         for name, least in (("t_initial", 0), ("t_final", 0), ("interval", 1), ("total_steps", 1)):
@@ -79,6 +80,8 @@ class Budget:
         """Return a budget, which files write as a mapping."""
         if isinstance(value, Budget):
             return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"allocate={value!r} is neither a Budget nor a mapping of its fields")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in value:
             if name not in known:
@@ -101,10 +104,27 @@ class Budget:
         left = 1 - (step - self.t_initial) / (total - self.t_final - self.t_initial)
         return int((first - last) * left**3 + last)
 
+    def kept(self, first: int, matrices: int) -> int:
+        """Return b_T, the number of triplets that stay of ``first`` in a number of matrices.
+
+        Raises:
+            ValueError: none, or more than there are.
+        """
+        if self.target_rank is None:
+            return max(first * 2 // 3, 1)
+        last = int(self.target_rank * matrices)
+        if not 0 < last <= first:
+            raise ValueError(
+                f"target_rank {self.target_rank} is {last} triplets of the {first} in {matrices} matrices: it must "
+                "leave at least one, and at most as many as the rank gives"
+            )
+        return last
+
     def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         """Look at the gradients that the optimizer will use."""
         total = self._total(progress)
         if progress.step == 1:  # a training that begins knows nothing of an earlier one
+            self.kept(sum(f.L[..., 0, :].numel() for f in sites), sum(f.L[..., 0, 0].numel() for f in sites))
             for f in sites:
                 _forget(f)
         if self.importance == "paper" and (progress.step <= self._last_choice(total) or KEPT not in sites[0].memory):
@@ -120,7 +140,7 @@ class Budget:
         """
         step, total = progress.step, self._total(progress)
         last = self._last_choice(total)
-        if self.importance == "code" and step < last:
+        if self.importance == "code" and (step < last or KEPT not in sites[0].memory):
             self._measure(sites)
         if step < last:
             due = step > self.t_initial and step % self.interval == 0
@@ -180,14 +200,7 @@ class Budget:
         """Return per site which triplets stay, (*b, r). The number that stays is exact: of equal ones the first."""
         scores = [_score(f) for f in sites]
         first = sum(score.numel() for score in scores)
-        if self.target_rank is None:
-            last = first * 2 // 3
-        else:
-            last = int(self.target_rank * sum(score[..., 0].numel() for score in scores))
-        if last > first:
-            raise ValueError(
-                f"target_rank {self.target_rank} is {last} triplets, more than the {first} there are: raise the rank"
-            )
+        last = self.kept(first, sum(score[..., 0].numel() for score in scores))
         flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
         order = flat.argsort(descending=True, stable=True)[: self.triplets(step, total, first, last)]
         keep = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, order, True)

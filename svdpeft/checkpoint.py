@@ -209,10 +209,18 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Copy a saved adapter's tensors into this attached one: how a training run resumes.
 
     Raises:
-        CheckpointError: the file has other tensors or shapes; nothing was copied.
+        CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     path = Path(path)
-    _, saved = _read(path)
+    header, saved = _read(path)
+    for name, site in adapter.sites.items():
+        there = header["sites"].get(name, {})
+        here = json.loads(json.dumps(site.method.to_json()))
+        if there and there["method"] != here:
+            changed = [key for key in here if there["method"].get(key) != here[key]]
+            raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
+        if there and there["hash"] != digest(site.weight.original):
+            raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
     places = {
         f"{name}/{role}": tensor for name, (tensors, _) in _held(adapter).items() for role, tensor in tensors.items()
     }
@@ -289,6 +297,9 @@ def _tied(
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
     *batch, m, n = shape
+    for name in method.tensor_names():
+        if name not in factors._parameters:
+            raise CheckpointError(f"{path / TENSORS}: tensor {site}/{name} is missing, or not of floating point")
     try:
         product = method.product(factors, folded=True)  # L, C and A as they are
         if product is None:

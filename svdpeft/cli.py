@@ -147,6 +147,8 @@ def cite(names: Annotated[list[str], typer.Argument(help="Methods, such as sorsa
         entries = svdpeft.cite(*names)
     except ValueError as error:
         _fail(error)
+    if not entries:
+        _fail(ValueError(f"{', '.join(names)}: no paper to cite"))
     print(entries)  # not through rich: an entry is for a file
 
 
@@ -154,7 +156,8 @@ def _print_card(c: Any) -> None:
     """What a paper's reader wants to know of a method."""
     show = functools.partial(console.print, markup=False, highlight=False)
     show(c.title, style="bold")
-    show(f"\n{c.formula}\n\n{c.summary}" if c.formula else f"\n{c.summary}")
+    show(f"\n{c.formula}\n", soft_wrap=True)  # a formula that is broken in two is not read
+    show(c.summary)
     for section in ("When to use", "Paper and code", "Args"):
         if section in c.sections:
             show(f"\n{section}", style="bold")

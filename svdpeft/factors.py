@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -299,6 +300,16 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if id(p) in _steps:
             _steps[id(p)] += 1
+
+
+def check_numbers(parameters: Any) -> None:
+    """Refuse hyper-parameters, the fields of a dataclass, that are no numbers, or no whole ones where they count."""
+    for name, type_ in ((f.name, f.type) for f in dataclasses.fields(parameters)):
+        value = getattr(parameters, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} {value} is not a finite number")
+        if type_ in ("int", "int | None") and isinstance(value, (float, bool)):
+            raise ValueError(f"{name} {value!r} is not a whole number")
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,19 +86,24 @@ def _build(
     choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
 ) -> list[tuple[Choice, PerSite, Factors]]:
     """Make the factors of every site; nothing of the model changes."""
-    known = [given(choice, seed, calibration, i) for i, choice in enumerate(choices)]
+    before: Counter[str] = Counter()  # sites of the same rule: what else is adapted says nothing about them
+    known = []
+    for choice in choices:
+        known.append(given(choice, seed, calibration, before[repr(choice.method)]))
+        before[repr(choice.method)] += 1
     for choice, site in zip(choices, known, strict=True):
         _check_seen(choice, site, calibration)
     resolved: dict[int, PerSite] = {}
     shared: dict[int, dict[str, Tensor]] = {}
-    for method in list(dict.fromkeys(repr(choice.method) for choice in choices)):  # the methods of several rules
+    places = {id(site): i for i, site in enumerate(known)}
+    for method in before:  # the methods of several rules
         positions = [i for i, choice in enumerate(choices) if repr(choice.method) == method]
         sites = [known[i] for i in positions]
         found = choices[positions[0]].method.resolve(sites, clip)
         resolved |= dict(zip(positions, found, strict=True))
         for one, group in grouped(found, sites).values():
             tied = share(one.share(group), one.trains)
-            shared |= {site.position: tied for site in group}
+            shared |= {places[id(site)]: tied for site in group}
     built = []
     for i, choice in enumerate(tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None)):
         _check_dropout(choice)

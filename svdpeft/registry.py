@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=type)
 
@@ -28,8 +29,9 @@ def near_miss(name: str, known: Iterable[str]) -> str:
         "did you mean 'sorsa'? Known: lora, sorsa"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    spelled = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    hint = f"did you mean {spelled[close[0]]!r}? " if close else ""
     shown = ", ".join(known[:40]) + (f", … ({len(known)} in all)" if len(known) > 40 else "")
     return f"{hint}Known: {shown or 'none'}"
 
@@ -75,6 +77,19 @@ class Registry(Generic[T]):
         if name not in self._classes:
             raise ValueError(f"no {self.what} is called {name!r}: {near_miss(name, self._classes)}")
         return self._classes[name]
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Any:
+        """Build an entry from its options.
+
+        Raises:
+            ValueError: no entry, or none of its options, has the name; with the near miss.
+        """
+        cls = self[name]
+        known = list(inspect.signature(cls).parameters)
+        for option in options:
+            if option not in known:
+                raise ValueError(f"{name} has no hyper-parameter {option!r}: {near_miss(option, known)}")
+        return cls(**options)
 
     def __iter__(self) -> Iterator[str]:
         self._fill()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Progress
+from svdpeft.factors import Progress, check_numbers
 
 CORRECTION = 0.05  # of the controller: what a ratio of error and target does to its memory, as an exponent
 REACH = 10.0  # the ratio is cut to [1/10, 10]
@@ -35,6 +35,7 @@ class Schedule:
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("start", "end"):
             if getattr(self, name) < 0:
                 raise ValueError(f"gamma: {name} {getattr(self, name)} is negative")
@@ -81,6 +82,7 @@ class Adaptive:
     high: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.target <= 0:
             raise ValueError(f"gamma: target {self.target} is not positive; mode='retract' holds it at zero")
         if not 0 < self.low <= self.start <= self.high:
@@ -103,6 +105,8 @@ def read_gamma(value: float | Schedule | Adaptive | Mapping[str, Any]) -> float 
             raise ValueError(f"gamma {dict(value)}: {error}") from error
     if isinstance(value, (Schedule, Adaptive)):
         return value
+    if isinstance(value, (str, bool)):
+        raise ValueError(f"gamma {value!r} is neither a number, a Schedule nor an Adaptive")
     if value < 0:
         raise ValueError(f"gamma {value} is negative")
     return value

@@ -263,6 +263,8 @@ def _why_not(
         return f"{type(weight.module).__name__} computes under no_grad: nothing would train there", ValueError
     if isinstance(weight.module, nn.RNNBase):
         return _KEEPS.format(type(weight.module).__name__), ValueError
+    if wanting[0].method.needs == "inputs" and kind is not None and kind.sees and not kind.called(weight.module):
+        return "its layer is read and never called, so nobody sees the inputs that the method starts from", NotDefined
     if not wanting[0].method.pairs and (reason := wanting[0].method.why_not(kind or Raw())) is not None:
         return reason, NotDefined
     return None, None

@@ -10,6 +10,7 @@ from svdpeft.allocation import Budget
 from svdpeft.factors import Given
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.methods.dora import DoRA
+from svdpeft.methods.lora import LoRA
 from svdpeft.registry import KINDS, METHODS
 
 SIDE = 4096  # of the square layer whose values the tables count
@@ -141,8 +142,11 @@ def _combines(cls: type[PerSite]) -> dict[str, str]:
         try:
             make()
         except (TypeError, ValueError) as error:
-            return str(error)
+            return str(error).removeprefix("rs=True: ")
         return "yes"
+
+    if "inner" in fields:
+        return {**dict.fromkeys(_combines(LoRA), "as its inner method"), "DoRA(…) on top": attempt(lambda: DoRA(cls()))}
 
     ranked = "rank" in fields
     return {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import svdpeft
-from svdpeft import SORSA, SVFT, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA
+from svdpeft import SORSA, SVFT, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA, attach
 from svdpeft.training.state import FILE, load_training_state, save_training_state
 
 LEFT_OUT = "has not done its own step"
@@ -212,7 +212,7 @@ def test_the_number_of_steps_may_be_in_the_budget():
         (lambda: AdaLoRA(gamma=-1.0), "gamma -1.0 is negative"),
         (lambda: AdaLoRA(regulariser="sum"), "regulariser 'sum' is neither"),
         (lambda: AdaLoRA(scaling="rank"), "scaling 'rank' is neither"),
-        (lambda: SVFT(allocate=Budget()), "sum of triplets.*SVFT is none"),
+        (lambda: SVFT(allocate=Budget()), "sum of triplets.*not offered for SVFT"),
     ],
 )
 def test_bad_values_are_named(make_it, words: str):
@@ -221,7 +221,7 @@ def test_bad_values_are_named(make_it, words: str):
 
 
 def test_a_target_above_the_rank_and_a_schedule_without_steps_are_named():
-    with pytest.raises(ValueError, match=r"target_rank 5 is 10 triplets, more than the 8 there are"):
+    with pytest.raises(ValueError, match=r"target_rank 5 is 10 triplets of the 8 in 2 matrices"):
         Loop(AdaLoRA(rank=4, allocate=Budget(target_rank=5))).step()
     with pytest.raises(ValueError, match="leave none of 8 steps"):
         Loop(AdaLoRA(rank=4, allocate=Budget(t_initial=4, t_final=4))).step()
@@ -384,3 +384,28 @@ def test_a_loop_by_hand_goes_on_as_well(tmp_path):
     save_training_state(plain, tmp_path / "none")
     assert not (tmp_path / "none").exists(), "there is nothing to remember"
     load_training_state(plain, tmp_path)
+
+
+@pytest.mark.parametrize("importance", ["paper", "code"])
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_budget_leaves_something_even_of_one_triplet(importance: str, total: int):
+    """Two thirds of one triplet are one, and a choice that is fixed at the first step has looked at it."""
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    method = AdaLoRA(rank=1, allocate=Budget(importance=importance, total_steps=total))  # type: ignore[arg-type]
+    adapter = attach(model, method, ["0"])
+    optimizer, x = torch.optim.SGD(adapter.parameters(), lr=0.5), torch.randn(4, 6).double()
+    for _ in range(total):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        adapter.before_step(0.5)
+        optimizer.step()
+        adapter.after_step()
+    assert bool(adapter.delta("0").abs().max() > 0)
+
+
+def test_a_target_that_leaves_nothing_is_refused_at_the_first_step():
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter = attach(model, LoRA(rank=2, allocate=Budget(target_rank=0.4, t_initial=5, total_steps=9)), ["0"])
+    model(torch.randn(4, 6)).sum().backward()
+    with pytest.raises(ValueError, match=r"target_rank 0\.4 is 0 triplets of the 2"):
+        adapter.before_step(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -285,3 +286,34 @@ def test_an_rwkv_that_rescales_its_weights_is_refused():
         attach(model, LoRA(rank=2), targets="rwkv")
     model.config.rescale_every = 0
     assert len(attach(model, LoRA(rank=2), targets="rwkv").sites) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: svdpeft.LoRA(alpha=math.nan), "alpha nan is not a finite number"),
+        (lambda: svdpeft.SORSA(gamma=math.inf), "gamma inf is not a finite number"),
+        (lambda: svdpeft.TinyLoRA(u=2.5), "u 2.5 is not a whole number"),
+        (lambda: svdpeft.OFT(block_size=4.0), "block_size 4.0 is not a whole number"),
+        (lambda: svdpeft.Budget(target_rank=math.nan), "target_rank nan is not a finite number"),
+        (lambda: svdpeft.SORSA(gamma="adaptive"), "neither a number, a Schedule nor an Adaptive"),
+        (lambda: svdpeft.AdaLoRA(allocate=True), "neither a Budget nor a mapping"),
+        (lambda: svdpeft.DoRA({"name": "lora", "rnak": 2}), "did you mean 'rank'"),
+    ],
+)
+def test_numbers_that_are_none_and_parts_that_are_none_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("method", [svdpeft.OFT(block_size=2), svdpeft.BOFT(block_size=2), svdpeft.FLoRA()])
+def test_a_weight_of_zeros_cannot_be_turned_or_scaled(method):
+    model = nn.Sequential(nn.Linear(4, 3))
+    nn.init.zeros_(model[0].weight)
+    with refused(model, "0 (3x4) is all zero"):
+        svdpeft.attach(model, method, ["0"])
+
+
+def test_names_are_found_whatever_their_case():
+    with pytest.raises(ValueError, match="did you mean 'sorsa'"):
+        svdpeft.method("SORSA")

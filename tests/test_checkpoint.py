@@ -402,8 +402,8 @@ def test_restore_refuses_another_adapter(tmp_path: Path):
     adapter.save(tmp_path / "a")
     adapter.detach()
     for method, words in [
-        (PiSSA(rank=2), "only one of them has the tensor layer/C"),
-        (SORSA(rank=3), r"layer/.* is \[.*2.*\] there, \[.*3.*\] here"),
+        (PiSSA(rank=2), "another method at layer: name differs"),
+        (SORSA(rank=3), "another method at layer: rank differs"),
         (HeadOnly(), "only one of them has the tensor"),
     ]:
         other = adapt(model, method)
@@ -430,3 +430,21 @@ def test_restore_into_a_merged_adapter_is_seen_in_the_output(tmp_path: Path):
         assert snapshot(model) == before
     else:
         torch.testing.assert_close(model(x), out, rtol=1e-10, atol=1e-12)
+
+
+def test_a_file_without_start_values_or_with_whole_numbers_is_refused(tmp_path):
+    """Edited by hand, header and tensors alike: without L0 the start would silently be the trained L."""
+    for change in (lambda t: t.pop("layer/L0"), lambda t: t.update({"layer/L": t["layer/L"].long()})):
+        model = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+        adapter = attach(model, PiSSA(rank=2), ["layer"])
+        adapter.save(tmp_path / "a")
+        adapter.detach()
+        tensors = load_file(tmp_path / "a" / "adapter.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "a" / "adapter.safetensors")
+        header = json.loads((tmp_path / "a" / "adapter.json").read_text())
+        shapes = header["sites"]["layer"]["tensors"]
+        header["sites"]["layer"]["tensors"] = {k: v for k, v in shapes.items() if f"layer/{k}" in tensors}
+        (tmp_path / "a" / "adapter.json").write_text(json.dumps(header))
+        with refused(model, "missing, or not of floating point", error=CheckpointError):
+            load(model, tmp_path / "a")

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import equal_bits, perturb, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import svdpeft
 from svdpeft import CheckpointError, FRoD, LoRA, PiCa, RandLoRA, TinyLoRA, VeRA, attach, load
 from svdpeft.adapter import Adapter
 from svdpeft.checkpoint import restore
@@ -520,3 +522,22 @@ def test_sharing_methods_beside_others_in_one_model():
     perturb(adapter)
     model(x).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_sites_of_another_rule_do_not_count_when_consecutive_sites_are_tied():
+    """TinyLoRA(tie=2) beside LoRA: pairs of its own sites, as without the other rule."""
+    blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 5), "v": nn.Linear(6, 5)}) for _ in range(4)])
+    alone = attach(blocks, TinyLoRA(u=3, tie=2), ["q"])
+    assert alone.trainable_count == 6
+    alone.detach()
+    both = attach(blocks, targets={"q": TinyLoRA(u=3, tie=2), "v": LoRA(rank=1)})
+    assert both.trainable_count == 6 + 4 * 11
+
+
+def test_a_stock_trainer_that_would_save_shared_tensors_is_refused(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
+    adapter = attach(model, VeRA(rank=2), ["0", "1"])
+    callback = svdpeft.AdapterCallback(adapter)
+    args = transformers.TrainingArguments(str(tmp_path), save_strategy="steps", use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"use svdpeft\.Trainer"):
+        callback.on_train_begin(args, transformers.TrainerState(), transformers.TrainerControl())

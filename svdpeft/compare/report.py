@@ -119,8 +119,8 @@ def terminal(records: Sequence[Record]) -> Table:
     cells = [_cells(row) for row in found]
     for i, heading in enumerate(_headings(found)):
         if heading != "in factors":  # the report has it
-            width = max((len(row[i]) for row in cells), default=0)
-            table.add_column(heading, justify="left" if i == 0 else "right", min_width=width)
+            width = max((len(row[i]) for row in cells), default=0) if i else None  # a long label folds
+            table.add_column(heading, justify="right" if i else "left", min_width=width, overflow="fold")
     for row in cells:
         table.add_row(*(Text(cell) for heading, cell in zip(HEADINGS, row, strict=True) if heading != "in factors"))
     return table

@@ -122,12 +122,7 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
     for word in words:
         table = dict(word) if isinstance(word, Mapping) else _read_word(word)
         name, label, lr = table.pop("name"), table.pop("label", None), table.pop("lr", None)
-        cls = METHODS[name]
-        fields = {f.name for f in dataclasses.fields(cls)}
-        for option in table:
-            if option not in fields:
-                raise ValueError(f"{name} has no hyper-parameter {option!r}: {near_miss(option, fields)}")
-        method = cls(**table)
+        method = METHODS.make(name, table)
         label = label or _label(method, table)
         entries.append(Entry(label, method, float(lr or rates.get(label, rates.get(name, 1e-3)))))
     labels = [entry.label for entry in entries]

@@ -56,8 +56,8 @@ def noise(q: Tensor) -> float:
 
 def polar(q: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal columns, U Vᵀ of Q = U Σ Vᵀ, (*b, m, r)."""
-    u, _, vh = torch.linalg.svd(q, full_matrices=False)
-    return u @ vh
+    u, _, vh = torch.linalg.svd(q.to(torch.promote_types(q.dtype, torch.float32)), full_matrices=False)
+    return (u @ vh).to(q.dtype)
 
 
 def _gram_error(q: Tensor) -> Tensor:

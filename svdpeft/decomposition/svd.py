@@ -98,8 +98,8 @@ def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
         raise ValueError(f"{where} ({shape}) holds {bad} NaN or infinite values of {w.numel()}")
     if peak == 0 and not zero:
         raise ValueError(
-            f"{where} ({shape}) is all zero, so it has no singular vectors: exclude it, or use a method that does "
-            "not start from the weight, such as LoRA"
+            f"{where} ({shape}) is all zero, so it has no singular vectors, and nothing to turn or to scale: exclude "
+            "it, or use a method that does not start from the weight, such as LoRA"
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from svdpeft.allocation import Budget
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
-from svdpeft.factors import Call, Factors, Given, Progress, Tensors
+from svdpeft.factors import Call, Factors, Given, Progress, Tensors, check_numbers
 from svdpeft.patterns import chosen
 
 
@@ -98,6 +98,9 @@ class PerSite(Method):
     settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
     pairs: ClassVar[tuple[str, ...]] = ()  # it decomposes products of an attention's weights by head: "qk", "vo"
     needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     # -- what a method defines ----------------------------------------------------------------------------------
 
@@ -217,6 +220,10 @@ class PerSite(Method):
         """Build the site's tensors."""
         return Factors(self.start(given.weight(), given), self.trains, given.shared, given.shape)
 
+    def tensor_names(self) -> list[str]:
+        """Names that the tensors of a site are known to have."""
+        return list(self.trains)
+
     def total(self, sites: Sequence[Given], clip: bool = True) -> int:
         """Number of values that train on these sites together, what they share counted once."""
         resolved = self.resolve(sites, clip)
@@ -247,6 +254,7 @@ class Factored(PerSite):
     pruned: ClassVar[tuple[str, ...]] = ()  # a triplet is out when these are at their start; (): has no triplets
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
         if self.alpha is not None and self.alpha <= 0:
@@ -258,11 +266,9 @@ class Factored(PerSite):
             if not self.pruned:
                 raise ValueError(
                     "allocate works with methods whose update is a sum of triplets that can be left out one by one, "
-                    f"such as AdaLoRA, SORSA, PiSSA and LoRA: {type(self).__name__} is none"
+                    f"such as AdaLoRA, SORSA, PiSSA and LoRA; it is not offered for {type(self).__name__}"
                 )
             object.__setattr__(self, "allocate", Budget.of(self.allocate))
-
-    # -- what a method defines ------------------------------------------------------------------------------------
 
     def core(self, f: Factors) -> Tensor | None:
         """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
@@ -323,8 +329,11 @@ class Factored(PerSite):
         """Build the site's factors, with the start values of those that train if the method is anchored."""
         tensors = self.start(given.weight(), given)
         if self.anchored:
-            tensors |= {f"{name}0": tensors[name].clone() for name in ("L", "C", "A") if name in self.trains}
+            tensors |= {f"{name}0": tensors[name].clone() for name in "LCA" if name in self.trains}
         return Factors(tensors, self.trains, given.shared, given.shape)
+
+    def tensor_names(self) -> list[str]:
+        return [*self.trains, *(f"{name}0" for name in "LCA" if self.anchored and name in self.trains)]
 
     def now(self, f: Factors) -> Product:
         """Return s [L C A] as it is now."""

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import skew_count
+from svdpeft.decomposition import check_matrix, skew_count
 from svdpeft.factors import Call, Factors, Given, Tensors
 from svdpeft.methods.base import Reference, Transform
 from svdpeft.methods.oft import block_sizes, blockwise, check_block_size, fitting, turns
@@ -73,6 +73,7 @@ class BOFT(Transform):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_block_size(self.block_size)
         if self.butterflies < 1:
             raise ValueError(f"butterflies {self.butterflies} is below 1")
@@ -97,6 +98,7 @@ class BOFT(Transform):
         return dataclasses.replace(self, block_size=2, butterflies=1)
 
     def start(self, w: Tensor, given: Given) -> Tensors:
+        check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, n = w.shape
         q = w.new_zeros(*batch, self.butterflies, n // self.block_size, skew_count(self.block_size))
         return {"Q": q, "s": w.new_ones(*batch, m)}
@@ -109,7 +111,8 @@ class BOFT(Transform):
         return dataclasses.replace(self, block_size=value, butterflies=self.butterflies if value % 2 == 0 else 1)
 
     def knob_values(self, sites: Sequence[Given]) -> Sequence[int]:
-        return block_sizes(sites)
+        # A larger block leaves room for fewer butterflies: the counts need not grow with it.
+        return sorted(block_sizes(sites), key=lambda size: self.turned(size).total(sites))
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         s = f.s.to(w0.dtype).unsqueeze(-1)

@@ -30,7 +30,7 @@ class CorDA(Decomposed):
     When to use:
         With "ipm" where data of the new task is at hand and speed of convergence counts; with "kpm" and data of what is
         to be kept, where forgetting counts. Needs ``svdpeft.calibrate`` over some hundred samples, n² numbers per site
-        meanwhile, and a solve and an SVD per site; afterwards it costs what LoRA costs. Not for weights that are read
+        meanwhile, and a solve and an SVD per site; afterwards it costs what PiSSA costs. Not for weights that are read
         and never called.
 
     Paper and code:

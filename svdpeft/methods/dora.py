@@ -84,6 +84,7 @@ class DoRA(Transform):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner = self.inner
         if isinstance(inner, str):
             inner = METHODS[inner]()
@@ -91,7 +92,7 @@ class DoRA(Transform):
             options = dict(inner)
             if "name" not in options:
                 raise ValueError(f"inner={inner!r} lacks 'name', the registry name of a method")
-            inner = METHODS[options.pop("name")](**options)
+            inner = METHODS.make(options.pop("name"), options)
         if not isinstance(inner, Factored):
             raise ValueError(
                 f"inner={inner}: DoRA needs the update of a method on the equation, a product of thin factors, to know "
@@ -115,11 +116,9 @@ class DoRA(Transform):
         inner = self.inner.factors(given)
         norm = torch.linalg.vector_norm(w, dim=self._summed)
         own = {name: t for name, t in inner.tensors().items() if name not in inner.tied}
-        moved = (
-            norm
-            if self.exact_start
-            else torch.linalg.vector_norm(w + self.inner.update(inner).dense(), dim=self._summed)
-        )
+        moved = norm
+        if not self.exact_start:
+            moved = torch.linalg.vector_norm(w + self.inner.update(inner).dense(), dim=self._summed)
         return own | {"mag": moved.detach().clone(), "norm0": norm}
 
     def gain(self, f: Factors, w0: Tensor, update: Product) -> Tensor:
@@ -129,9 +128,10 @@ class DoRA(Transform):
             left, right, w = right.mT, left.mT, w.mT
         growth = (left * (2 * (w @ right.mT) + left @ (right @ right.mT))).sum(-1)  # ‖W0 + ΔW‖² − ‖W0‖²
         norm0 = f.norm0.to(w0.dtype)
-        square = norm0.square() + growth
-        some = square > 0  # a row of zeros has no direction
-        norm = torch.where(some, square, 1.0).sqrt()
+        some = (norm0 > 0) | (growth > 0)  # a row of zeros has no direction
+        # Where ΔW takes away all but a thousandth of a row, what is left of the difference is rounding (float32).
+        floor = torch.finfo(w0.dtype).eps * norm0.square()
+        norm = torch.where(some, torch.maximum(norm0.square() + growth, floor), 1.0).sqrt()
         norm = norm if self.norm_gradient else norm.detach()
         return torch.where(some, f.mag.to(w0.dtype) / norm, 1.0)
 
@@ -176,6 +176,9 @@ class DoRA(Transform):
     keeps_state = _of_inner("keeps_state")
     before_step = _of_inner("before_step")
     after_step = _of_inner("after_step")
+
+    def tensor_names(self) -> list[str]:
+        return [*self.inner.tensor_names(), "mag", "norm0"]
 
     @property
     def trains(self) -> tuple[str, ...]:  # type: ignore[override]

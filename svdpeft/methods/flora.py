@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import check_rank
+from svdpeft.decomposition import check_matrix, check_rank
 from svdpeft.factors import Call, Factors, Given, Tensors
 from svdpeft.methods.base import Reference, Transform, generator
 from svdpeft.patterns import chosen
@@ -63,6 +63,7 @@ class FLoRA(Transform):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.rank, int) and self.rank < 1:
             raise ValueError(f"rank {self.rank} is below 1")
 
@@ -80,6 +81,7 @@ class FLoRA(Transform):
         return self.rank
 
     def start(self, w: Tensor, given: Given) -> Tensors:
+        check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, n = w.shape
         left = w.new_zeros(*batch, m, self.terms)
         left[..., 0] = 1

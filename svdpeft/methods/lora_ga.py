@@ -29,7 +29,7 @@ class LoRAGA(Decomposed):
     When to use:
         Where training is short and the first steps count: a few batches of the training data give the gradients. Needs
         ``svdpeft.calibrate(…, gradients=True)``, which takes the memory of one step of full fine-tuning without an
-        optimizer; afterwards it costs what LoRA costs. Of a small matrix with fewer than 2r singular triplets, L takes
+        optimizer; afterwards it costs what PiSSA costs. Of a small matrix with fewer than 2r singular triplets, L takes
         the last r of those that there are.
 
     Paper and code:

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import cayley_neumann_offset, cayley_offset, skew, skew_count
+from svdpeft.decomposition import cayley_neumann_offset, cayley_offset, check_matrix, skew, skew_count
 from svdpeft.factors import Call, Factors, Given, Progress, Tensors, by_shape
 from svdpeft.methods.base import Reference, Transform
 from svdpeft.registry import METHODS
@@ -77,6 +77,7 @@ class OFT(Transform):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_block_size(self.block_size)
         if self.eps is not None and self.eps <= 0:
             raise ValueError(f"eps {self.eps} is not positive; None does not constrain the rotations")
@@ -90,6 +91,7 @@ class OFT(Transform):
         return dataclasses.replace(self, block_size=2)
 
     def start(self, w: Tensor, given: Given) -> Tensors:
+        check_matrix(w, given.name)  # of zeros a factor makes zeros
         blocks = 1 if self.block_share else w.shape[-1] // self.block_size
         return {"Q": w.new_zeros(*w.shape[:-2], blocks, skew_count(self.block_size))}
 

@@ -7,7 +7,7 @@
     free           G any r×r matrix
 
 P. Wang, S. Watanabe, H. Van hamme. SSVD: Structured SVD for Parameter-Efficient Fine-Tuning and Benchmarking under
-Domain Shift in ASR. ASRU 2025, arXiv:2509.02830.
+Domain Shift in ASR. arXiv:2509.02830.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ class SSVD(FrozenBases):
         authors="Wang, Pu and Watanabe, Shinji and Van hamme, Hugo",
         title="SSVD: Structured SVD for Parameter-Efficient Fine-Tuning and Benchmarking under Domain Shift in ASR",
         year=2025,
-        venue="IEEE Automatic Speech Recognition and Understanding Workshop",
         arxiv="2509.02830",
     )
 

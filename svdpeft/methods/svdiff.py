@@ -32,7 +32,7 @@ class SVDiff(FrozenBases):
         Personalising an image generator from a handful of pictures: files are tiny, shifts of several subjects can
         be combined, and the strength trades the new subject against what the model knew. A direction whose σ + s δ
         has fallen below zero is gone and gets no gradient any more, so large learning rates kill small directions.
-        U and V are stored beside the weight, as much again as a square weight itself.
+        U and V are stored beside the weight, twice the size of a square one.
 
     Paper and code:
         There is no official code. The community's also shifts norms and biases, each as a spectrum of one value;

@@ -28,8 +28,8 @@ class SVF(Decomposed):
 
     When to use:
         Very few examples, as in few-shot segmentation, where more parameters would be learnt by heart; or to see how
-        far rescaling alone goes. It takes large learning rates. U and V are stored beside the weight, as much again
-        as a square weight itself, and no direction is ever mixed with another: where the task needs new directions,
+        far rescaling alone goes. It takes large learning rates. U and V are stored beside the weight, twice the size
+        of a square one, and no direction is ever mixed with another: where the task needs new directions,
         SVFT's other patterns or LoRA-XS reach further.
 
     Paper and code:

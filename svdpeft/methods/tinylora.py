@@ -47,7 +47,7 @@ class TinyLoRA(Decomposed):
         driver: of the decomposition.
         u: numbers in v.
         tie: 1: each matrix has its own v; a larger number: as many consecutive sites share one; ``"type"``: the sites
-            of one name in all blocks do; ``"all"``: the model does.
+            of one name in all blocks do; ``"all"``: all sites of the rule do.
         split: ``"left"``: Σ_r beside U_r. ``"both"``: √Σ_r on either side.
 
     Example:

@@ -30,8 +30,8 @@ class SVFTransformer2(FrozenBases):
 
     When to use:
         Small composable experts: vectors z of several tasks can be mixed, z = Σ aᵢ zᵢ, and a training by
-        reinforcement has few values to explore. U and V are stored beside the weight, as much again as a square
-        weight itself. Where new directions are needed it falls short, like SVF.
+        reinforcement has few values to explore. U and V are stored beside the weight, twice the size of a
+        square one. Where new directions are needed it falls short, like SVF.
 
     Paper and code:
         The code trains p with z = sigmoid(p), drawn around p = 0.1, and multiplies U diag(σ z) Vᵀ by Σσ / Σ(σ z), so

@@ -30,8 +30,8 @@ class VeRA(Factored):
     """Two vectors per site on a random basis that the whole model shares.
 
     When to use:
-        Where the adapter must be tiny and many are kept: m + r values per weight, an order of magnitude below LoRA of
-        rank 1 on wide layers. A random basis knows nothing of the weight, so r has to be large (256 and more) and the
+        Where the adapter must be tiny and many are kept: m + r values per weight, about half of LoRA's at rank 1
+        on a square one. A random basis knows nothing of the weight, so r has to be large (256 and more) and the
         learning rate about ten times that of LoRA; every forward pays for that r. A file holds the shared pair once.
         Sites of another attachment get another pair: to add a larger layer later, attach it under its own name.
 

@@ -65,6 +65,12 @@ class AdapterCallback(StepCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        shared = next((n for n, site in self.adapter.sites.items() if site.factors.tied), None)
+        if shared is not None and args.save_strategy != "no":
+            raise ValueError(
+                f"{self.adapter.sites[shared].method} shares tensors between sites, which a stock trainer cannot save "
+                "with its model: use svdpeft.Trainer, or save_strategy='no' and adapter.save()"
+            )
         if state.global_step:  # resumed: the trainer has loaded the model, factors and all
             load_training_state(self.adapter, self._folder(args, state))
         if self.adapter.penalty() is not None:
