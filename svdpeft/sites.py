@@ -171,18 +171,25 @@ class Site:
         self.check_stepped(place)
         if isinstance(out, Tensor):  # and no proxy of torch.fx
             self.check_device(out.device)
-        product = self.method.product(self.factors, self.folded)
+        product = self._product(x.device.type, self.folded)
         if x.is_floating_point():  # token ids are neither dropped nor cast
             if self.method.dropout and place.module.training and product is not None:
                 x = F.dropout(x, self.method.dropout)
             x = x.to(out.dtype)
         if product is None:
             return out + self._change(place, x, out, own)
-        product = product.to(out.dtype)  # formed in the factors' own, so that only the result is rounded
+        product = product.to(out.dtype)
         if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
             return out + kind.apply(place.module, x, product)
         add = kind.add_dense if self.dense else kind.add
         return add(place.module, x, out, product)
+
+    def _product(self, device: str, folded: bool) -> Product | None:
+        """The product, formed in the factors' own precision whatever the autocast: only the result is rounded."""
+        if not torch.is_autocast_enabled(device):
+            return self.method.product(self.factors, folded)
+        with torch.autocast(device, enabled=False):
+            return self.method.product(self.factors, folded)
 
     def _change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
         """ΔW x of a method outside the equation: its tensors in their own precision, the layer in its output's."""
@@ -236,7 +243,7 @@ class Site:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.tensor.dtype
         if x.is_floating_point():
             x = x.to(autocast)
-        product = self.method.product(self.factors, folded=True)
+        product = self._product(device, folded=True)
         assert product is not None, "only factors can hold the whole weight"
         return kind.add_bias(place.module, kind.apply(place.module, x, product.to(autocast)))
 
