@@ -140,7 +140,7 @@ class Budget:
         """
         step, total = progress.step, self._total(progress)
         last = self._last_choice(total)
-        if self.importance == "code" and (step < last or KEPT not in sites[0].memory):
+        if self.importance == "code" and (step < last or not sites[0].memory):  # a first and last step looks, too
             self._measure(sites)
         if step < last:
             due = step > self.t_initial and step % self.interval == 0
