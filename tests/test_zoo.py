@@ -45,6 +45,14 @@ def test_a_method_says_what_it_is(name):
 
 
 @every_name
+def test_a_method_supports_the_kinds_that_its_card_lists(name):
+    c = card(name)
+    for kind, why in c.kinds.items():
+        assert c.cls().supports(KINDS[kind]()) == (not why)
+        assert not why or kind in why, "the reason names the kind"
+
+
+@every_name
 def test_the_page_of_a_method_is_there_and_up_to_date(name):
     page, picture = PAGES / f"{name}.md", PAGES / f"{name}.svg"
     assert page.is_file(), f"{name} has no page: run make docs"
