@@ -5,7 +5,7 @@
 
 ΔS = 0 and Q = 0 at the start. α = ±1 in training; afterwards ``adapter.set(coefficient=-0.5)``, and 0 is the base.
 
-M. J. Clark. AntiPaSTO: Self-Supervised Steering of Moral Reasoning. arXiv:2601.07473.
+M. J. Clark. AntiPaSTO: Self-Supervised Honesty Steering via Anti-Parallel Representations. arXiv:2601.07473.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class AntiPaSTO(FrozenBases):
     reference: ClassVar = Reference(
         key="clark2026antipasto",
         authors="Clark, Michael J.",
-        title="AntiPaSTO: Self-Supervised Steering of Moral Reasoning",
+        title="AntiPaSTO: Self-Supervised Honesty Steering via Anti-Parallel Representations",
         year=2026,
         arxiv="2601.07473",
     )
