@@ -511,3 +511,18 @@ def test_a_model_in_half_precision_after_attaching(method: Transform):
     torch.testing.assert_close(model.layer(x.bfloat16()).float(), expected, rtol=0.1, atol=0.1)
     read = operator.attrgetter("layer.weight")(model)
     torch.testing.assert_close(F.linear(x, read.float()), expected, rtol=0.1, atol=0.1)
+
+
+def test_dora_where_the_update_takes_nearly_all_of_a_row_away():
+    """In float32 the norm of what is left is rounding: the gain stays finite, and is not that of a row of zeros."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(64, 64, bias=False)})
+    adapter = attach(model, DoRA(PiSSA(rank=64)), ["layer"])
+    site = adapter.sites["layer"]
+    with torch.no_grad():
+        site.factors.A.mul_(1e-2)  # W' = mag · direction of a hundredth of W0
+    w = site.matrix() + site.base_matrix()
+    torch.testing.assert_close(w.norm(dim=1), site.factors.mag, rtol=1e-2, atol=0)
+    with torch.no_grad():
+        site.factors.A.zero_()
+    assert bool(site.matrix().isfinite().all())

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import equal_bits
+from helpers import equal_bits, perturb
 from test_trainer import WithLoss, arguments, data, make, trainer, values
 from torch import nn
 
 import svdpeft
-from svdpeft import SORSA, Adaptive, LoRA, Schedule
+from svdpeft import SORSA, Adaptive, LoRA, Schedule, attach
+from svdpeft.decomposition.orthonormality import orthonormality_error
 from svdpeft.methods.sorsa import errors, orthonormality_gradient
 from svdpeft.training.callback import StepCallback
 
@@ -290,3 +291,29 @@ def test_side_by_side_with_the_trainer(tmp_path):
     assert by_hand.keys() == by_trainer.keys()
     for name, value in by_hand.items():
         torch.testing.assert_close(by_trainer[name], value, msg=name)
+
+
+def test_the_official_mean_is_over_every_matrix_of_a_batched_site():
+    """A convolution with two groups has two pairs of bases, a linear layer one: the mean is over six errors."""
+    model = nn.ModuleDict({"linear": nn.Linear(7, 5), "conv": nn.Conv1d(8, 6, 2, groups=2)}).double()
+    adapter = attach(model, SORSA(rank=2, mode="gradient", gamma=0.3), "all")
+    perturb(adapter)
+    factors = [site.factors for site in adapter.sites.values()]
+    found = [orthonormality_error(q).reshape(-1) for f in factors for q in (f.L, f.A.mT)]
+    assert torch.cat(found).numel() == 6
+    bases = [p for f in factors for p in (f.L, f.A)]
+    expected = torch.autograd.grad(0.3 / 0.5 * torch.cat(found).mean(), bases)
+    adapter.before_step(peak_lr=0.5)
+    for p, gradient in zip(bases, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_polar_step_in_half_precision():
+    model = nn.Sequential(nn.Linear(9, 7))
+    adapter = attach(model, SORSA(rank=3, mode="retract"), ["0"])
+    model.bfloat16()
+    perturb(adapter)
+    adapter.after_step()
+    for q in (adapter.sites["0"].factors.L, adapter.sites["0"].factors.A.mT):
+        assert q.dtype == torch.bfloat16
+        assert orthonormality_error(q.double()) < 0.05  # rounding of the entries
