@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,28 +85,28 @@ def _build(
     choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
 ) -> list[tuple[Choice, PerSite, Factors]]:
     """Make the factors of every site; nothing of the model changes."""
-    before: Counter[str] = Counter()  # sites of the same rule: what else is adapted says nothing about them
-    known = []
+    rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
+    known: dict[str, Given] = {}
     for choice in choices:
-        known.append(given(choice, seed, calibration, before[repr(choice.method)]))
-        before[repr(choice.method)] += 1
-    for choice, site in zip(choices, known, strict=True):
-        _check_seen(choice, site, calibration)
-    resolved: dict[int, PerSite] = {}
-    shared: dict[int, dict[str, Tensor]] = {}
-    places = {id(site): i for i, site in enumerate(known)}
-    for method in before:  # the methods of several rules
-        positions = [i for i, choice in enumerate(choices) if repr(choice.method) == method]
-        sites = [known[i] for i in positions]
-        found = choices[positions[0]].method.resolve(sites, clip)
-        resolved |= dict(zip(positions, found, strict=True))
+        sites = rules.setdefault(repr(choice.method), [])
+        known[choice.name] = given(choice, seed, calibration, len(sites))
+        sites.append(known[choice.name])
+    for choice in choices:
+        _check_seen(choice, known[choice.name], calibration)
+    methods = {repr(choice.method): choice.method for choice in choices}
+    resolved: dict[str, PerSite] = {}
+    shared: dict[str, dict[str, Tensor]] = {}
+    for rule, sites in rules.items():
+        found = methods[rule].resolve(sites, clip)
+        resolved |= {site.name: method for site, method in zip(sites, found, strict=True)}
         for one, group in grouped(found, sites).values():
             tied = share(one.share(group), one.trains)
-            shared |= {places[id(site)]: tied for site in group}
+            shared |= {site.name: tied for site in group}
     built = []
-    for i, choice in enumerate(tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None)):
+    for choice in tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         _check_dropout(choice)
-        built.append((choice, resolved[i], resolved[i].factors(known[i].sharing(shared.get(i, {})))))
+        site, method = known[choice.name], resolved[choice.name]
+        built.append((choice, method, method.factors(site.sharing(shared.get(choice.name, {})))))
     return built
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ from svdpeft.models import load
 from svdpeft.targets import NotDefined
 from svdpeft.tasks.base import TaskData
 from svdpeft.training.memory import peak_memory, reset_peak_memory
-from svdpeft.training.trainer import Trainer
+from svdpeft.training.trainer import Trainer, returns_loss
 
 CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -171,13 +170,12 @@ def calibration(spec: Spec, model: nn.Module, method: Method, data: TaskData) ->
             yield {name: value.to(device) for name, value in batch.items()}
 
     def call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        return model(**{name: value for name, value in batch.items() if returns_loss or name != "labels"})
+        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
 
     def loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
-        return output.loss if returns_loss else cross_entropy(output, batch["labels"])
+        return output.loss if own else cross_entropy(output, batch["labels"])
 
-    returns_loss = "labels" in inspect.signature(model.forward).parameters
-    gradients = method.needs == "gradients"
+    own, gradients = returns_loss(model), method.needs == "gradients"
     return calibrate(
         model, batches(), spec.targets, spec.exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
     )

@@ -26,6 +26,11 @@ class SVD(NamedTuple):
     s: Tensor
     vh: Tensor
 
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """Return U √Σ (*b, m, r) and √Σ Vᵀ (*b, r, n): two factors of equal size whose product is U Σ Vᵀ."""
+        root = self.s.sqrt()
+        return self.u * root.unsqueeze(-2), root.unsqueeze(-1) * self.vh
+
 
 def truncated_svd(
     w: Tensor,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdpeft.decomposition import Product, kmeans
+from svdpeft.decomposition import Product, canonical_signs, kmeans
 from svdpeft.factors import Factors, Given, Tensors
 from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
@@ -91,9 +91,8 @@ class AdaMSS(Decomposed):
         rows = u.unsqueeze(-3).double() * F.one_hot(label, clusters).mT.unsqueeze(-1)  # (*b, K, m, r)
         _, vectors = torch.linalg.eigh(rows.mT @ rows)  # right singular vectors of U[c], the largest value last
         a = vectors.flip(-1)[..., : self._width].mT  # (*b, K, ρ, r)
-        peak = a.gather(-1, a.abs().argmax(-1, keepdim=True))
         return {
-            "A": torch.where(peak < 0, -a, a).flatten(-3, -2).to(w),
+            "A": canonical_signs(a.mT, a)[1].flatten(-3, -2).to(w),
             "B": w.new_zeros(*u.shape[:-1], self._width),
             "V": vh,
             "label": label,

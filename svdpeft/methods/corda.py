@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import minor_svd
+from svdpeft.decomposition import SVD, minor_svd
 from svdpeft.factors import Given, Tensors
 from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
@@ -91,8 +91,7 @@ class CorDA(Decomposed):
         c = c / mean + self.damp * torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
         wc = w.double() @ c
         u, s, vh = self.svd(wc, given) if self.mode == "ipm" else minor_svd(wc, self._rank, where=given.name)
-        root = s.sqrt()
-        left, right = u * root.unsqueeze(-2), root.unsqueeze(-1) * torch.linalg.solve(c, vh.mT).mT  # C is symmetric
+        left, right = SVD(u, s, torch.linalg.solve(c, vh.mT).mT).balanced()  # C is symmetric
         assert given.statistics is not None
         balance = (mean / given.statistics.count).sqrt()
         return {"L": (left * balance).to(w), "A": (right / balance).to(w)}

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from svdpeft.decomposition import canonical_signs
 from svdpeft.factors import Given, Tensors
 from svdpeft.methods.base import Factored, PerSite, Reference
 from svdpeft.registry import METHODS
@@ -109,8 +110,7 @@ class EVA(Factored):
     def start(self, w: Tensor, given: Given) -> Tensors:
         values, vectors = torch.linalg.eigh(self._scatter(given))
         a = vectors[..., -self._rank :].flip(-1).mT  # (*b, r, n), the largest first
-        peak = a.gather(-1, a.abs().argmax(-1, keepdim=True))
-        a = torch.where(peak < 0, -a, a)
+        a = canonical_signs(a.mT, a)[1]
         if self.whiten:
             sigma = values[..., -self._rank :].flip(-1).clamp(min=0).sqrt()
             a = a / torch.where(sigma > 0, sigma, 1.0).sqrt().unsqueeze(-1)

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import Product, check_matrix, scatter_core
+from svdpeft.decomposition import Product, canonical_signs, check_matrix, scatter_core
 from svdpeft.factors import Factors, Given, Tensors
 from svdpeft.methods.base import Factored, Reference, generator
 from svdpeft.registry import METHODS
@@ -159,5 +159,4 @@ def joint_basis(sites: Sequence[Given], ridge: float) -> Tensor:
             q = torch.linalg.solve_triangular(r, w, upper=True, left=False)
             total += torch.linalg.inv(q.mT @ q + ridge * identity)
         v = r.mT @ torch.linalg.eigh(total / count).eigenvectors
-    peak = v.gather(0, v.abs().argmax(0, keepdim=True))
-    return torch.where(peak < 0, -v, v)
+    return canonical_signs(v, v.mT)[0]

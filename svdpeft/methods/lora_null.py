@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from svdpeft.decomposition import SVD
 from svdpeft.factors import Given, Tensors
 from svdpeft.methods.base import Decomposed, Reference
 from svdpeft.registry import METHODS
@@ -82,8 +83,8 @@ class LoRANull(Decomposed):
         second = given.seen("second", "LoRANull").to(w.device, torch.float64)
         null = torch.linalg.eigh(second).eigenvectors[..., : self._rank]  # (*b, n, r), the smallest first
         u, s, vh = self.svd(w.double() @ null, given)  # of a thin matrix; W0 N Nᵀ has the same u and s
-        root = s.sqrt()
-        return {"L": (u * root.unsqueeze(-2)).to(w), "A": (root.unsqueeze(-1) * (vh @ null.mT)).to(w)}
+        left, right = SVD(u, s, vh @ null.mT).balanced()
+        return {"L": left.to(w), "A": right.to(w)}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix; r m with version="v2"."""

@@ -58,9 +58,8 @@ class MiLoRA(Factored):
     )
 
     def start(self, w: Tensor, given: Given) -> Tensors:
-        u, s, vh = minor_svd(w, self._rank, where=given.name)
-        root = s.sqrt()
-        return {"L": u * root.unsqueeze(-2), "A": root.unsqueeze(-1) * vh}
+        left, right = minor_svd(w, self._rank, where=given.name).balanced()
+        return {"L": left, "A": right}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""

@@ -56,9 +56,8 @@ class PiSSA(Decomposed):
     )
 
     def start(self, w: Tensor, given: Given) -> Tensors:
-        u, s, vh = self.svd(w, given)
-        root = s.sqrt()
-        return {"L": u * root.unsqueeze(-2), "A": root.unsqueeze(-1) * vh}
+        left, right = self.svd(w, given).balanced()
+        return {"L": left, "A": right}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""

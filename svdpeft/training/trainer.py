@@ -22,6 +22,11 @@ from svdpeft.training.memory import peak_memory
 from svdpeft.training.state import load_training_state, save_training_state
 
 
+def returns_loss(model: nn.Module) -> bool:
+    """Whether a model takes labels and gives a loss of its own, as those of transformers do and timm's do not."""
+    return "labels" in inspect.signature(model.forward).parameters
+
+
 class Trainer(transformers.Trainer):
     """Train what the adapter trains, and save that only.
 
@@ -58,7 +63,7 @@ class Trainer(transformers.Trainer):
         self.adapter = adapter
         self.role_lr = dict(role_lr or {})
         self.add_callback(StepCallback(adapter))
-        self._returns_loss = "labels" in inspect.signature(model.forward).parameters
+        self._returns_loss = returns_loss(model)
         if not self._returns_loss:
             self.label_names = ["labels"]
             if self.compute_loss_func is None:
