@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = [
     {"cli"},
     {"compare"},
-    {"training", "tasks", "interop", "zoo"},
+    {"training", "tasks", "analysis", "interop", "zoo"},
     {"models"},
     {"checkpoint"},
     {"install", "calibration"},

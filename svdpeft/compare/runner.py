@@ -130,7 +130,8 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
         trainer.train()
         adapter.save(Path(folder) / "adapter")
         stored = sum(file.stat().st_size for file in (Path(folder) / "adapter").iterdir())
-    metrics = data.evaluate(model)
+    items = data.evaluate(model, data.test)
+    metrics = {name: statistics.fmean(values) for name, values in items.items()}
     peak = peak_memory()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     factors = adapter.trainable_count - sum(p.numel() for p in adapter.roles().get("whole", []))
@@ -138,6 +139,7 @@ def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallba
         "method": {**method.to_json(), "text": str(method)},
         "metric": {"name": task.metric, "value": metrics[task.metric]},
         "metrics": metrics,
+        "items": items,
         "parameters": {"base": base, "factors": factors, "trainable": adapter.trainable_count},
         "sites": len(adapter.sites),
         "attach_seconds": attached,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,46 @@ from svdpeft.models import Loaded
 from svdpeft.registry import TASKS
 
 
+class Evaluate(Protocol):
+    """Judge a model example by example; a metric's value is the mean over the examples."""
+
+    def __call__(
+        self, model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()
+    ) -> dict[str, list[float]]: ...
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more is better: of everything but a loss.
+
+    Example:
+        >>> higher_is_better("accuracy"), higher_is_better("loss")
+        (True, False)
+    """
+    return not metric.endswith("loss")
+
+
 @dataclass(frozen=True)
 class TaskData:
     """A task made ready for one model: what a trainer needs, and how the result is judged.
 
     Args:
         train: training examples, a map-style data set (has a length).
-        test: held-out examples, disjoint from ``train``.
+        validation: examples on which choices are made (a learning rate); disjoint from ``train`` and ``test``.
+        test: held-out examples, looked at once.
         collate: list of examples -> batch, a dict of tensors with the targets under ``labels``.
-        evaluate: ``evaluate(model)`` -> metrics by name on ``test``; the training mode stays as it was.
+        evaluate: ``evaluate(model, examples, metrics)`` -> one number per example, in their order, by metric;
+            ``examples`` is one of the splits; ``metrics`` says which to compute, all of the task's where it is empty.
+            The training mode stays as it was.
     """
 
     train: Dataset[Any]
+    validation: Dataset[Any]
     test: Dataset[Any]
     collate: Callable[[list[Any]], dict[str, Tensor]]
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    evaluate: Evaluate
 
     def __post_init__(self) -> None:
-        for split in ("train", "test"):
+        for split in ("train", "validation", "test"):
             data = getattr(self, split)
             if isinstance(data, Sized) and len(data) == 0:
                 raise ValueError(f"the task's {split} split is empty: nothing to {split} on")
@@ -45,28 +67,32 @@ class Task(ABC):
 
     Args:
         train_size: number of training examples taken.
+        validation_size: number of validation examples taken.
         test_size: number of test examples taken.
     """
 
     train_size: int
+    validation_size: int
     test_size: int
 
     name: ClassVar[str]
     modality: ClassVar[Literal["vision", "language"]]
-    metric: ClassVar[str]  # the key of ``evaluate``'s result that a comparison ranks by; higher is better
+    metric: ClassVar[str]  # what a comparison ranks by
+    metrics: ClassVar[tuple[str, ...]]  # all that ``evaluate`` gives, ``metric`` among them
     num_classes: ClassVar[int | None] = None  # size of a new classification head; None keeps the model's own
 
     @abstractmethod
     def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
-        """Build the data for this model. The test split never depends on ``seed``."""
+        """Build the data for this model. Validation and test split never depend on ``seed``."""
 
-    def check(self, loaded: Loaded, train_limit: int, test_limit: int) -> None:
+    def check(self, loaded: Loaded, *, train: int, validation: int, test: int) -> None:
         """Refuse a model of the other modality and sizes that the data cannot give.
 
         Args:
             loaded: the model that the data is prepared for.
-            train_limit: number of training examples that exist.
-            test_limit: number of test examples that exist.
+            train: number of training examples that exist.
+            validation: number of validation examples that exist.
+            test: number of test examples that exist.
 
         Raises:
             ValueError: the modality differs, or a size is outside [1, limit].
@@ -77,7 +103,7 @@ class Task(ABC):
                 f"task {self.name!r} is for {self.modality} models, but {loaded.name!r} is a "
                 f"{loaded.modality} model; tasks for it: {fitting or 'none'}"
             )
-        for field, limit in (("train_size", train_limit), ("test_size", test_limit)):
+        for field, limit in (("train_size", train), ("validation_size", validation), ("test_size", test)):
             size = getattr(self, field)
             if not 1 <= size <= limit:
                 raise ValueError(f"{field} {size} is outside [1, {limit}] of task {self.name!r}")

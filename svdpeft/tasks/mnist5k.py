@@ -6,7 +6,7 @@ Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to docu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,8 @@ from svdpeft.registry import TASKS
 from svdpeft.tasks.base import Task, TaskData, evaluating
 
 CLASSES = 10
-TEST_POOL = 1000  # the test digits come from these alone, the training digits never do
+TEST_POOL = 1000  # the test digits come from these alone
+VALIDATION_POOL = 500  # the validation digits from these; the training digits are the other 3,500
 EVAL_BATCH = 64
 
 
@@ -101,20 +102,23 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Mnist5k(Task):
     """Ten handwritten digits; accuracy in [0, 1].
 
-    Both subsets are fixed and stratified. The first 1,000 digits of one fixed order are the test pool, the
-    other 4,000 the training pool. A size takes the front of its pool: a larger set contains the smaller one.
-    The seed of a run changes initialisation and batch order, never the digits.
+    The subsets are fixed and stratified. The first 1,000 digits of one fixed order are the test pool, the last 500
+    the validation pool, the 3,500 between them the training pool. A size takes the front of its pool: a larger set
+    contains the smaller one. The seed of a run changes initialisation and batch order, never the digits.
 
     Args:
-        train_size: number of training digits, 1..4000.
+        train_size: number of training digits, 1..3500.
+        validation_size: number of validation digits, 1..500.
         test_size: number of test digits, 1..1000.
     """
 
     train_size: int = 1500
+    validation_size: int = 500
     test_size: int = 1000
 
     modality = "vision"
     metric = "accuracy"
+    metrics = ("accuracy", "loss")
     num_classes = CLASSES
 
     def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
@@ -124,23 +128,31 @@ class Mnist5k(Task):
             ValueError: ``loaded`` is no vision model, or a size is outside its pool.
         """
         images, labels = read(fetch("mnist5k"))
-        self.check(loaded, train_limit=len(labels) - TEST_POOL, test_limit=TEST_POOL)
+        pools = {"test": TEST_POOL, "train": len(labels) - TEST_POOL - VALIDATION_POOL, "validation": VALIDATION_POOL}
+        self.check(loaded, **pools)
         dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
-        order = stratified_order(labels)
+        test, train, validation = stratified_order(labels).split(list(pools.values()))
 
-        def digits(start: int, size: int) -> Digits:
-            chosen = order[start : start + size]
-            return Digits(images[chosen], labels[chosen], loaded.processor, dtype)
+        def digits(pool: Tensor, size: int) -> Digits:
+            return Digits(images[pool[:size]], labels[pool[:size]], loaded.processor, dtype)
 
-        test = digits(0, self.test_size)
+        return TaskData(
+            digits(train, self.train_size),
+            digits(validation, self.validation_size),
+            digits(test, self.test_size),
+            collate,
+            evaluate,
+        )
 
-        def evaluate(model: nn.Module) -> dict[str, float]:
-            right = 0
-            with evaluating(model) as device:
-                # no DataLoader, which would draw a seed from the global generator and so change what follows
-                for chosen in torch.arange(len(test)).split(EVAL_BATCH):
-                    batch = collate([test[int(i)] for i in chosen])
-                    right += int((model(batch["x"].to(device)).argmax(-1).cpu() == batch["labels"]).sum())
-            return {"accuracy": right / len(test)}
 
-        return TaskData(digits(TEST_POOL, self.train_size), test, collate, evaluate)
+def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
+    """Accuracy (1 or 0) and cross-entropy of each picture."""
+    found: dict[str, list[float]] = {"accuracy": [], "loss": []}
+    with evaluating(model) as device:
+        # no DataLoader, which would draw a seed from the global generator and so change what follows
+        for chosen in torch.arange(len(examples)).split(EVAL_BATCH):  # type: ignore[arg-type]
+            batch = collate([examples[int(i)] for i in chosen])
+            logits, labels = model(batch["x"].to(device)).float(), batch["labels"].to(device)
+            found["accuracy"] += (logits.argmax(-1) == labels).float().tolist()
+            found["loss"] += F.cross_entropy(logits, labels, reduction="none").tolist()
+    return {name: values for name, values in found.items() if not metrics or name in metrics}

@@ -1,4 +1,4 @@
-"""Generated arithmetic stories in GSM-8K's format, split into train and test by construction.
+"""Generated arithmetic stories in GSM-8K's format, split into train, validation and test by construction.
 
 A problem is a story and its numbers. A hash of the two decides the side of the split; as every number stands
 in the question, the sides share neither a pair nor a question. Nothing is drawn at random: the order of the
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 Numbers = tuple[int, ...]
 
 # fmt: off
@@ -146,10 +146,11 @@ def digest(*parts: object) -> int:
 
 @cache
 def pool(story: Story, split: Split) -> tuple[Numbers, ...]:
-    """The numbers of a story that lie on this side: a quarter of all that can be solved is for the test."""
+    """The numbers of a story that lie on this side: a quarter is for the test, a quarter for validation."""
 
     def side(numbers: Numbers) -> Split:
-        return "test" if digest(story.question, numbers) % 4 == 0 else "train"
+        quarters: tuple[Split, ...] = ("test", "validation", "train", "train")
+        return quarters[digest(story.question, numbers) % 4]
 
     every = itertools.product(*(range(low, high + 1) for low, high in story.bounds))
     return tuple(numbers for numbers in every if side(numbers) == split and story.values(numbers))

@@ -9,13 +9,14 @@ answers follow GSM-8K (Cobbe et al. 2021, arXiv:2110.14168).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import GenerationConfig
 
@@ -31,6 +32,7 @@ PROMPT = (
 )
 IGNORED = -100  # the label that transformers' losses leave out
 NUMBER = re.compile(r"\s*\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
+EVAL_BATCH = 16
 EXTRA_TOKENS = 8  # decoding may run this much longer than the longest reference answer
 
 
@@ -141,6 +143,21 @@ def decode(
     return [texts[i] for i in range(len(prompts))]
 
 
+def answer_losses(
+    model: nn.Module, examples: Tokenised, collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+) -> list[float]:
+    """Mean cross-entropy of each reference answer's tokens, in nats."""
+    losses: list[float] = []
+    with evaluating(model) as device:
+        for start in range(0, len(examples), EVAL_BATCH):
+            batch = collate([examples[i] for i in range(start, min(start + EVAL_BATCH, len(examples)))])
+            labels = batch.pop("labels")[:, 1:].to(device)  # (B, T-1): what follows each token
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, :-1].float()
+            each = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")  # (B, T-1)
+            losses += (each.sum(-1) / (labels != IGNORED).sum(-1)).tolist()
+    return losses
+
+
 def pad_token(tokenizer: Any) -> int:
     """The padding token's id; the end of text stands in where there is none."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -151,21 +168,24 @@ def pad_token(tokenizer: Any) -> int:
 class WordProblems(Task):
     """Stories of two or three steps with the four operations; accuracy in [0, 1].
 
-    Train and test share neither a question nor a story with its numbers (see ``stories``). Both are fixed:
-    the seed of a run changes initialisation and batch order only.
+    The splits share neither a question nor a story with its numbers (see ``stories``). They are fixed: the seed of a
+    run changes initialisation and batch order only.
 
     Args:
         train_size: number of training problems.
+        validation_size: number of validation problems.
         test_size: number of test problems.
-        data_seed: chooses another set of training problems; the test problems stay.
+        data_seed: chooses another set of training problems; the others stay.
     """
 
     train_size: int = 256
+    validation_size: int = 64
     test_size: int = 64
     data_seed: int = 0
 
     modality = "language"
     metric = "accuracy"
+    metrics = ("accuracy", "loss")
 
     def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
         """Tokenise the problems for this model.
@@ -173,19 +193,27 @@ class WordProblems(Task):
         Raises:
             ValueError: ``loaded`` has no tokenizer or no ``generate``, or a size is outside its limit.
         """
-        self.check(loaded, train_limit=limit("train"), test_limit=limit("test"))
+        self.check(loaded, train=limit("train"), validation=limit("validation"), test=limit("test"))
         tokenizer = loaded.processor
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(f"task {self.name!r} needs a tokenizer with an eos token; {loaded.name!r} has none")
         if not callable(getattr(loaded.model, "generate", None)):
             raise ValueError(f"task {self.name!r} needs a model with generate(); {loaded.name!r} has none")
         train = Tokenised(problems("train", self.train_size, self.data_seed), tokenizer)
+        validation = Tokenised(problems("validation", self.validation_size), tokenizer)
         test = Tokenised(problems("test", self.test_size), tokenizer)
-        longest = max(len(answer) for answer in test.answers)
+        collate = Collator(pad_token(tokenizer))
 
-        def evaluate(model: nn.Module) -> dict[str, float]:
-            texts = decode(model, tokenizer, test.prompts, longest + EXTRA_TOKENS)
-            right = [extract(text) == p.result for text, p in zip(texts, test.problems, strict=True)]
-            return {"accuracy": sum(right) / len(right)}
+        def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
+            assert isinstance(examples, Tokenised)
+            found = {}
+            if not metrics or "accuracy" in metrics:
+                longest = max(len(answer) for answer in examples.answers)
+                texts = decode(model, tokenizer, examples.prompts, longest + EXTRA_TOKENS)
+                pairs = zip(texts, examples.problems, strict=True)
+                found["accuracy"] = [float(extract(text) == problem.result) for text, problem in pairs]
+            if not metrics or "loss" in metrics:
+                found["loss"] = answer_losses(model, examples, collate)
+            return found
 
-        return TaskData(train, test, Collator(pad_token(tokenizer)), evaluate)
+        return TaskData(train, validation, test, collate, evaluate)

@@ -1,0 +1,26 @@
+"""What the commands share: the application, the console, common options, how a user's mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a comparison.")]
+
+
+@app.callback()
+def main() -> None:
+    """SVD-based parameter-efficient fine-tuning on any architecture."""
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print what is wrong, in one line and without a traceback, and exit with 2."""
+    Console(stderr=True).print(f"svdpeft: {error}", style="red", markup=False, highlight=False)
+    raise typer.Exit(2)

@@ -1,0 +1,95 @@
+"""``svdpeft methods`` and ``svdpeft cite``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from svdpeft.cli.app import Json, app, console, fail
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, for its card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or print one method's card."""
+    from svdpeft.registry import METHODS
+    from svdpeft.zoo import SIDE, card
+
+    if name is not None:
+        try:
+            c = card(name)
+        except ValueError as error:
+            fail(error)
+        if as_json:
+            print(json.dumps({**vars(c), "cls": c.cls.__name__}))
+        else:
+            _print_card(c)
+        return
+    cards = [card(each) for each in METHODS]
+    if as_json:
+        print(json.dumps([{**vars(c), "cls": c.cls.__name__} for c in cards]))
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    table.add_column("trains", max_width=22)
+    table.add_column(f"{SIDE}x{SIDE}", justify="right", no_wrap=True)
+    table.add_column("start", no_wrap=True)
+    table.add_column("LoRA", justify="right", no_wrap=True)
+    table.add_column("works on")
+    for c in cards:
+        start = "exact" if c.exact_start else "off"
+        values = f"{c.values:,}" if c.values else ""
+        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), c.works)
+    console.print(table)
+    console.print(
+        f"{SIDE}x{SIDE}: values that train at one such layer with the defaults. start: whether the model starts "
+        "as the base. LoRA: rank of the plain LoRA that holds the trained adapter, – where none does. `svdpeft methods "
+        "NAME` says more, also why a method is not defined on a layer kind.",
+        style="dim",
+        highlight=False,
+    )
+
+
+@app.command()
+def cite(names: Annotated[list[str], typer.Argument(help="Methods, such as sorsa pissa.")]) -> None:
+    """Print the BibTeX entries of methods."""
+    import svdpeft
+
+    try:
+        entries = svdpeft.cite(*names)
+    except ValueError as error:
+        fail(error)
+    if not entries:
+        fail(ValueError(f"{', '.join(names)}: no paper to cite"))
+    print(entries)  # not through rich: an entry is for a file
+
+
+def _print_card(c: Any) -> None:
+    """What a paper's reader wants to know of a method."""
+    show = functools.partial(console.print, markup=False, highlight=False)
+    show(c.title, style="bold")
+    show(f"\n{c.formula}\n", soft_wrap=True)  # a formula that is broken in two is not read
+    show(c.summary)
+    for section in ("When to use", "Paper and code", "Args"):
+        if section in c.sections:
+            show(f"\n{section}", style="bold")
+            show(c.sections[section].replace("\n", " " if section == "When to use" else "\n"))
+    if c.works:
+        show("\nAt a glance", style="bold")
+        reason = next((f" ({why})" for why in c.kinds.values() if why), "")
+        values = f" {c.values:,} at 4096x4096 with the defaults" if c.values else ""
+        show(f"trains         {c.trains}\nvalues         {c.parameters}{values}")
+        show(f"start          {'the base model, bit for bit' if c.exact_start else 'off the base model'}")
+        show(f"as a LoRA      {f'of rank {c.export_rank} there' if c.export_rank else 'no'}")
+        show(f"works on       {c.works}{reason}")
+        show("\nCombinations", style="bold")
+        for what, how in c.combines.items():
+            show(f"{what}: {how}")
+    if c.citation:
+        show(f"\n{c.citation}")
