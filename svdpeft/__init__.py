@@ -13,6 +13,7 @@ from svdpeft.adapter import Adapter, MergeReport
 from svdpeft.allocation import Budget
 from svdpeft.calibration import Calibration, calibrate
 from svdpeft.checkpoint import CheckpointError, load
+from svdpeft.decomposition import svd_cache
 from svdpeft.install import attach
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "method",
     "methods",
+    "svd_cache",
 ]
 
 _LATE = {"Trainer": "svdpeft.training.trainer", "AdapterCallback": "svdpeft.training.callback"}

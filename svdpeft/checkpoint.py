@@ -6,7 +6,6 @@ state. It names the base it was made for by a hash of every adapted weight, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter
+from svdpeft.decomposition import digest
 from svdpeft.factors import Factors, share
 from svdpeft.install import install
 from svdpeft.inventory import users_of_parameters
@@ -42,13 +42,6 @@ PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
 
 class CheckpointError(ValueError):
     """The folder is not an adapter for this model; the model is as it was."""
-
-
-def digest(w: Tensor) -> str:
-    """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
-    w = w.detach().cpu().contiguous()
-    head = f"{w.dtype} {tuple(w.shape)} ".encode()
-    return hashlib.sha256(head + bytes(w.view(torch.uint8).flatten().numpy().data)).hexdigest()[:32]
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from svdpeft import SORSA, SVFT, CheckpointError, HeadOnly, LoRA, PiSSA, attach, checkpoint, load
-from svdpeft.checkpoint import HEADER, TENSORS, digest, restore
+from svdpeft.checkpoint import HEADER, TENSORS, restore
+from svdpeft.decomposition import digest
 
 LINEAR = ("linear", 0)
 

@@ -1,5 +1,6 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
+from svdpeft.decomposition.cache import digest, svd_cache
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
@@ -35,6 +36,7 @@ __all__ = [
     "check_matrix",
     "check_rank",
     "difference",
+    "digest",
     "exact_rank",
     "kmeans",
     "minor_svd",
@@ -43,6 +45,7 @@ __all__ = [
     "scatter_core",
     "skew",
     "skew_count",
+    "svd_cache",
     "top_index",
     "truncated_svd",
 ]

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from svdpeft.decomposition.cache import remembered
+
 Driver = Literal["auto", "exact", "randomized"]
 DRIVERS = ("auto", "exact", "randomized")
 OVERSAMPLING = 16  # extra columns of the sketch
@@ -71,9 +73,12 @@ def truncated_svd(
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
     if driver == "auto":
         driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
-    u, s, vh = _exact(w, where) if driver == "exact" else _randomized(w, rank, seed, where)
-    u, vh = canonical_signs(u[..., :rank], vh[..., :rank, :])
-    return SVD(u.contiguous(), s[..., :rank].clone(), vh.contiguous())  # no view that keeps all of s alive
+    if driver == "exact":
+        u, s, vh = remembered(w, "exact", rank, lambda: _exact(w, where))
+    else:
+        u, s, vh = remembered(w, f"rank{rank}-seed{seed}", rank, lambda: _randomized(w, rank, seed, where))
+    u, vh = canonical_signs(u, vh)
+    return SVD(u.contiguous(), s.clone(), vh.contiguous())  # no view that keeps all of s alive
 
 
 def minor_svd(w: Tensor, rank: int, *, where: str = "the weight") -> SVD:

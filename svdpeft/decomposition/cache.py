@@ -1,0 +1,104 @@
+"""A folder of decompositions: what was computed once is read from then on, by every method and in every process.
+
+A file is named by a hash of the very matrix and of all that decides the result, so that a hit has the same bits as a
+new computation. An exact driver's file holds the full thin SVD, of which each method takes the rank that it wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
+
+
+@contextmanager
+def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Keep every SVD that is computed inside the block in ``folder``, and read what is there already.
+
+    Attaching then costs a hash of each weight and the reading of its factors, where it cost an SVD. On the disk a
+    matrix (m, n) takes min(m, n) (m + n + 1) numbers where the exact driver decomposed it, r (m + n + 1) where the
+    randomized one did. Several processes may share a folder; nothing is ever deleted from it.
+
+    Args:
+        folder: made if need be.
+
+    Yields:
+        The folder.
+
+    Example:
+        >>> with svd_cache("/tmp/svdpeft-svd"):  # doctest: +SKIP
+        ...     adapter = svdpeft.attach(model, svdpeft.SORSA(rank=16))
+    """
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    token = _FOLDER.set(path)
+    try:
+        yield path
+    finally:
+        _FOLDER.reset(token)
+
+
+def digest(w: Tensor) -> str:
+    """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
+    w = w.detach().cpu().contiguous()
+    head = f"{w.dtype} {tuple(w.shape)} ".encode()
+    return hashlib.sha256(head + bytes(w.view(torch.uint8).flatten().numpy().data)).hexdigest()[:32]
+
+
+def remembered(
+    w: Tensor, how: str, rank: int, compute: Callable[[], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first ``rank`` triplets that ``compute`` gives, from the cache where one is open and has them.
+
+    Args:
+        w: what is decomposed, (*b, m, n).
+        how: all that decides the result besides ``w``: the driver and its settings.
+        rank: number of triplets wanted.
+        compute: gives at least ``rank`` triplets ``u`` (*b, m, k), ``s`` (*b, k), ``vh`` (*b, k, n).
+    """
+    folder = _FOLDER.get()
+    if folder is None:
+        return _first(rank, *compute())
+    # Another kind of device or another torch rounds differently: it has its own file.
+    file = folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
+    try:
+        return _read(file, rank, w.device)
+    except (FileNotFoundError, SafetensorError):  # not there, or damaged: it is written again
+        found = compute()
+        _write(file, *found)
+        return _first(rank, *found)
+
+
+def _first(rank: int, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+
+
+def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    with safe_open(file, "pt", device=str(device)) as held:
+        u, s, vh = (held.get_slice(name) for name in ("u", "s", "vh"))
+        return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+
+
+def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        os.close(handle)
+        try:
+            save_file({"u": u.contiguous(), "s": s.contiguous(), "vh": vh.contiguous()}, temporary)
+            os.replace(temporary, file)  # a reader finds a whole file or none
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
+        warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)
