@@ -7,7 +7,7 @@ DONE := $(VENV)/.installed
 .PHONY: demo test lint types docs coverage-models
 
 demo: $(DONE)
-	$(BIN)/svdpeft compare --out runs/demo
+	$(BIN)/svdpeft compare --no-search --out runs/demo
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup

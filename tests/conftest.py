@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -31,6 +32,31 @@ def known_random_state() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == dtype
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The task ``signs`` and a model called ``tiny``; each method at its own learning rate."""
+    from comparison import Net, Signs  # these import transformers, which most tests do without
+
+    from svdpeft.compare import run, runner
+    from svdpeft.models import Loaded
+    from svdpeft.registry import TASKS
+
+    monkeypatch.setitem(TASKS._classes, "signs", Signs)
+    monkeypatch.setattr(Signs, "name", "signs", raising=False)
+    monkeypatch.setattr(Signs, "looked_at", [])
+
+    def load(
+        name: str, *, num_classes: int, image_size: None, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> Loaded:
+        assert name == "tiny"
+        torch.manual_seed(7)
+        return Loaded(Net().to(dtype), name, {}, "vision", "head")
+
+    for module in (runner, run):
+        monkeypatch.setattr(module, "load", load)
+    return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16, "search": False}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -90,8 +90,7 @@ def logits(model: nn.Module, ids: Tensor, chunks: int | Sequence[int] = 0) -> Te
 
     Args:
         model: of ``rwkv.build``, or one here.
-        ids: token numbers, (batch, length); one row where a piece has one token, for which transformers' RWKV-4 takes
-            the rows of a batch for positions.
+        ids: token numbers, (batch, length).
         chunks: lengths of the pieces in which the sequence is given, the model's own state carried over; 1 is one
             token at a time, 0 all at once.
     """
@@ -106,31 +105,25 @@ def logits(model: nn.Module, ids: Tensor, chunks: int | Sequence[int] = 0) -> Te
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy of every next token, for training: with a gradient and without a state."""
-    out = model(ids, use_cache=False).logits if hasattr(model, "config") else _run(model, ids, None)[0]
+    out = model(ids)[0] if isinstance(model, (Plain7, Fla7)) else model(ids, use_cache=False).logits
     return F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def _run(model: nn.Module, ids: Tensor, carried: Any) -> tuple[Tensor, Any]:
-    kind = type(model).__name__
-    if kind == "RwkvForCausalLM":
-        out = model(ids, state=carried, use_cache=True)
-        return out.logits, out.state
-    if kind == "RWKV7ForCausalLM":
+    if isinstance(model, (Plain7, Fla7)):
+        return model(ids, carried)
+    if type(model).__name__ == "RWKV7ForCausalLM":
         out = model(ids, past_key_values=carried, use_cache=True)
         return out.logits, out.past_key_values
-    return model(ids, carried)
+    out = model(ids, state=carried, use_cache=True)
+    return out.logits, out.state
 
 
 def _start(model: nn.Module, batch: int) -> Any:
-    """An empty state, with the recurrence in float64 for a float64 model; by default two of them have it in float32."""
-    kind, dtype = type(model).__name__, next(model.parameters()).dtype
+    """An empty state, with the recurrence in float64 for a float64 model; rwkv7-hf's own has it in float32."""
+    dtype = next(model.parameters()).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    if kind == "RwkvForCausalLM":
-        shape = (batch, model.config.hidden_size, model.config.num_hidden_layers)
-        empty = [torch.zeros(shape, dtype=dtype if i < 2 else wide) for i in range(5)]
-        empty[4] -= 1e30  # a logarithm
-        return empty
-    if kind == "RWKV7ForCausalLM":
+    if type(model).__name__ == "RWKV7ForCausalLM":
         from rwkv7_hf import RWKV7Cache
 
         c = model.config

@@ -2,77 +2,17 @@
 
 import csv
 import json
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from comparison import Net
 from typer.testing import CliRunner
 
 import svdpeft
 from svdpeft.cli import app
-from svdpeft.compare import budget, report, runner
+from svdpeft.compare import budget, report, run, runner
 from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
-from svdpeft.models import Loaded
-from svdpeft.registry import TASKS
-from svdpeft.tasks.base import Task, TaskData
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(12, 20)
-        self.wide = nn.Linear(20, 14)
-        self.head = nn.Linear(14, 2)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.wide(torch.relu(self.body(x)))))
-
-
-@dataclass(frozen=True)
-class Signs(Task):
-    """Is the sum of the inputs positive?"""
-
-    train_size: int = 64
-    test_size: int = 40
-
-    modality: ClassVar = "vision"
-    metric: ClassVar = "accuracy"
-    num_classes: ClassVar = 2
-
-    def prepare(self, loaded, seed=0):
-        def draw(count, seed):
-            x = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
-            return [{"x": row, "labels": (row.sum() > 0).long()} for row in x]
-
-        test = draw(self.test_size, 1)
-
-        def collate(examples):
-            return {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
-
-        @torch.no_grad()
-        def evaluate(model):
-            batch = collate(test)
-            return {"accuracy": (model(batch["x"]).argmax(-1) == batch["labels"]).float().mean().item()}
-
-        return TaskData(draw(self.train_size, 0), test, collate, evaluate)
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """The task ``signs`` and a model called ``tiny``."""
-    monkeypatch.setitem(TASKS._classes, "signs", Signs)
-    monkeypatch.setattr(Signs, "name", "signs", raising=False)
-
-    def load(name, *, num_classes, image_size, seed):
-        assert name == "tiny"
-        torch.manual_seed(7)
-        return Loaded(Net(), name, {}, "vision", "head")
-
-    monkeypatch.setattr(runner, "load", load)
-    return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16}
 
 
 def test_a_comparison_runs_reports_and_is_not_run_again(tiny, tmp_path, monkeypatch):
@@ -108,7 +48,7 @@ def test_runs_are_reproducible_and_seeds_differ(tiny, tmp_path):
 
 
 def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path):
-    spec = read_spec(**{**tiny, "seeds": [0]}, methods="lora:rank=2,svft:pattern=banded,pissa", budget=40)
+    spec = read_spec(**{**tiny, "seeds": [0]}, methods="lora:rank=2,svft:pattern=banded,pissa", budgets=[40])
     records = runner.compare(spec, tmp_path)
     errors = {r["label"]: r.get("error") for r in records}
     assert "over the budget of 40" in errors["LoRA rank=2"]  # rank 1 has 32 + 34 values
@@ -124,11 +64,11 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path):
 def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
     real, calls = runner.run, []
 
-    def interrupted(spec, entry, seed, advance):
-        calls.append(entry.label)
+    def interrupted(job, *rest):
+        calls.append(job.entry.label)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(spec, entry, seed, advance)
+        return real(job, *rest)
 
     monkeypatch.setattr(runner, "run", interrupted)
     arguments = [
@@ -141,6 +81,7 @@ def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
         "0",
         "--methods",
         "lora:rank=2,full",
+        "--no-search",
     ]
     arguments += ["--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
@@ -231,6 +172,18 @@ def test_a_specification_file(tmp_path):
         ({"seeds": []}, "at least one of seeds"),
         ({"task": "mnist"}, "did you mean 'mnist5k'"),
         ({"epoch": 1}, "did you mean 'epochs'"),
+        ({"budget": "1%"}, "did you mean 'budgets'"),
+        ({"search": {"trails": 5}}, "did you mean 'trials'"),
+        ({"search": {"trials": 4}}, "4 is not an odd number of at least 3"),
+        ({"search": "girdle"}, "'girdle' is not one of grid, halving"),
+        ({"search": {"seed": 1}, "seeds": [0, 1]}, "seed 1 is the search's"),
+        ({"task_options": {"train_sise": 5}}, "did you mean 'train_size'"),
+        ({"baseline": "LORA", "methods": "lora"}, "no method is labelled 'LORA', the baseline: did you mean 'LoRA'"),
+        ({"confidence": 0.95, "seeds": [3]}, "one seed gives no confidence interval"),
+        ({"confidence": 95}, "confidence 95 is outside"),
+        ({"seeds": [0, 0]}, "seeds names 0 twice"),
+        ({"methods": "lora:lr=0"}, "learning rate 0 of 'LoRA' is not above 0"),
+        ({"dtype": "float12"}, "is not one of float32"),
     ],
 )
 def test_a_wrong_specification_names_the_near_miss(options, message):
@@ -241,14 +194,17 @@ def test_a_wrong_specification_names_the_near_miss(options, message):
 def test_what_changes_a_result_changes_the_identity(tiny):
     spec = read_spec(**tiny, methods="lora")
     entry = spec.methods[0]
-    first = runner.identify(spec, entry, 0)
-    assert runner.identify(spec, entry, 0) == first
+    first = run.Job(spec, entry, None, 0).identity()
+    assert run.Job(spec, entry, None, 0).identity() == first
     others = [
-        runner.identify(spec, entry, 1),
-        runner.identify(read_spec(**{**tiny, "epochs": 2}, methods="lora"), entry, 0),
-        runner.identify(read_spec(**tiny, methods="lora", sizes={"train_size": 8}), entry, 0),
-        runner.identify(spec, read_spec(**tiny, methods="lora:alpha=2").methods[0], 0),
-        runner.identify(spec, read_spec(**tiny, methods="lora:lr=0.7").methods[0], 0),
+        run.Job(spec, entry, None, 1).identity(),
+        run.Job(spec, entry, 100, 0).identity(),
+        run.Job(spec, entry, None, 0, rung=0).identity(),
+        run.Job(spec, entry, None, 0, share=0.5).identity(),
+        run.Job(read_spec(**{**tiny, "epochs": 2}, methods="lora"), entry, None, 0).identity(),
+        run.Job(read_spec(**tiny, methods="lora", task_options={"train_size": 8}), entry, None, 0).identity(),
+        run.Job(spec, read_spec(**tiny, methods="lora:alpha=2").methods[0], None, 0).identity(),
+        run.Job(spec, read_spec(**tiny, methods="lora:lr=0.7").methods[0], None, 0).identity(),
     ]
     assert all(other != first for other in others)
 
@@ -274,6 +230,7 @@ def test_the_command_line_from_start_to_report(tiny, tmp_path):
         "head-only,lora:rank=2",
         "--seeds",
         "0",
+        "--no-search",
     ]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--train-size", "32"])
     assert result.exit_code == 0, result.output
@@ -311,7 +268,8 @@ def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
         methods="clover,head-only",
         seeds=[0],
         epochs=1,
-        sizes={"train_size": 32, "test_size": 32},
+        search=False,
+        task_options={"train_size": 32, "test_size": 32},
     )
     records = runner.compare(spec, tmp_path)
     assert "no projection of an attention" in records[0]["undefined"]
@@ -326,7 +284,7 @@ def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
 @pytest.mark.parametrize("name", ["eva", "lora-ga"])
 def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path):
     sizes = {"train_size": 32, "test_size": 32}
-    spec = read_spec(model="efficientnet-lite0", methods=name, seeds=[0], epochs=1, sizes=sizes)
+    spec = read_spec(model="efficientnet-lite0", methods=name, seeds=[0], epochs=1, search=False, task_options=sizes)
     (record,) = runner.compare(spec, tmp_path)
     assert "error" not in record, record.get("error")
     assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]

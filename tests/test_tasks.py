@@ -15,9 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from svdpeft.models import Loaded
@@ -124,37 +123,7 @@ def test_as_many_problems_as_are_promised():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A small byte-level tokenizer, without a padding token as many are."""
-    small = Tokenizer(models.BPE())
-    small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    small.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    small.train_from_iterator([p.question + p.answer for p in stories.problems("train", 60)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=small, eos_token="<eos>")
-
-
-def llama(tokenizer: Any, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.4,  # far from uniform logits, so that greedy choices differ
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-        return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def language(model: nn.Module, tokenizer: Any) -> Loaded:
-    return Loaded(model, "tiny", tokenizer, "language", None)
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -212,15 +181,6 @@ def test_prepare_does_not_depend_on_the_run(tiny):
 )
 def test_extract(text, number):
     assert extract(text) == number
-
-
-def greedy(model: nn.Module, prompt: Tensor, steps: int, eos: int) -> list[int]:
-    """The slow path: no batch, no padding, no cache."""
-    ids = prompt[None]
-    with torch.no_grad():
-        while ids.shape[1] < len(prompt) + steps and (ids.shape[1] == len(prompt) or ids[0, -1] != eos):
-            ids = torch.cat((ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
-    return ids[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -15,53 +15,79 @@ from svdpeft.cli.app import Json, app, console, fail
 def compare(
     spec: Annotated[Path | None, typer.Argument(help="TOML file; what it leaves out has defaults.")] = None,
     model: Annotated[str | None, typer.Option(help="Embedded name, timm:NAME, hf:NAME or a local folder.")] = None,
-    task: Annotated[str | None, typer.Option(help="mnist5k (vision) or wordproblems (language).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="mnist5k, cifar100, …, wordproblems, gsm8k, math, humaneval.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
     methods: Annotated[str | None, typer.Option(help="lora,sorsa:gamma=0,svft:pattern=banded")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Label that the others are tested against.")] = None,
     seeds: Annotated[str | None, typer.Option(help="0,1,2")] = None,
+    confidence: Annotated[float | None, typer.Option(help="Of the intervals over seeds: 0.95.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Trainable values per method: 0.5% of the base, or a count.")
+        str | None, typer.Option(help="Trainable values per method: 0.5% of the base, or a count; several: 0.5%,1%.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels (vision).")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training examples.")] = None,
+    validation_size: Annotated[int | None, typer.Option(help="Validation examples, for the search.")] = None,
     test_size: Annotated[int | None, typer.Option(help="Test examples.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder; what is there already is not run again.")] = Path("runs/compare"),
+    search: Annotated[str | None, typer.Option(help="How learning rates are found: grid or halving.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Learning rates tried for each method.")] = None,
+    no_search: Annotated[bool, typer.Option("--no-search", help="Take each method's own learning rate.")] = False,
+    snapshots: Annotated[int | None, typer.Option(help="Moments at which spectra are recorded.")] = None,
+    backend: Annotated[str, typer.Option(help="What spreads the runs: local (processes) or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Runs at once; default one per GPU, or one.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
+    tracker: Annotated[str, typer.Option(help="tensorboard, wandb, mlflow, trackio: follows the training.")] = "none",
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, in a sandbox.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="Folder or fsspec address; what is there is not run again.")
+    ] = "runs/compare",
     as_json: Json = False,
 ) -> None:
     """Train methods side by side at one budget and print the table."""
     import transformers
 
     from svdpeft.compare import report
+    from svdpeft.compare.runner import Engine
     from svdpeft.compare.runner import compare as run_all
-    from svdpeft.compare.spec import read_spec
+    from svdpeft.compare.spec import read_spec, read_values
+    from svdpeft.compare.store import Store
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = {
+    chosen = {
         "model": model,
         "task": task,
         "methods": methods,
+        "baseline": baseline,
         "seeds": [int(seed) for seed in seeds.split(",")] if seeds else None,
-        "budget": budget,
+        "confidence": confidence,
+        "budgets": budget.split(",") if budget else None,
         "epochs": epochs,
         "batch_size": batch_size,
         "image_size": image_size,
+        "search": False if no_search else {"kind": search, "trials": trials},
+        "snapshots": snapshots,
     }
-    sizes = {"train_size": train_size, "test_size": test_size}
+    sizes = {"train_size": train_size, "validation_size": validation_size, "test_size": test_size}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     try:
-        chosen = read_spec(spec, sizes={k: v for k, v in sizes.items() if v is not None}, **options)
-        records = run_all(chosen, out)
+        options = sizes | read_values(option or []) | ({"allow_code_execution": True} if allow_code_execution else {})
+        records = run_all(read_spec(spec, options, **chosen), out, Engine(backend, workers, address, tracker))
+        results = report.write(Store(out))
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {out}, and the same command goes on from there")
         raise typer.Exit(130) from None
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         fail(error)
-    report.write(records, out)
     if as_json:
         print(json.dumps(records, default=str))
     else:
-        console.print(report.terminal(records))
-        console.print(f"report: {out / 'report.md'}   numbers: {out / 'results.csv'}   picture: {out / 'report.png'}")
+        console.print(report.terminal(results))
+        console.print(f"report: {out}/report.html   text: {out}/report.md   numbers: {out}/results.csv")
     if not any(map(report.finished, records)):
         raise typer.Exit(1)

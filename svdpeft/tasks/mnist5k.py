@@ -6,7 +6,7 @@ Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to docu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from svdpeft.models import Loaded
 from svdpeft.models.embedded import fetch
 from svdpeft.registry import TASKS
-from svdpeft.tasks.base import Task, TaskData, evaluating
+from svdpeft.tasks.base import Task, TaskData
+from svdpeft.tasks.images import collate, dtype_of, evaluate, stratified_order
 
 CLASSES = 10
 TEST_POOL = 1000  # the test digits come from these alone
 VALIDATION_POOL = 500  # the validation digits from these; the training digits are the other 3,500
-EVAL_BATCH = 64
 
 
 @lru_cache(maxsize=1)
@@ -43,23 +43,6 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
     if int(labels.max()) >= CLASSES:
         raise ValueError(f"{path} has the label {int(labels.max())}; the last one is {CLASSES - 1}")
     return images.unflatten(1, (28, 28)), labels
-
-
-def stratified_order(labels: Tensor) -> Tensor:
-    """One fixed order of which every prefix holds the classes in equal shares, within one example.
-
-    Args:
-        labels: class of each example, (N,).
-
-    Returns:
-        A permutation of 0..N-1, (N,); always the same one for the same labels.
-    """
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.empty_like(labels)  # each example's place in the queue of its class
-    for label in labels.unique():
-        mine = labels == label
-        turn[mine] = torch.randperm(int(mine.sum()), generator=generator)
-    return torch.argsort(turn * CLASSES + labels)
 
 
 class Digits(Dataset[dict[str, Tensor]]):
@@ -90,11 +73,6 @@ class Digits(Dataset[dict[str, Tensor]]):
         grey = self.images[index].float().div(255)[None, None]  # (1, 1, 28, 28)
         grey = F.interpolate(grey, size=self.size, mode="bilinear", antialias=True)[0]  # (1, H, W)
         return {"x": ((grey - self.mean) / self.std).to(self.dtype), "labels": self.labels[index]}
-
-
-def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack examples: ``{"x": (B, C, H, W), "labels": (B,)}``."""
-    return {key: torch.stack([example[key] for example in examples]) for key in ("x", "labels")}
 
 
 @TASKS.register("mnist5k")
@@ -130,11 +108,10 @@ class Mnist5k(Task):
         images, labels = read(fetch("mnist5k"))
         pools = {"test": TEST_POOL, "train": len(labels) - TEST_POOL - VALIDATION_POOL, "validation": VALIDATION_POOL}
         self.check(loaded, **pools)
-        dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
         test, train, validation = stratified_order(labels).split(list(pools.values()))
 
         def digits(pool: Tensor, size: int) -> Digits:
-            return Digits(images[pool[:size]], labels[pool[:size]], loaded.processor, dtype)
+            return Digits(images[pool[:size]], labels[pool[:size]], loaded.processor, dtype_of(loaded.model))
 
         return TaskData(
             digits(train, self.train_size),
@@ -143,16 +120,3 @@ class Mnist5k(Task):
             collate,
             evaluate,
         )
-
-
-def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
-    """Accuracy (1 or 0) and cross-entropy of each picture."""
-    found: dict[str, list[float]] = {"accuracy": [], "loss": []}
-    with evaluating(model) as device:
-        # no DataLoader, which would draw a seed from the global generator and so change what follows
-        for chosen in torch.arange(len(examples)).split(EVAL_BATCH):  # type: ignore[arg-type]
-            batch = collate([examples[int(i)] for i in chosen])
-            logits, labels = model(batch["x"].to(device)).float(), batch["labels"].to(device)
-            found["accuracy"] += (logits.argmax(-1) == labels).float().tolist()
-            found["loss"] += F.cross_entropy(logits, labels, reduction="none").tolist()
-    return {name: values for name, values in found.items() if not metrics or name in metrics}

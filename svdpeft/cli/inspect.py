@@ -1,0 +1,96 @@
+"""``svdpeft inspect``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from svdpeft.cli.app import Json, app, console, fail
+
+if TYPE_CHECKING:
+    from svdpeft.analysis import Inspection
+
+WEIGHT = ("site", "shape", "σ₁", "σ₁/σ_K", "effective rank", "stable rank")
+ADAPTED = ("site", "ΔΣ", "ΔD", "ΔD assigned", "‖ΔW‖/‖W‖", "intruders", "overlap u", "overlap v", "orthonormality")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.")],
+    targets: Annotated[
+        str, typer.Option(help='Weights to look at, as attach() takes them: "q_proj|v_proj", "all-linear".')
+    ] = "all",
+    energy: Annotated[float, typer.Option(help="Share of the energy ‖W‖² that a rank has to keep.")] = 0.9,
+    adapter: Annotated[Path | None, typer.Option(help="A saved adapter: what it has done to its weights.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the adapter's own head (vision).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the numbers of every site.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the energy by rank (.png, .svg, .pdf), with a .csv.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the spectra of a model's weights: condition, effective rank, which rank keeps 90 % of the energy."""
+    import transformers
+
+    import svdpeft
+    from svdpeft import analysis, models
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    progress = functools.partial(
+        track, description="decomposing", console=Console(stderr=True), transient=True, disable=as_json
+    )
+    try:
+        network = models.load(model, num_classes=num_classes).model
+        what = network if adapter is None else svdpeft.load(network, adapter)
+        found = analysis.inspect(what, targets, energy, progress)
+        if csv is not None:
+            found.to_csv(csv)
+        if picture is not None:
+            analysis.plot_energy(found, picture, energy)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        fail(error)
+    if as_json:
+        print(json.dumps({"model": model, "adapter": None if adapter is None else str(adapter), **found.to_json()}))
+        return
+    _print(found, model)
+    if adapter is not None:
+        _print_adapted(found, adapter)
+
+
+def _print(found: Inspection, model: str) -> None:
+    table = Table(title=model, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in (*WEIGHT, f"{found.energy:.0%} energy"):
+        table.add_column(heading, justify="left" if heading in ("site", "shape") else "right", overflow="fold")
+    for row in found.table:
+        times = f"{row['matrices']} x " if row["matrices"] > 1 else ""
+        full = min(row["m"], row["n"])
+        table.add_row(
+            Text(row["site"]),
+            f"{times}{row['m']}x{row['n']}",
+            *(_number(row[key]) for key in ("sigma_max", "condition", "effective_rank", "stable_rank")),
+            f"{row['energy_rank']} ({row['energy_rank'] / full:.0%})",
+        )
+    console.print(table)
+
+
+def _print_adapted(found: Inspection, adapter: Path) -> None:
+    table = Table(title=Text(str(adapter)), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ADAPTED:
+        table.add_column(heading, justify="left" if heading == "site" else "right", overflow="fold")
+    keys = ("delta_sigma", "delta_d", "delta_d_assigned", "distance", "intruders", "overlap_left", "overlap_right")
+    for row in found.table:
+        table.add_row(Text(row["site"]), *(_number(row.get(key)) for key in (*keys, "orthonormality")))
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

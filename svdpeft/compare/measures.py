@@ -1,0 +1,106 @@
+"""What a comparison measures besides the metric: is the merge exact, the file, how far is the model from its base?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svdpeft.adapter import Adapter
+from svdpeft.calibration import Calibration, calibrate
+from svdpeft.methods.base import Method, PerSite
+from svdpeft.tasks.base import TaskData
+from svdpeft.training.trainer import returns_loss
+
+CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
+EXAMPLES = 4  # on which two states of a model are compared
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, data: TaskData) -> Tensor:
+    """Return the outputs on the first training examples, in evaluation mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    batch = data.collate([data.train[i] for i in range(min(EXAMPLES, len(data.train)))])  # type: ignore[arg-type]
+    y = model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+    return (y if isinstance(y, Tensor) else y.logits).float()
+
+
+def gap(y: Tensor, reference: Tensor) -> float:
+    """Return max|y − reference| / max|reference|."""
+    return float((y - reference).abs().max() / reference.abs().max())
+
+
+def merge_error(model: nn.Module, adapter: Adapter, data: TaskData) -> float:
+    """Return max|y_merged − y_adapted| / max|y_adapted|; the adapter is as it was afterwards."""
+    adapted = outputs(model, data)
+    adapter.merge()
+    error = gap(outputs(model, data), adapted)
+    adapter.unmerge()
+    return error
+
+
+@torch.no_grad()
+def distance(model: nn.Module, base: nn.Module, head: Sequence[str] = ()) -> float:
+    """Return ‖W' − W‖_F / ‖W‖_F over all parameters but a new head's.
+
+    Args:
+        model: with merged weights.
+        base: the pretrained one.
+        head: names of the modules that are new.
+    """
+    before = dict(base.named_parameters())
+    squares = torch.zeros(2, dtype=torch.float64)
+    for name, now in model.named_parameters():
+        if not any(name.startswith(f"{module}.") for module in head):
+            then = before[name].to(now.device)
+            squares += torch.stack([(now - then).double().square().sum(), then.double().square().sum()]).cpu()
+    changed, whole = squares.sqrt().tolist()
+    return changed / whole
+
+
+def calibration(
+    model: nn.Module, method: Method, data: TaskData, targets: Sequence[str], exclude: Sequence[str], batch_size: int
+) -> Calibration | None:
+    """Show the base a few training batches, for a method that starts from data; ``None`` for the others.
+
+    Args:
+        model: the base.
+        method: whose ``needs`` says what to look at.
+        data: of the task.
+        targets: what is adapted.
+        exclude: what is not.
+        batch_size: examples per batch.
+    """
+    if not isinstance(method, PerSite) or not method.needs:
+        return None
+    device = next(model.parameters()).device
+    total = len(data.train)  # type: ignore[arg-type]
+    size = min(batch_size, total)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for i in range(min(CALIBRATION_BATCHES, total // size)):
+            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
+
+    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return output.loss if own else cross_entropy(output, batch["labels"])
+
+    own, gradients = returns_loss(model), method.needs == "gradients"
+    return calibrate(
+        model, batches(), targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
+    )
+
+
+def units_per_example(data: TaskData) -> tuple[str, float]:
+    """Return what a throughput counts: ``("images", 1)``, or ``("tokens", their mean number per example)``."""
+    train: Any = data.train
+    if "input_ids" not in train[0]:
+        return "images", 1.0
+    return "tokens", sum(len(train[i]["input_ids"]) for i in range(len(train))) / len(train)

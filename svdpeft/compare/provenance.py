@@ -1,0 +1,46 @@
+"""Where and with what a run was done."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import svdpeft
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a reader needs to run it again: revision, versions, machine."""
+    packages = ("torchvision", "transformers", "timm", "accelerate", "safetensors", "numpy")
+    return {
+        "svdpeft": svdpeft.__version__,
+        "git": _git(),
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, **{name: version(name) for name in packages}},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision and dirty flag of the source tree; ``None`` where svdpeft is installed from a wheel."""
+    root = Path(svdpeft.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(root)]
+        revision = subprocess.run(
+            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision, "dirty": bool(status.strip())}

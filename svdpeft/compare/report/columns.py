@@ -1,0 +1,112 @@
+"""The columns of the table: one place for the terminal, the Markdown, the page and the axes of its pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from svdpeft.compare.report.results import Results, Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing that was measured besides the metric.
+
+    Args:
+        key: name in the page's data.
+        heading: at most ten characters or so.
+        meaning: what is measured, for somebody who reads the table for the first time.
+        value: of a row, in the unit of the heading; ``None`` where it was not measured.
+        form: format specification.
+        axis: whether the metric can be drawn against it.
+    """
+
+    key: str
+    heading: str
+    meaning: str
+    value: Callable[[Row], float | None]
+    form: str
+    axis: bool = True
+
+    def text(self, row: Row) -> str:
+        value = self.value(row)
+        return "–" if value is None or math.isnan(value) else format(value, self.form)
+
+
+def columns(results: Results) -> list[Column]:
+    """Return the columns after the metric; those that no row has are left out."""
+    forgotten = next((f["name"] for row in results.rows for run in row.runs if (f := run["forgetting"])), "")
+    every = [
+        Column("trainable", "trainable", "values that train, new head included", lambda r: r.trainable, ",d"),
+        Column("factors", "in factors", "values that train in factors: what a budget is for", lambda r: r.factors, ",d"),
+        Column("attach", "attach s", "seconds to attach the method (median over seeds)", _times("attach_seconds"), ".2f"),
+        Column("warm", "warm s", "the same with the SVD cache filled", _times("attach_warm_seconds"), ".2f"),
+        Column("step", "step ms", "milliseconds per optimizer step (median)", _times("step_seconds", 1e3), ",.0f"),
+        Column("speed", f"{results.unit}/s", f"{results.unit} per second in training", lambda r: r.throughput, ",.1f"),
+        Column(
+            "memory",
+            "peak MiB",
+            "most memory of the process; on a GPU: allocated memory",
+            lambda r: _scaled(r.largest("peak_memory_bytes"), 2**-20),
+            ",.0f",
+        ),
+        Column(
+            "file",
+            "file KiB",
+            "size of the saved adapter",
+            lambda r: _scaled(r.largest("checkpoint_bytes"), 2**-10),
+            ",.0f",
+        ),
+        Column("merge", "merge err", "max|y_merged − y| / max|y|", lambda r: r.largest("merge_error"), ".0e", False),
+        Column(
+            "reload",
+            "reload err",
+            "the same for the adapter saved and loaded into a fresh base",
+            lambda r: r.largest("reload_error"),
+            ".0e",
+            False,
+        ),
+        Column(
+            "distance", "distance", "‖W′ − W‖ / ‖W‖ over all adapted weights (median)", lambda r: r.median("distance"), ".3g"
+        ),
+        Column(
+            "forgetting",
+            "forgetting",
+            f"{forgotten or 'metric'} on data from before, after − before: more is more forgotten",
+            lambda r: r.forgetting,
+            ".3g",
+        ),
+    ]
+    return [column for column in every if any(column.value(row) is not None for row in results.rows)]
+
+
+def metric_text(value: float, results: Results) -> str:
+    """A value of the metric, or a difference of two, without its unit: per cent have one digit, losses three.
+
+    Example:
+        >>> metric_text(0.9312, Results([])), metric_text(float("nan"), Results([]))
+        ('93.1', '–')
+    """
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.1f}" if results.percent else f"{value:.3f}"
+
+
+def spread_text(row: Row, results: Results) -> str:
+    """Mean ± half the width of the interval; the mean alone where there is no interval."""
+    half = (row.interval.high - row.interval.low) / 2
+    mean = metric_text(row.mean, results)
+    return mean if math.isnan(half) else f"{mean} ± {metric_text(half, results)}"
+
+
+def metric_heading(results: Results) -> str:
+    return f"{results.metric} %" if results.percent else results.metric
+
+
+def _times(key: str, scale: float = 1.0) -> Callable[[Row], float | None]:
+    return lambda row: _scaled(row.median(key), scale)
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale

@@ -1,0 +1,163 @@
+"""What the results do not show, and where they come from: said as plainly as what they show."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from svdpeft.compare import budget as budgets
+from svdpeft.compare.report.results import Results, Row, finished
+from svdpeft.compare.statistics import conclusion
+from svdpeft.compare.store import Record
+
+FEW = 5  # seeds below which the interval is much wider than the spread that it is made from
+USED = 0.8  # share of the budget below which a method is named
+
+
+def shown(results: Results) -> list[str]:
+    """Return what the results show: a paragraph per budget that has a test against the baseline."""
+    texts = []
+    for budget, found in results.differences.items():
+        if not isinstance(found, str) and found:
+            at = f"At a budget of {budget}: " if len(results.budgets) > 1 else ""
+            texts.append(at + conclusion(found, results.metric))
+    return texts
+
+
+def limits(results: Results) -> list[str]:
+    """Return what the results do not show, a sentence each."""
+    if not results.rows:
+        return ["No run ended well, so nothing can be compared.", *_missing(results)]
+    return [
+        *_seeds(results),
+        *_tests(results),
+        *_missing(results),
+        *_search(results),
+        *_budgets(results),
+        *_places(results),
+        _scope(results),
+    ]
+
+
+def provenance(results: Results) -> list[tuple[str, list[str]]]:
+    """Return versions, revisions, machines and dates of the runs; several values of one are told with their runs."""
+
+    def values(get: Callable[[Record], Any]) -> list[str]:
+        counts = Counter(str(value) for record in results.records if (value := get(record)) is not None)
+        return [value if len(counts) == 1 else f"{value} ({_runs(n)})" for value, n in sorted(counts.items())]
+
+    packages = sorted({name for record in results.records for name in record["versions"]})
+    found = [("svdpeft", values(lambda r: r["svdpeft"])), ("git revision", values(_revision))]
+    found += [("python", values(lambda r: r["python"]))]
+    found += [(name, values(lambda r, name=name: r["versions"].get(name))) for name in packages]
+    found += [(name, values(lambda r, name=name: r["machine"].get(name))) for name in MACHINE]
+    days = sorted(str(record["date"])[:10] for record in results.records)
+    found.append(("date", [days[0]] if days[0] == days[-1] else [f"{days[0]} to {days[-1]}"]))
+    return [(name, texts) for name, texts in found if texts]
+
+
+MACHINE = ("device", "processor", "threads", "platform")
+
+
+def _seeds(results: Results) -> Iterator[str]:
+    counts = {results.name(row.label, row.budget): len(row.values) for row in results.rows}
+    most = max(counts.values())
+    if most == 1:
+        yield "There is one seed: how much of any difference is chance is not known, and no interval is given."
+    elif most < FEW:
+        from scipy import stats
+
+        wide = stats.t.ppf((1 + results.confidence) / 2, most - 1)
+        yield (
+            f"{most} seeds are few: an interval is {wide:.1f} standard errors long on each side "
+            f"(many seeds: {stats.norm.ppf((1 + results.confidence) / 2):.1f}), so only large differences can be seen."
+        )
+    if fewer := [f"{name} ({n} of {most})" for name, n in counts.items() if n < most]:
+        yield f"Fewer seeds than the others: {', '.join(fewer)}."
+    if lost := [results.name(row.label, row.budget) for row in results.rows if math.isnan(row.mean)]:
+        yield f"The metric is not a number for {', '.join(lost)}: the training diverged."
+
+
+def _tests(results: Results) -> Iterator[str]:
+    for budget, found in results.differences.items():
+        if isinstance(found, str):
+            at = f" at a budget of {budget}" if len(results.budgets) > 1 else ""
+            yield f"No method is tested against a baseline{at}: {found}."
+
+
+def _missing(results: Results) -> Iterator[str]:
+    for what, words in (("error", "failed"), ("undefined", "not defined on this model")):
+        if found := [record for record in results.records if what in record]:
+            names = dict.fromkeys(results.name(r["label"], r["identity"]["budget"]) for r in found)
+            are = "is" if len(found) == 1 else "are"
+            said = words if what == "error" else f"{are} {words}"
+            yield f"{_runs(len(found))} {said} and {are} left out: {', '.join(names)}."
+    wanted = math.prod(len(results.spec.get(name) or [None]) for name in ("methods", "seeds", "budgets"))
+    there = {(r["label"], r["identity"]["budget"], r["identity"]["seed"]) for r in results.records}
+    if results.spec and len(there) < wanted:
+        yield f"{wanted - len(there)} of {wanted} runs are not there yet."
+    if results.damaged:
+        count = len(results.damaged)
+        yield f"{count} damaged file{'s are' if count > 1 else ' is'} left out."
+
+
+def _search(results: Results) -> Iterator[str]:
+    if not results.searches:
+        yield "Learning rates were not searched: each method has the one that was given, and another may suit it better."
+        return
+    yield (
+        "A learning rate was judged on the validation split by one training; with another seed, or on a finer grid, "
+        "another may have been chosen."
+    )
+    if edges := [s for s in results.searches if s.edge]:
+        names = (f"{results.name(s.label, s.budget)} ({s.edge}, {s.chosen:.2g})" for s in edges)
+        yield f"The best rate lies at the edge of its grid, and a better one may lie outside: {', '.join(names)}."
+    searched = {(s.label, s.budget) for s in results.searches}
+    if rest := [results.name(r.label, r.budget) for r in results.rows if (r.label, r.budget) not in searched]:
+        yield f"No search was made for {', '.join(rest)}."
+
+
+def _budgets(results: Results) -> Iterator[str]:
+    def used(row: Row) -> float:
+        assert row.budget is not None
+        return row.factors / budgets.parse(row.budget, row.runs[0]["parameters"]["base"])
+
+    held = [row for row in results.rows if row.budget is not None]
+    if below := [row for row in held if 0 < used(row) < USED]:
+        names = (f"{results.name(row.label, row.budget)} ({100 * used(row):.0f} %)" for row in below)
+        yield f"Well below their budget, as they cannot use more of it: {', '.join(names)}."
+    if free := dict.fromkeys(row.label for row in held if row.factors == 0):
+        yield f"Not held to the budget, as they train parameters of the base: {', '.join(free)}."
+
+
+def _places(results: Results) -> Iterator[str]:
+    runs = [record for record in results.records if finished(record)]
+    machines = {tuple(str(r["machine"].get(name)) for name in MACHINE) for r in runs}
+    if len(machines) > 1:
+        yield f"The runs come from {len(machines)} machines or settings: times and memory compare only within one."
+    if len({(r["svdpeft"], str(r["git"] and r["git"]["revision"]), str(sorted(r["versions"].items()))) for r in runs}) > 1:
+        yield "The runs were made with more than one version of svdpeft or of a package (listed below)."
+    if dirty := sum(bool(r["git"] and r["git"]["dirty"]) for r in runs):
+        yield f"{_runs(dirty)} of {len(runs)} {'was' if dirty == 1 else 'were'} made from sources with uncommitted changes."
+
+
+def _scope(results: Results) -> str:
+    identity = results.records[0]["identity"]
+    size = identity["task"].get("train_size")
+    data = f"{size:,} training examples, " if size else ""
+    epochs = results.spec.get("epochs", identity["epochs"])
+    return (
+        f"One model on one task ({data}{epochs:g} epoch{'s' if epochs != 1 else ''}): nothing is said of other models, "
+        "tasks, or longer training."
+    )
+
+
+def _revision(record: Record) -> str | None:
+    git = record["git"]
+    return git and git["revision"][:12] + (" with uncommitted changes" if git["dirty"] else "")
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count > 1 else ''}"

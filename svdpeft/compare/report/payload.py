@@ -1,0 +1,178 @@
+"""What the page's pictures are drawn from: plain JSON, small enough for hundreds of runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from svdpeft.compare.report.columns import columns, metric_heading
+from svdpeft.compare.report.results import Results, Row, number
+from svdpeft.compare.report.tables import table_csv
+from svdpeft.compare.store import Record
+
+POINTS = 200  # of one loss curve at most
+ALL_POINTS = 60_000  # of all loss curves together
+LEAST_POINTS = 40  # of one loss curve, however many there are
+MOMENTS = 40  # of one trajectory of the spectra
+SITE_POINTS = 30_000  # of the trajectories of single sites: beyond that the page has their means only
+DRIFTS = ("delta_sigma", "delta_d", "delta_d_assigned")
+
+
+def payload(results: Results) -> dict[str, Any]:
+    """Return the page's data; what is not a number is ``None``."""
+    scale = 100 if results.percent else 1
+    found = columns(results)
+    curves = sum(len(row.runs) for row in results.rows)
+    points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(1, curves)))
+    return {
+        "title": results.title,
+        "metric": metric_heading(results),
+        "higher": results.higher,
+        "baseline": results.baseline,
+        "confidence": results.confidence,
+        "budgets": [_budget(budget) for budget in results.budgets],
+        "columns": [
+            {"key": c.key, "heading": c.heading, "meaning": c.meaning, "axis": c.axis and _drawable(c.value, results.rows)}
+            for c in found
+        ],
+        "rows": [
+            {
+                "label": row.label,
+                "budget": _budget(row.budget),
+                "name": results.name(row.label, row.budget),
+                "seeds": row.seeds,
+                "values": [_short(scale * value, 6) for value in row.values],
+                "mean": _short(scale * row.mean, 6),
+                "low": _short(scale * row.interval.low, 6),
+                "high": _short(scale * row.interval.high, 6),
+                **{c.key: _short(c.value(row), 6) for c in found},
+                "loss": _curves(row, points),
+                "drift": _drift(row),
+            }
+            for row in results.rows
+        ],
+        "sites": _sites(results),
+        "differences": [
+            {
+                "label": d.label,
+                "budget": _budget(budget),
+                "mean": _short(scale * d.mean, 5),
+                "low": _short(scale * d.low, 5),
+                "high": _short(scale * d.high, 5),
+                "real": d.real,
+            }
+            for budget, listed in results.differences.items()
+            if not isinstance(listed, str)
+            for d in listed
+        ],
+        "searches": [
+            {
+                "label": s.label,
+                "budget": _budget(s.budget),
+                "metric": s.metric,
+                "chosen": s.chosen,
+                "edge": s.edge,
+                "points": [[rate, rung, None if v is None else _short(v, 5)] for rate, rung, v in s.points],
+            }
+            for s in results.searches
+        ],
+        "csv": table_csv(results),
+    }
+
+
+def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Shorten a curve: each point becomes the mean of as many neighbours as are needed.
+
+    Example:
+        >>> thin([(1, 4.0), (2, 2.0), (3, 1.0)], 2)
+        [(1.5, 3.0), (3, 1.0)]
+    """
+    width = -(-len(points) // most)
+    if width <= 1:
+        return list(points)
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(statistics.fmean(p[0] for p in g) if len(g) > 1 else g[0][0], statistics.fmean(p[1] for p in g)) for g in groups]
+
+
+def mean_curve(runs: Sequence[Record], most: int = 10**9) -> list[tuple[float, float]]:
+    """Return the mean over runs of the loss at every step that all of them have."""
+    curves = [dict(_losses(run)) for run in runs]
+    shared = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return thin([(step, statistics.fmean(curve[step] for curve in curves)) for step in shared], most)
+
+
+def _losses(run: Record) -> list[tuple[float, float]]:
+    """The loss of a run where it is a number."""
+    return [(step, loss) for step, loss in run["loss"] if loss is not None]
+
+
+def _curves(row: Row, most: int) -> dict[str, Any]:
+    """The curve of every seed and of their mean, as [steps, losses]."""
+
+    def pairs(points: Sequence[tuple[float, float]]) -> list[list[Any]]:
+        return [[_short(step, 6) for step, _ in points], [_short(loss, 4) for _, loss in points]]
+
+    mean = pairs(mean_curve(row.runs, most))
+    return {"mean": mean, "seeds": [pairs(thin(_losses(run), most)) for run in row.runs] if len(row.runs) > 1 else []}
+
+
+def _drift(row: Row) -> dict[str, Any] | None:
+    """ΔΣ and ΔD of every seed, the mean over sites at each step."""
+    runs = [run for run in row.runs if run.get("spectra")]
+    if not runs:
+        return None
+    found: dict[str, Any] = {"seeds": [run["identity"]["seed"] for run in runs]}
+    kept = [_moments(run["spectra"]["steps"]) for run in runs]
+    found["steps"] = [[run["spectra"]["steps"][i] for i in ks] for run, ks in zip(runs, kept, strict=True)]
+    for name in DRIFTS:
+        found[name] = [
+            [_mean(run["spectra"][name][i]) for i in ks] for run, ks in zip(runs, kept, strict=True)
+        ]
+    return found
+
+
+def _sites(results: Results) -> list[dict[str, Any]] | None:
+    """ΔΣ and ΔD site by site, of the first seed of each row that has them; ``None`` where they are too many."""
+    found, total = [], 0
+    for i, row in enumerate(results.rows):
+        run = next((run for run in row.runs if run.get("spectra")), None)
+        if run is None:
+            continue
+        spectra = run["spectra"]
+        kept = _moments(spectra["steps"])
+        total += len(kept) * len(spectra["sites"])
+        entry = {"row": i, "seed": run["identity"]["seed"], "steps": [spectra["steps"][k] for k in kept]}
+        entry |= {name: [[_short(v, 4) for v in spectra[name][k]] for k in kept] for name in DRIFTS}
+        found.append({**entry, "sites": spectra["sites"]})
+    return found if total <= SITE_POINTS else None
+
+
+def _moments(steps: Sequence[int]) -> list[int]:
+    """Positions of at most ``MOMENTS`` steps, the first and the last among them."""
+    if len(steps) <= MOMENTS:
+        return list(range(len(steps)))
+    return sorted({round(i * (len(steps) - 1) / (MOMENTS - 1)) for i in range(MOMENTS)})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _short(statistics.fmean(known), 4) if known else None
+
+
+def _drawable(value: Any, rows: Sequence[Row]) -> bool:
+    return any(value(row) is not None for row in rows)
+
+
+def _short(value: float | None, digits: int) -> float | None:
+    """A number with so many digits; an integer stays one."""
+    value = number(value)
+    if not math.isfinite(value):
+        return None
+    value = float(f"{value:.{digits}g}")
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+def _budget(budget: str | int | None) -> str:
+    return "" if budget is None else str(budget)

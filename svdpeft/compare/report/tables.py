@@ -1,0 +1,69 @@
+"""The numbers as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from svdpeft.compare.report.results import Results, finished
+from svdpeft.compare.store import Record
+
+FIELDS = (
+    "label",
+    "budget",
+    "seed",
+    "lr",
+    "metric",
+    "value",
+    "trainable",
+    "factors",
+    "sites",
+    "attach_seconds",
+    "attach_warm_seconds",
+    "step_seconds",
+    "throughput",
+    "throughput_unit",
+    "peak_memory_bytes",
+    "checkpoint_bytes",
+    "merge_error",
+    "reload_error",
+    "distance",
+    "forgetting",
+    "forgetting_before",
+    "forgetting_after",
+    "seconds",
+    "method",
+    "device",
+    "date",
+    "error",
+    "undefined",
+)
+
+
+def table_csv(results: Results) -> str:
+    """Return one line per run, failed ones too."""
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_flat(record) for record in results.records)
+    return text.getvalue()
+
+
+def _flat(record: Record) -> Record:
+    identity = record["identity"]
+    flat = {**record, **{name: identity[name] for name in ("budget", "seed", "lr")}}
+    flat |= {"method": identity["method"]["name"], "device": record["machine"]["device"]}
+    if not finished(record):
+        return flat
+    forgetting = record["forgetting"] or {}
+    return flat | {
+        **record["parameters"],
+        "metric": record["metric"]["name"],
+        "value": record["metric"]["value"],
+        "method": record["method"]["text"],
+        "throughput": record["throughput"]["per_second"],
+        "throughput_unit": record["throughput"]["unit"],
+        "forgetting": forgetting.get("name"),
+        "forgetting_before": forgetting.get("before"),
+        "forgetting_after": forgetting.get("after"),
+    }

@@ -1,0 +1,287 @@
+"""One training of a comparison, and what is measured on it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from svdpeft import checkpoint
+from svdpeft.adapter import Adapter
+from svdpeft.analysis import DriftTracker
+from svdpeft.compare import budget, measures
+from svdpeft.compare.spec import Entry, Spec
+from svdpeft.decomposition import svd_cache
+from svdpeft.install import attach
+from svdpeft.methods.base import Method, PerSite
+from svdpeft.models import Loaded, load
+from svdpeft.tasks.base import TaskData
+from svdpeft.tasks.probes import probe
+from svdpeft.training.memory import peak_memory, reset_peak_memory
+from svdpeft.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Args:
+        spec: the comparison.
+        entry: method and learning rate.
+        budget: one of the comparison's.
+        seed: of initialisation, batch order and dropout.
+        rung: of a search's trial; ``None`` for a run that is judged on the test split.
+        share: part of the comparison's epochs that it trains.
+        search: what the search found, for a run's record.
+    """
+
+    spec: Spec
+    entry: Entry
+    budget: str | int | None
+    seed: int
+    rung: int | None = None
+    share: float = 1.0
+    search: dict[str, Any] | None = None
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training split."""
+        return self.spec.epochs * self.share
+
+    @property
+    def kind(self) -> Any:
+        """Where its record lies: ``"runs"`` or ``"trials"``."""
+        return "runs" if self.rung is None else "trials"
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the result; two jobs with one identity are the same."""
+        spec = self.spec
+        same = ("model", "dtype", "head_lr", "batch_size", "image_size", "probe")
+        return {
+            **{name: getattr(spec, name) for name in same},
+            "task": {"name": spec.task, **vars(spec.make_task())},
+            "method": self.entry.method.to_json(),
+            "lr": self.entry.lr,
+            "seed": self.seed,
+            "targets": list(spec.targets),
+            "exclude": list(spec.exclude),
+            "budget": self.budget,
+            "epochs": self.epochs,
+            **({"snapshots": spec.snapshots} if self.rung is None else {"rung": self.rung}),
+        }
+
+    def __str__(self) -> str:
+        budget = f" at {self.budget}" if len(self.spec.budgets) > 1 else ""
+        return f"{self.entry.label}{budget}, " + (
+            f"seed {self.seed}" if self.rung is None else f"rate {self.entry.lr:.2g}"
+        )
+
+
+class Training:
+    """A model with its adapter, made ready as a job says.
+
+    Args:
+        job: what to train.
+    """
+
+    loaded: Loaded
+    data: TaskData
+    method: Method
+    adapter: Adapter
+    trainer: Trainer
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.task = job, job.spec.make_task()
+        transformers.set_seed(job.seed)
+        self.loaded = self.load()
+        self.model: nn.Module = self.loaded.model
+        self.head = (self.loaded.head,) if self.task.num_classes is not None and self.loaded.head is not None else ()
+        self.base = sum(p.numel() for p in self.model.parameters())
+        self.data = self.task.prepare(self.loaded, job.seed)
+        self.method = job.entry.method
+        if job.budget is not None and isinstance(self.method, PerSite):
+            sites = budget.sites_of(self.model, self.method, job.spec.targets, job.spec.exclude, self.head)
+            self.method = budget.fit(self.method, budget.parse(job.budget, self.base), sites)
+
+    def load(self) -> Loaded:
+        """Load the base, with a new head of this seed where the task wants one."""
+        spec = self.job.spec
+        loaded = load(
+            spec.model,
+            num_classes=self.task.num_classes,
+            image_size=spec.image_size,
+            dtype=getattr(torch, spec.dtype),
+            seed=self.job.seed,
+        )
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return loaded
+
+    def attach(self, model: nn.Module) -> tuple[Adapter, float]:
+        """Attach the method and return how many seconds that took, with the batches that it starts from."""
+        spec, started = self.job.spec, time.perf_counter()
+        seen = measures.calibration(model, self.method, self.data, spec.targets, spec.exclude, spec.batch_size)
+        adapter = attach(
+            model,
+            self.method,
+            spec.targets,
+            spec.exclude,
+            self.head,
+            seed=self.job.seed,
+            clip_rank=True,
+            calibration=seen,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return adapter, time.perf_counter() - started
+
+    def train(self, folder: Path, callbacks: Sequence[Any], report_to: str = "none") -> None:
+        """Train the attached adapter."""
+        spec = self.job.spec
+        own = bool(self.head) and spec.head_lr is not None and not self.method.whole(self.model)
+        self.trainer = Trainer(
+            model=self.model,
+            adapter=self.adapter,
+            args=arguments(self.job, folder, report_to),
+            role_lr={"whole": spec.head_lr} if own and spec.head_lr is not None else None,
+            train_dataset=self.data.train,
+            data_collator=self.data.collate,
+            callbacks=list(callbacks),
+        )
+        self.trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        try:
+            self.trainer.train()
+        finally:
+            if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+                wandb.finish()  # else the next training of this process would be logged as this one
+
+    def steps(self) -> int:
+        """Number of optimizer steps that it will train."""
+        each = math.ceil(len(self.data.train) / self.job.spec.batch_size)  # type: ignore[arg-type]
+        return max(1, math.ceil(each * self.job.epochs))
+
+
+def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train as the job says and judge on the validation split."""
+    search = job.spec.search
+    assert search is not None
+    training = Training(job)
+    training.adapter, _ = training.attach(training.model)
+    with tempfile.TemporaryDirectory() as folder:
+        training.train(Path(folder), callbacks)
+    data = training.data
+    items = data.evaluate(training.model, data.validation, (search.metric,) if search.metric else ())
+    values = {name: statistics.fmean(each) for name, each in items.items()}
+    # A task may have no answers to check on its validation split: then the loss decides.
+    metric = next(name for name in (search.metric, training.task.metric, "loss") if name in values)
+    return {"metric": metric, "value": values[metric], "loss": values.get("loss")}
+
+
+def run(
+    job: Job, callbacks: Sequence[Any] = (), report_to: str = "none", log_folder: Path | None = None
+) -> dict[str, Any]:
+    """Train as the job says, judge on the test split, once, and return all that was measured.
+
+    Args:
+        job: what to train.
+        callbacks: of the trainer.
+        report_to: tracker that the trainer tells its logs.
+        log_folder: where a tracker that writes files writes them.
+    """
+    training, spec = Training(job), job.spec
+    model, data = training.model, training.data
+    known = probe(training.loaded, spec.probe)
+    before = known.measure(model) if known else 0.0
+    reset_peak_memory()
+    training.adapter, attach_seconds = training.attach(model)
+    adapter = training.adapter
+    tracker = DriftTracker(adapter, every=math.ceil(training.steps() / spec.snapshots)) if spec.snapshots else None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        training.train(log_folder or folder, [*callbacks, *([tracker] if tracker else [])], report_to)
+        items = data.evaluate(model, data.test)
+        peak = peak_memory()
+        adapter.save(folder / "adapter")
+        record = {
+            "method": {**training.method.to_json(), "text": str(training.method)},
+            "metric": {"name": training.task.metric, "value": statistics.fmean(items[training.task.metric])},
+            "metrics": {name: statistics.fmean(values) for name, values in items.items()},
+            "items": items,
+            "search": job.search,
+            **_sizes(training),
+            "attach_seconds": attach_seconds,
+            **_speed(training),
+            "peak_memory_bytes": peak,
+            "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
+            "forgetting": {"name": known.name, "before": before, "after": known.measure(model)} if known else None,
+            "loss": [[entry["step"], entry["loss"]] for entry in _logs(training)],
+            "spectra": tracker.to_json() if tracker else None,
+        }
+        return record | _exactness(training, folder)
+
+
+def _exactness(training: Training, folder: Path) -> dict[str, Any]:
+    """Compare the trained model with its merged and its reloaded self, and with the base. It is merged afterwards."""
+    model, data = training.model, training.data
+    adapted = measures.outputs(model, data)
+    found: dict[str, Any] = {"merge_error": measures.merge_error(model, training.adapter, data)}
+    training.adapter.merge(permanent=True)
+    again = training.load().model
+    found["distance"] = measures.distance(model, again, training.head)
+    with svd_cache(folder / "svd"):
+        training.attach(again)[0].detach()  # fills the cache
+        warm, found["attach_warm_seconds"] = training.attach(again)
+    warm.detach()
+    checkpoint.load(again, folder / "adapter")
+    return {**found, "reload_error": measures.gap(measures.outputs(again, data), adapted)}
+
+
+def _sizes(training: Training) -> dict[str, Any]:
+    adapter = training.adapter
+    factors = adapter.trainable_count - sum(p.numel() for p in adapter.roles().get("whole", []))
+    parameters = {"base": training.base, "factors": factors, "trainable": adapter.trainable_count}
+    return {"parameters": parameters, "sites": len(adapter.sites)}
+
+
+def _speed(training: Training) -> dict[str, Any]:
+    seconds = statistics.median(entry["step_time"] for entry in _logs(training))
+    unit, each = measures.units_per_example(training.data)
+    throughput = {"unit": unit, "per_second": each * training.job.spec.batch_size / seconds}
+    return {"step_seconds": seconds, "throughput": throughput}
+
+
+def _logs(training: Training) -> list[dict[str, Any]]:
+    return [entry for entry in training.trainer.state.log_history if "loss" in entry]
+
+
+def arguments(job: Job, folder: Path, report_to: str = "none") -> transformers.TrainingArguments:
+    """Return the trainer's arguments: AdamW, cosine schedule with 10 % warm-up, no weight decay."""
+    spec = job.spec
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        run_name=str(job),
+        num_train_epochs=job.epochs,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.batch_size,
+        learning_rate=job.entry.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=job.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,224 @@
+"""What the language tasks share: prompts, examples as tokens, the loss of a reference, and how a model is judged.
+
+Source: the prompts are MetaMath's (Yu et al., ICLR 2024, arXiv:2309.12284), as PiSSA (Meng et al., NeurIPS 2024,
+arXiv:2404.02948) and SORSA (Cao and Song, 2024, arXiv:2409.00055) use them.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from svdpeft.models import Loaded
+from svdpeft.registry import near_miss
+from svdpeft.tasks.base import Task, TaskData, evaluating
+from svdpeft.tasks.generation import ENGINES, pad, pad_token
+
+INSTRUCTION = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{question}\n\n### Response:"
+)
+STEP_BY_STEP = INSTRUCTION + " Let's think step by step."
+IGNORED = -100  # the label that transformers' losses leave out
+BATCH_TOKENS = 4096  # of one forward when references are measured
+EXTRA_TOKENS = 8  # where the references give the length: decoding may run this much longer than the longest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a language task.
+
+    Args:
+        prompt: what stands before the answer in training, and where the loss is measured.
+        answer: the reference; the end of text is added.
+        ask: the prompt that decoding starts from.
+        gold: what a continuation is compared with; the task knows what it is.
+    """
+
+    prompt: str
+    answer: str
+    ask: str
+    gold: Any = None
+
+
+class Tokenised(Dataset[dict[str, Tensor]]):
+    """Examples as token ids: ``{"input_ids": (T,), "labels": (T,)}``, prompt, answer and end of text.
+
+    Prompt and answer are tokenised apart, so that training sees the very prompt tokens that decoding starts from. A
+    prompt begins with what the tokenizer itself puts there (a BOS token, or nothing); no chat template is applied.
+
+    Args:
+        examples: the examples.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens, T; what is longer is cut at the end, and an example of which no token of the answer would
+            remain is left out. ``truncated`` and ``dropped`` count them. ``None``: nothing is cut.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> None:
+        eos = tokenizer.eos_token_id
+
+        def prompts(texts: list[str]) -> list[list[int]]:  # some tokenizers close every text with an end
+            rows = tokenizer(texts).input_ids if texts else []
+            return [ids[:-1] if ids[-1] == eos and not text.endswith(tokenizer.eos_token) else ids
+                    for ids, text in zip(rows, texts, strict=True)]  # fmt: skip
+
+        before = prompts([example.prompt for example in examples])
+        kept = [i for i, ids in enumerate(before) if max_length is None or len(ids) < max_length]
+        self.examples = [examples[i] for i in kept]
+        self.prompts = [torch.tensor(before[i]) for i in kept]
+        same = all(example.ask == example.prompt for example in self.examples)
+        self.asks = self.prompts if same else [torch.tensor(r) for r in prompts([e.ask for e in self.examples])]
+        answers = [example.answer for example in self.examples]
+        rows = tokenizer(answers, add_special_tokens=False).input_ids if answers else []
+        full = [torch.tensor([*ids, eos]) for ids in rows]
+        room = [None if max_length is None else max_length - len(prompt) for prompt in self.prompts]
+        self.answers = [answer[:fits] for answer, fits in zip(full, room, strict=True)]
+        self.truncated = sum(len(cut) < len(answer) for cut, answer in zip(self.answers, full, strict=True))
+        self.dropped = len(examples) - len(kept)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        prompt, answer = self.prompts[index], self.answers[index]
+        labels = torch.cat((torch.full_like(prompt, IGNORED), answer))
+        return {"input_ids": torch.cat((prompt, answer)), "labels": labels}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right. The mask comes from lengths: the padding token may be the end of text."""
+
+    pad_id: int
+
+    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = [example["input_ids"] for example in examples]
+        return {
+            "input_ids": pad(ids, self.pad_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+            "labels": pad([example["labels"] for example in examples], IGNORED),
+        }
+
+
+def answer_losses(
+    model: nn.Module, examples: Tokenised, collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+) -> list[float]:
+    """Mean cross-entropy of each reference answer's tokens, in nats; the end of text is one of them."""
+    sizes = [len(examples.prompts[i]) + len(examples.answers[i]) for i in range(len(examples))]
+    losses = torch.zeros(len(examples), dtype=torch.float64)
+    with evaluating(model) as device:
+        for chosen in _near(sizes):
+            batch = {name: value.to(device) for name, value in collate([examples[i] for i in chosen]).items()}
+            labels = batch.pop("labels")[:, 1:]  # (B, T-1): what follows each token
+            logits = model(**batch).logits[:, :-1]
+            told = labels != IGNORED
+            each = F.cross_entropy(logits[told].float(), labels[told], reduction="none")
+            total = each.new_zeros(len(chosen)).index_add(0, told.nonzero()[:, 0], each)
+            losses[chosen] = (total / told.sum(-1)).double().cpu()
+    return losses.tolist()
+
+
+def _near(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices in batches of near sizes, each of at most ``BATCH_TOKENS`` tokens with its padding, or of one row."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        if not batches or (len(batches[-1]) + 1) * sizes[i] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+@dataclass(frozen=True)
+class LanguageTask(Task):
+    """A language task: a model learns answers, and is asked for them; greedy decoding.
+
+    ``loss`` is the mean cross-entropy of a reference's tokens; the other metric is the task's own, of what the model
+    says.
+
+    Args:
+        max_length: tokens of a training example, end of text included. What is longer loses its end, the end of text
+            too; an example whose prompt alone is as long is left out; both are counted and logged. ``None``: no limit.
+            Validation and test are never cut.
+        max_new_tokens: tokens after which a continuation is cut; ``None``: a few more than the longest reference.
+        decode_batch: prompts decoded at once.
+        engine: ``"transformers"``, or ``"vllm"``, which decodes the merged model.
+    """
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    decode_batch: int = 32
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    modality = "language"
+    metrics = ("accuracy", "loss")
+    metric = "accuracy"
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("max_new_tokens", 1), ("decode_batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} of task {self.name!r} is below {least}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"task {self.name!r} has no engine {self.engine!r}: {near_miss(self.engine, ENGINES)}")
+
+    @abstractmethod
+    def read(self, loaded: Loaded) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
+        """Training, validation and test examples, as many as the sizes say.
+
+        Raises:
+            ValueError: a size is outside what the data can give (``check``).
+        """
+
+    @abstractmethod
+    def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """The task's metric of each continuation."""
+
+    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+        """Tokenise the examples for this model.
+
+        Raises:
+            ValueError: ``loaded`` is a vision model, has no tokenizer with an end of text or no ``generate``, or a
+                size is outside its limit.
+        """
+        self.check(loaded, train=self.train_size, validation=self.validation_size, test=self.test_size)
+        tokenizer = loaded.processor
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise ValueError(f"task {self.name!r} needs a tokenizer with an eos token; {loaded.name!r} has none")
+        if not callable(getattr(loaded.model, "generate", None)):
+            raise ValueError(f"task {self.name!r} needs a model with generate(); {loaded.name!r} has none")
+        examples = self.read(loaded)
+        train = Tokenised(examples[0], tokenizer, self.max_length)
+        validation, test = (Tokenised(split, tokenizer) for split in examples[1:])
+        if train.truncated or train.dropped:
+            logger.warning(
+                "%s: of %d training examples %d are cut at max_length=%d tokens, and %d, whose prompt alone is as "
+                "long, are left out", self.name, len(examples[0]), train.truncated, self.max_length, train.dropped,
+            )  # fmt: skip
+        collate = Collator(pad_token(tokenizer))
+
+        def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
+            assert isinstance(examples, Tokenised)
+            for name in metrics:
+                if name not in self.metrics:
+                    raise ValueError(f"task {self.name!r} has no metric {name!r}: {near_miss(name, self.metrics)}")
+            found: dict[str, list[float]] = {}
+            if not metrics or self.metric in metrics:
+                limit = self.max_new_tokens or max(map(len, examples.answers)) + EXTRA_TOKENS
+                texts = ENGINES[self.engine](model, tokenizer, examples.asks, limit, self.decode_batch)
+                found[self.metric] = self.judge(texts, examples.examples)
+            if not metrics or "loss" in metrics:
+                found["loss"] = answer_losses(model, examples, collate)
+            return found
+
+        return TaskData(train, validation, test, collate, evaluate)

@@ -1,0 +1,327 @@
+"""Jobs here, in several processes, and on a Ray cluster; workers that die, interrupts."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdpeft.compare.backends import map_jobs
+from svdpeft.compare.store import Store
+
+
+def do(folder: Path, job: dict) -> dict:
+    """A job: says in a file that it has begun, does what its name says, and says when it has ended."""
+    name, begun = job["name"], time.monotonic()
+    tries = len(list(folder.glob(f"{name}.begun*"))) + 1
+    (folder / f"{name}.begun{tries}").write_text(f"{begun} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+    if name == "raises":
+        raise ValueError("no such thing")
+    if name == "unpicklable":
+        return {"lock": threading.Lock()}
+    if name.startswith("dies") or (name.startswith("died") and tries == 1):
+        if name == "died-with-child":  # which holds all that its parent had open
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
+            child.start()
+            (folder / "child").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("waits"):
+        time.sleep(300)
+    time.sleep(0.1)
+    ended, threads = time.monotonic(), torch.get_num_threads()
+    return {"begun": begun, "ended": ended, "pid": os.getpid(), "tries": tries, "threads": threads}
+
+
+def named(*names: str) -> list[dict]:
+    return [{"name": name} for name in names]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def soon(condition, seconds: float = 30.0) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def pid_of(folder: Path, name: str) -> int:
+    """The process that does a job: waits for its beginning."""
+    path = folder / f"{name}.begun1"
+    soon(lambda: path.exists() and path.read_text())
+    return int(path.read_text().split()[1])
+
+
+# Here
+
+
+def test_one_worker_is_this_process(tmp_path):
+    seen = []
+    jobs = named("a", "raises", "unpicklable", "b")
+    outcomes = map_jobs(lambda job: do(tmp_path, job), jobs, workers=1, on_start=seen.append)
+    first = next(outcomes)
+    assert first.job is jobs[0]
+    assert first.result["pid"] == os.getpid()
+    assert seen == jobs[:1]  # one after the other
+    raised, lock, last = outcomes
+    assert raised.error == "ValueError: no such thing"
+    assert 'raise ValueError("no such thing")' in raised.traceback
+    assert lock.error is None  # nothing is pickled
+    assert last.result["tries"] == 1
+    assert seen == jobs
+
+
+def test_an_interrupt_passes(tmp_path):
+    def interrupted(job):
+        if job["name"] == "b":
+            raise KeyboardInterrupt
+        return job
+
+    outcomes = map_jobs(interrupted, named("a", "b", "c"))
+    assert next(outcomes).error is None
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "rya"}, "no backend is called 'rya': did you mean 'ray'"),
+        ({"workers": 0}, "workers=0: at least one is needed"),
+        ({"address": "auto"}, "address='auto' is of a Ray cluster: it needs backend='ray'"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_done(options, message):
+    with pytest.raises(ValueError, match=message):
+        map_jobs(abs, [1], **options)
+
+
+def test_no_jobs():
+    assert list(map_jobs(abs, [], workers=3)) == []
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What becomes of all kinds of jobs with two workers: outcomes by name, in order; starts; the folder."""
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs, starts, outcomes = named("a", "died-with-child", "raises", "dies", "unpicklable", "b", "c", "d"), [], {}
+    before = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")  # the last does not exist
+        patch.setattr(torch, "get_num_threads", lambda: 5)
+        for outcome in map_jobs(partial(do, folder), jobs, on_start=lambda job: starts.append(job["name"])):
+            assert outcome.job["name"] not in outcomes
+            assert any(outcome.job is job for job in jobs)
+            outcomes[outcome.job["name"]] = outcome
+        assert os.environ == {**before, "CUDA_VISIBLE_DEVICES": "3,5,7"}
+    child = int((folder / "child").read_text())
+    assert alive(child)  # the death of its parent was seen all the same
+    os.kill(child, signal.SIGKILL)
+    return outcomes, starts, folder
+
+
+def test_every_job_has_one_outcome(done):
+    outcomes, starts, _ = done
+    assert sorted(outcomes) == ["a", "b", "c", "d", "died-with-child", "dies", "raises", "unpicklable"]
+    assert starts[:8] == ["a", "died-with-child", "raises", "dies", "unpicklable", "b", "c", "d"]
+    good = {name: outcome.result for name, outcome in outcomes.items() if outcome.error is None}
+    assert sorted(good) == ["a", "b", "c", "d", "died-with-child"]
+    assert os.getpid() not in {result["pid"] for result in good.values()}
+
+
+def test_a_job_whose_worker_died_is_taken_up_alone_when_all_others_are_done(done):
+    outcomes, starts, folder = done
+    assert starts[8:] == ["died-with-child", "dies"]
+    assert outcomes["died-with-child"].result["tries"] == 2
+    others = [outcomes[name].result for name in "abcd"]
+    assert all(result["tries"] == 1 for result in others)
+    assert outcomes["died-with-child"].result["begun"] > max(result["ended"] for result in others)
+    assert float((folder / "dies.begun2").read_text().split()[0]) > outcomes["died-with-child"].result["ended"]
+
+
+def test_a_job_that_kills_its_worker_again_has_failed(done):
+    outcomes, _, folder = done
+    assert outcomes["dies"].result is None
+    assert outcomes["dies"].error == "WorkerDied: the worker was killed by SIGKILL (out of memory?) at try 2 of 2"
+    assert len(list(folder.glob("dies.begun*"))) == 2
+
+
+def test_an_exception_is_an_outcome_and_the_worker_goes_on(done):
+    outcomes, _, folder = done
+    assert outcomes["raises"].error == "ValueError: no such thing"
+    assert "in do\n" in outcomes["raises"].traceback
+    assert outcomes["unpicklable"].error == "TypeError: cannot pickle '_thread.lock' object"
+    pids = [path.read_text().split()[1] for path in folder.glob("*.begun*")]
+    assert len(set(pids)) < len(pids)
+
+
+def test_gpus_and_threads_are_shared(done):
+    outcomes, _, folder = done
+    begun = {path.name: path.read_text().split()[1:] for path in folder.glob("*.begun*")}
+    assert {begun["a.begun1"][1], begun["died-with-child.begun1"][1]} == {"3", "5"}
+    assert len({tuple(each) for each in begun.values()}) == len(
+        {pid for pid, _ in begun.values()}
+    )  # each keeps its own
+    assert {outcome.result["threads"] for outcome in outcomes.values() if outcome.result} == {2}
+
+
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_backends import do, map_jobs, named
+if __name__ == "__main__":
+    for outcome in map_jobs(partial(do, Path({folder!r})), named("a", "waits1", "waits2", "waits3"), workers=2):
+        (Path({folder!r}) / "outcome").write_text(outcome.job["name"])
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A program whose two workers are both in the middle of a job, after one that is done."""
+    script = tmp_path / "program.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group as a terminal makes one
+    )
+    yield process, [pid_of(tmp_path, name) for name in ("waits1", "waits2")]
+    process.kill()
+    process.wait()
+
+
+def test_an_interrupt_from_the_keyboard_stops_the_workers(program, tmp_path):
+    process, workers = program
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers too
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1  # only the program's own
+    assert not any(alive(pid) for pid in workers)
+    assert (tmp_path / "outcome").read_text() == "a"
+    assert not (tmp_path / "waits3.begun1").exists()
+
+
+def test_workers_do_not_outlive_a_program_that_was_killed(program):
+    process, workers = program
+    process.kill()
+    soon(lambda: not any(alive(pid) for pid in workers))
+
+
+# Ray
+
+RAY_MISSING = importlib.util.find_spec("ray") is None
+on_ray = [
+    pytest.mark.skipif(RAY_MISSING, reason='Ray is not installed: pip install "svdpeft[ray]"'),
+    pytest.mark.xdist_group("ray"),  # one cluster
+]
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'pip install "svdpeft\[ray\]"'):
+        map_jobs(abs, [1], backend="ray")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that does no jobs, and two nodes with room for one job each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        small = {"object_store_memory": 80 * 2**20}
+        head = {"num_cpus": 0, "include_dashboard": False, **small}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **small)
+        yield cluster
+        cluster.shutdown()
+
+
+def record(address: str, folder: Path, job: dict) -> str:
+    """A job on a cluster: waits in the middle until it may go on, and writes its record."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    done = do(folder, job)
+    soon(lambda: (folder / "go").exists(), 60)
+    Store(address).write("runs", job["name"], {"identity": job, "tries": done["tries"]})
+    return node
+
+
+def ray_map(cluster, function, jobs, **options):
+    return map_jobs(function, jobs, backend="ray", address=cluster.address, **options)
+
+
+class TestRay:
+    pytestmark = on_ray
+
+    def test_jobs_that_fail_do_not_stop_the_others(self, cluster, tmp_path):
+        jobs, starts = named("a", "raises", "died", "dies", "unpicklable", "b"), []
+        outcomes = {}
+        for outcome in ray_map(cluster, partial(do, tmp_path), jobs, workers=2, on_start=starts.append):
+            assert any(outcome.job is job for job in jobs)
+            outcomes[outcome.job["name"]] = outcome
+        assert starts == jobs
+        assert sorted(outcomes) == sorted(job["name"] for job in jobs)
+        good = {name: outcome.result["tries"] for name, outcome in outcomes.items() if outcome.error is None}
+        assert good == {"a": 1, "b": 1, "died": 2}
+        assert outcomes["raises"].error == "ValueError: no such thing"
+        assert outcomes["dies"].error.startswith("WorkerDied: ")
+        assert len(list(tmp_path.glob("dies.begun*"))) == 2
+        assert "cannot pickle" in outcomes["unpicklable"].error
+
+    def test_leaving_the_loop_stops_the_workers(self, cluster, tmp_path):
+        outcomes = ray_map(cluster, partial(do, tmp_path), named("a", "waits1", "waits2"))
+        assert next(outcomes).job == {"name": "a"}
+        worker = pid_of(tmp_path, "waits1")
+        outcomes.close()
+        soon(lambda: not alive(worker))
+
+    def test_the_runs_of_a_node_that_is_killed_are_taken_up_again(self, cluster, tmp_path):
+        store, names = Store(tmp_path / "out"), ["a", "b", "c", "d"]
+
+        def kill() -> None:
+            pids = [pid_of(tmp_path, name) for name in ("a", "b")]  # both nodes are in the middle of a run
+            cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+            soon(lambda: not all(alive(pid) for pid in pids))
+            killed.extend(name for name, pid in zip("ab", pids) if not alive(pid))
+            (tmp_path / "go").touch()
+
+        killed: list[str] = []
+        killer = threading.Thread(target=kill)
+        killer.start()
+        outcomes = list(ray_map(cluster, partial(record, store.address, tmp_path), named(*names)))
+        killer.join()
+        assert [outcome.error for outcome in outcomes] == [None] * 4
+        records, damaged = store.read("runs")
+        assert damaged == []
+        (lost,) = killed
+        assert {each["identity"]["name"]: each["tries"] for each in records} == {**dict.fromkeys(names, 1), lost: 2}
+        assert len({outcome.result for outcome in outcomes}) == 1  # the other node did them all

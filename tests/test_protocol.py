@@ -1,0 +1,274 @@
+"""The protocol of a comparison: equal search for all, the test split touched once, everything measured."""
+
+import copy
+import math
+
+import pytest
+import torch
+from comparison import Net, Signs
+from typer.testing import CliRunner
+
+from svdpeft.cli import app
+from svdpeft.compare import measures, run, runner
+from svdpeft.compare.run import Job
+from svdpeft.compare.spec import Search, read_spec
+from svdpeft.compare.store import Store
+
+
+def searched(tiny, **search):
+    return read_spec(**{**tiny, "search": search}, methods="lora:rank=2:lr=0.01,full:lr=0.001")
+
+
+def test_every_method_has_the_same_trials_and_the_test_split_is_looked_at_once_per_run(tiny, tmp_path):
+    spec = searched(tiny, trials=3, factor=10)
+    records = runner.compare(spec, tmp_path)
+    trials, damaged = Store(tmp_path).read("trials")
+    assert not damaged
+    rates = {
+        label: sorted(t["identity"]["lr"] for t in trials if t["label"] == label) for label in ("LoRA rank=2", "Full")
+    }
+    assert rates == {"LoRA rank=2": [0.001, 0.01, 0.1], "Full": [0.0001, 0.001, 0.01]}
+    assert {t["identity"]["seed"] for t in trials} == {1000}
+    assert {t["metric"] for t in trials} == {"accuracy"}
+    assert Signs.looked_at.count(30) == 6, "a trial is judged once, on the validation split"
+    assert Signs.looked_at.count(40) == 4, "a run is judged once, on the test split"
+    for record in records:
+        mine = [t for t in trials if t["label"] == record["label"]]
+        best = max(mine, key=lambda t: (t["value"], -t["loss"]))
+        assert record["identity"]["lr"] == record["search"]["lr"] == best["identity"]["lr"]
+        assert record["search"]["tried"] == sorted([t["identity"]["lr"], t["value"]] for t in mine)
+
+    looks = len(Signs.looked_at)
+    assert runner.compare(spec, tmp_path) == records
+    assert len(Signs.looked_at) == looks, "what is there is not done again"
+
+
+def scripted(monkeypatch, worth):
+    """Replace training by a function of the rate; returns what was trained."""
+    seen = []
+
+    def trial(job, callbacks=()):
+        seen.append((job.entry.lr, job.epochs, job.rung))
+        return {"metric": "accuracy", "value": worth(job), "loss": 1.0}
+
+    monkeypatch.setattr(runner, "trial", trial)
+    monkeypatch.setattr(runner, "run", lambda job, *rest: {"search": job.search, "epochs": job.epochs})
+    return seen
+
+
+def test_halving_trains_fewer_rates_for_longer(tiny, tmp_path, monkeypatch):
+    seen = scripted(monkeypatch, lambda job: -abs(math.log10(job.entry.lr) + 3))  # 1e-3 is best
+    spec = read_spec(
+        **{**tiny, "epochs": 8, "search": {"kind": "halving", "trials": 9, "factor": 10}}, methods="full:lr=1e-5"
+    )
+    records = runner.compare(spec, tmp_path)
+    at = {rung: sorted(lr for lr, _, r in seen if r == rung) for rung in range(4)}
+    assert at[0] == pytest.approx([10.0**k for k in range(-9, 0)])
+    assert at[1] == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+    assert at[2] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert len(at[3]) == 2
+    assert {(rung, epochs) for _, epochs, rung in seen} == {(0, 1.0), (1, 2.0), (2, 4.0), (3, 8.0)}
+    assert {r["identity"]["lr"] for r in records} == {1e-3}
+    assert not records[0]["search"]["edge"]
+
+
+def test_the_best_rate_at_the_edge_of_its_grid_is_said(tiny, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda job: job.entry.lr)
+    records = runner.compare(read_spec(**{**tiny, "search": {}}, methods="full:lr=1e-3"), tmp_path)
+    assert records[0]["search"]["edge"]
+    assert records[0]["identity"]["lr"] == 0.01
+    assert Search().rates(1e-3) == [1e-4, 0.000316228, 1e-3, 0.00316228, 1e-2]
+
+
+@pytest.mark.parametrize("bad", ["fails", "nan"])
+def test_a_rate_that_fails_or_diverges_is_not_chosen(tiny, tmp_path, monkeypatch, bad):
+    def worth(job):
+        if job.entry.lr < 1e-3:
+            return 0.5
+        if bad == "fails":
+            raise RuntimeError("out of memory")
+        return float("nan")
+
+    scripted(monkeypatch, worth)
+    records = runner.compare(read_spec(**{**tiny, "search": {"factor": 10}}, methods="full:lr=1e-3"), tmp_path)
+    assert records[0]["identity"]["lr"] == 1e-5  # two rates are equally good, the first is taken
+    scripted(monkeypatch, lambda job: float("nan"))
+    records = runner.compare(read_spec(**{**tiny, "search": {}}, methods="full:lr=1e-3"), tmp_path / "b")
+    assert records[0]["identity"]["lr"] == 1e-3, "no trial has a value: the method's own rate"
+
+
+def test_a_metric_that_is_a_loss_is_better_when_less(tiny, tmp_path):
+    spec = searched(tiny, trials=3, factor=100, metric="loss")
+    records = runner.compare(spec, tmp_path)
+    trials, _ = Store(tmp_path).read("trials")
+    for record in records:
+        mine = [t for t in trials if t["label"] == record["label"]]
+        assert {t["metric"] for t in mine} == {"loss"}
+        assert record["identity"]["lr"] == min(mine, key=lambda t: t["value"])["identity"]["lr"]
+
+
+def test_several_budgets_are_lines_of_one_comparison(tiny, tmp_path):
+    spec = read_spec(**{**tiny, "budgets": [70, 140]}, methods="lora,svft:pattern=banded")
+    records = runner.compare(spec, tmp_path)
+    assert [(r["label"], r["identity"]["budget"], r["identity"]["seed"]) for r in records] == [
+        (label, limit, seed) for seed in (0, 1) for limit in (70, 140) for label in ("LoRA", "SVFT banded")
+    ]
+    assert all(r["parameters"]["factors"] <= r["identity"]["budget"] for r in records)
+    lora = {r["identity"]["budget"]: r["parameters"]["factors"] for r in records if r["label"] == "LoRA"}
+    assert lora[140] > lora[70]
+
+
+def test_a_budget_that_no_method_can_meet_is_refused_before_anything_is_trained(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
+    spec = read_spec(**{**tiny, "budgets": [200, 3]}, methods="lora,pissa,full")
+    with pytest.raises(
+        ValueError, match=r"no method can meet the budget 3 \(3 values\): LoRA.* has at least 66 values"
+    ):
+        runner.compare(spec, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_comparisons_do_not_share_a_folder(tiny, tmp_path):
+    runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
+    more = read_spec(**{**tiny, "seeds": [0, 2]}, methods="lora:rank=2,full")  # an extension, not another comparison
+    assert len(runner.compare(more, tmp_path)) == 4
+    for change in ({"epochs": 2}, {"batch_size": 8}, {"search": {}}, {"methods": "lora:rank=2:lr=0.5"}):
+        with pytest.raises(ValueError, match="--out"):
+            runner.compare(read_spec(**{**tiny, "methods": "lora:rank=2", **change}), tmp_path)
+
+
+def test_what_is_measured(tiny, tmp_path):
+    (record, *_) = runner.compare(read_spec(**{**tiny, "snapshots": 2}, methods="sorsa:rank=2"), tmp_path)
+    assert "error" not in record, record["traceback"]
+    assert len(record["items"]["accuracy"]) == len(record["items"]["loss"]) == 40
+    assert record["metric"]["value"] == pytest.approx(sum(record["items"]["accuracy"]) / 40)
+    assert record["reload_error"] == 0.0
+    assert record["merge_error"] < 1e-6
+    assert 0 < record["distance"] < 1
+    assert record["attach_seconds"] > 0
+    assert record["attach_warm_seconds"] > 0
+    assert record["throughput"]["unit"] == "images"
+    assert record["throughput"]["per_second"] == pytest.approx(16 / record["step_seconds"])
+    assert record["forgetting"] is None  # this model has no features that could drift
+    spectra = record["spectra"]
+    assert spectra["steps"][0] == 0
+    assert spectra["steps"][-1] == 4
+    assert len(spectra["delta_sigma"]) == len(spectra["steps"])
+    assert len(spectra["delta_d"][0]) == len(spectra["sites"]) == record["sites"]
+    assert max(spectra["delta_d"][-1]) > 0
+
+
+def test_the_distance_is_that_of_the_weights_without_a_new_head():
+    base, model = Net(), Net()
+    model.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        model.body.weight += 0.1
+        model.head.weight += 5
+    squares = sum(p.detach().double().square().sum() for n, p in base.named_parameters() if not n.startswith("head."))
+    assert measures.distance(model, base, ["head"]) == pytest.approx(float((0.01 * 240 / squares).sqrt()), rel=1e-5)
+    assert measures.distance(copy.deepcopy(base), base) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "sorsa", "dora", "oft"])
+def test_reload_and_merge_are_measured_for_methods_of_every_sort(tiny, tmp_path, method):
+    record = runner.compare(read_spec(**{**tiny, "seeds": [3]}, methods=method), tmp_path)[0]
+    assert "error" not in record, record["traceback"]
+    assert record["reload_error"] == 0.0
+    assert record["merge_error"] < 1e-5
+    assert record["distance"] > 0
+
+
+def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monkeypatch):
+    real = run.checkpoint.load
+
+    def off(model, path):
+        adapter = real(model, path)
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p += 0.01
+
+    monkeypatch.setattr(run.checkpoint, "load", off)
+    record = runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)[0]
+    assert record["reload_error"] > 1e-3
+
+
+def test_forgetting_is_measured_on_a_real_model(tmp_path):
+    sizes = {"train_size": 32, "test_size": 32}
+    spec = read_spec(
+        model="efficientnet-lite0", methods="lora:lr=0.1", seeds=[0], epochs=1, search=False, task_options=sizes
+    )
+    (record,) = runner.compare(spec, tmp_path)
+    assert record["forgetting"]["name"] == "feature drift"
+    assert record["forgetting"]["before"] == pytest.approx(0, abs=1e-6)
+    assert record["forgetting"]["after"] > 1e-3
+
+
+def test_a_tracker_follows_the_training(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    spec = read_spec(**tiny, methods="lora:rank=2")
+    runner.compare(spec, tmp_path, runner.Engine(tracker="tensorboard"))
+    assert len({file.parent for file in tmp_path.glob("logs/**/events.out.tfevents.*")}) == 2, "a folder for each run"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("tensorbord", "did you mean 'tensorboard'"), ("comet_ml", "pip install")]
+)
+def test_a_tracker_that_is_not_there_is_refused_first(tiny, tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path, runner.Engine(tracker=name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_workers_give_the_records_of_one(tmp_path):
+    """Real processes: the model is loaded anew in each, and the results are those of a single process."""
+    sizes = {"train_size": 32, "test_size": 32}
+    spec = read_spec(
+        model="efficientnet-lite0",
+        methods="head-only,lora",
+        seeds=[0, 1],
+        epochs=1,
+        search=False,
+        task_options=sizes,
+    )
+    together = runner.compare(spec, tmp_path / "two", runner.Engine(workers=2))
+    assert [(r["label"], r["identity"]["seed"]) for r in together] == [
+        (label, seed) for seed in (0, 1) for label in ("HeadOnly", "LoRA")
+    ]
+    assert all("error" not in r for r in together)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(together[0]["machine"]["threads"])  # sums depend on how many threads share them
+    try:
+        alone = runner.compare(spec, tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    assert [r["loss"] for r in alone] == [r["loss"] for r in together]
+
+
+def test_the_comparison_file_is_the_specification(tiny, tmp_path):
+    spec = read_spec(**tiny, methods="lora:rank=2,sorsa:gamma=0.5")
+    runner.compare(spec, tmp_path)
+    plain = Store(tmp_path).comparison()["spec"]
+    assert plain["baseline"] == "LoRA rank=2"
+    methods = [{**m["method"], "label": m["label"], "lr": m["lr"]} for m in plain.pop("methods")]
+    again = read_spec(**{**plain, "search": plain["search"] or False}, methods=methods)
+    assert again.to_json() == spec.to_json()
+
+
+def test_a_job_is_named_for_people(tiny):
+    spec = read_spec(**{**tiny, "budgets": ["1%", "2%"]}, methods="lora")
+    assert str(Job(spec, spec.methods[0], "1%", 3)) == "LoRA at 1%, seed 3"
+    assert str(Job(spec, spec.methods[0], "1%", 3, rung=0)).startswith("LoRA at 1%, rate ")
+
+
+def test_the_command_line_passes_everything_on(tiny, tmp_path):
+    call = "compare --model tiny --task signs --methods lora:rank=2,full --seeds 0,1 --trials 3 --search grid"
+    call += f" --option train_size=32 --test-size 20 --baseline Full --confidence 0.9 --out {tmp_path}"
+    result = CliRunner().invoke(app, call.split())
+    assert result.exit_code == 0, result.output
+    spec = Store(tmp_path).comparison()["spec"]
+    assert spec["search"]["trials"] == 3
+    assert spec["task_options"] == {"train_size": 32, "test_size": 20}
+    assert (spec["baseline"], spec["confidence"]) == ("Full", 0.9)
+    wrong = CliRunner().invoke(app, [*call.split(), "--backend", "rai"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'ray'" in wrong.stderr
