@@ -169,13 +169,15 @@ def test_the_distance_is_that_of_the_weights_without_a_new_head():
     assert measures.distance(copy.deepcopy(base), base) == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "sorsa", "dora", "oft"])
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "head-only", "sorsa", "dora", "oft"])
 def test_reload_and_merge_are_measured_for_methods_of_every_sort(tiny, tmp_path, method):
-    record = runner.compare(read_spec(**{**tiny, "seeds": [3]}, methods=method), tmp_path)[0]
+    record = runner.compare(read_spec(**{**tiny, "seeds": [3], "snapshots": 1}, methods=method), tmp_path)[0]
     assert "error" not in record, record["traceback"]
     assert record["reload_error"] == 0.0
     assert record["merge_error"] < 1e-5
-    assert record["distance"] > 0
+    assert (record["distance"] > 0) == (method != "head-only")
+    sites = record["spectra"]["sites"] if record["spectra"] else []
+    assert sites == ([] if method in ("bitfit", "head-only") else ["body", "wide"]), "a new head drifts from nothing"
 
 
 def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monkeypatch):

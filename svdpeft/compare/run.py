@@ -164,10 +164,18 @@ class Training:
             if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
                 wandb.finish()  # else the next training of this process would be logged as this one
 
-    def steps(self) -> int:
-        """Number of optimizer steps that it will train."""
-        each = math.ceil(len(self.data.train) / self.job.spec.batch_size)  # type: ignore[arg-type]
-        return max(1, math.ceil(each * self.job.epochs))
+    def tracker(self) -> DriftTracker | None:
+        """Return what follows the spectra of the weights; ``None`` for a method that trains vectors alone."""
+        new = tuple(f"{module}." for module in self.head)  # a new head has no base that it could drift from
+        whole = [
+            name.removesuffix(".weight")
+            for name, (owner, attribute) in self.adapter.whole.items()
+            if getattr(owner, attribute).ndim > 1 and not name.startswith(new)
+        ]
+        if not (sites := [*self.adapter.sites, *whole]):
+            return None
+        steps = math.ceil(len(self.data.train) / self.job.spec.batch_size) * self.job.epochs  # type: ignore[arg-type]
+        return DriftTracker(self.adapter, sites, every=max(1, math.ceil(steps / self.job.spec.snapshots)))
 
 
 def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def run(
     reset_peak_memory()
     training.adapter, attach_seconds = training.attach(model)
     adapter = training.adapter
-    tracker = DriftTracker(adapter, every=math.ceil(training.steps() / spec.snapshots)) if spec.snapshots else None
+    tracker = training.tracker() if spec.snapshots else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         training.train(log_folder or folder, [*callbacks, *([tracker] if tracker else [])], report_to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -137,8 +138,6 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
     """
-    from statsmodels.stats.multitest import multipletests
-
     _check(confidence)
     if baseline not in scores:
         raise ValueError(f"no runs of the baseline {baseline!r}: {near_miss(baseline, scores)}")
@@ -146,11 +145,11 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
     pairs = {label: _paired(scores, label, baseline) for label in scores if label != baseline}
     tested = {label: MeanSquares.of(d) for label, (d, _) in pairs.items() if d is not None}
     p = {label: squares.p() for label, squares in tested.items()}
-    corrected = (
-        dict(zip(p, np.asarray(multipletests(list(p.values()), alpha, "holm")[1]).tolist(), strict=True)) if p else {}
-    )
     # Holm tests the smallest p at α/m, the next at α/(m − 1), and stops at the first that fails: the rest fail with it
-    passed, order = sum(each <= alpha for each in corrected.values()), sorted(p, key=p.__getitem__)
+    order = sorted(p, key=p.__getitem__)
+    steps = [min(1.0, (len(p) - rank) * p[label]) for rank, label in enumerate(order)]
+    corrected = dict(zip(order, accumulate(steps, max), strict=True))
+    passed = sum(each <= alpha for each in corrected.values())
     level = {label: alpha / (len(p) - min(rank, passed)) for rank, label in enumerate(order)}
     found = []
     for label, (_, note) in pairs.items():
