@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from svdpeft.compare.store import Store
@@ -31,7 +32,13 @@ def methods(count: int) -> list[tuple[str, dict[str, Any], float, int, float]]:
     if count <= len(METHODS):
         return list(METHODS[:count])
     more = [
-        (f"SORSA γ={i}e-5", {"name": "sorsa", "gamma": i * 1e-5}, 0.7 + 0.2 * math.sin(i) ** 2, 30_000 + 1500 * i, 90 + i)
+        (
+            f"SORSA γ={i}e-5",
+            {"name": "sorsa", "gamma": i * 1e-5},
+            0.7 + 0.2 * math.sin(i) ** 2,
+            30_000 + 1500 * i,
+            90 + i,
+        )
         for i in range(count - len(METHODS))
     ]
     return [*METHODS, *more]
@@ -82,7 +89,7 @@ def comparison(
             }
             for seed in range(seeds):
                 draw = random.Random(f"{label} {budget} {seed}")
-                shift = math.log(skill / (1 - skill)) * 1.3 + 0.3 * b + draw.gauss(0, 0.06)
+                shift = 1.17 * NormalDist().inv_cdf(skill) + 0.2 * b + draw.gauss(0, 0.03)
                 right = [float(shift + h + draw.gauss(0, 0.6) > 0) for h in hard]
                 wide = factors * (1 + b)
                 runs.append(
@@ -115,7 +122,11 @@ def comparison(
                     }
                 )
             for lr in RATES if trials else ():
-                value = skill - 0.05 * abs(math.log10(lr / best)) ** 1.5 - (0.01 if lr == best else 0.02) * (label == "LoRA")
+                value = (
+                    skill
+                    - 0.05 * abs(math.log10(lr / best)) ** 1.5
+                    - (0.01 if lr == best else 0.02) * (label == "LoRA")
+                )
                 tried.append(
                     _about(random.Random(0))
                     | {
@@ -154,7 +165,9 @@ def failed(run: dict[str, Any], error: str = "RuntimeError: out of memory") -> d
     return {**{name: run[name] for name in kept}, "error": error, "traceback": "Traceback …"}
 
 
-def store(folder: Path, parts: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]] | None = None, **options: Any) -> Store:
+def store(
+    folder: Path, parts: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]] | None = None, **options: Any
+) -> Store:
     """Write a comparison into a folder."""
     head, runs, tried = parts or comparison(**options)
     found = Store(folder)
@@ -166,7 +179,9 @@ def store(folder: Path, parts: tuple[dict[str, Any], list[dict[str, Any]], list[
 
 
 def type_name(method: dict[str, Any]) -> str:
-    return {"sorsa": "SORSA", "pissa": "PiSSA", "lora": "LoRA", "svft": "SVFT", "dora": "DoRA"}.get(method["name"], "Full")
+    return {"sorsa": "SORSA", "pissa": "PiSSA", "lora": "LoRA", "svft": "SVFT", "dora": "DoRA"}.get(
+        method["name"], "Full"
+    )
 
 
 def _about(draw: random.Random) -> dict[str, Any]:
@@ -183,7 +198,10 @@ def _about(draw: random.Random) -> dict[str, Any]:
 
 def _losses(draw: random.Random, steps: int, floor: float, pace: float) -> list[list[float]]:
     return [
-        [i + 1, round(floor + (2.4 - floor) * math.exp(-i / (pace + 1)) * draw.uniform(0.8, 1.2) + draw.gauss(0, 0.04), 4)]
+        [
+            i + 1,
+            round(floor + (2.4 - floor) * math.exp(-i / (pace + 1)) * draw.uniform(0.8, 1.2) + draw.gauss(0, 0.04), 4),
+        ]
         for i in range(steps)
     ]
 

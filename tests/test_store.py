@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -207,8 +209,6 @@ for i in range(count):
     own = {"identity": {"seed": i, "writer": me}, "items": [me] * (1 + 997 * i % 5000)}
     store.write("runs", f"shared{i % 5}", own)
     store.write("runs", f"own{me}-{i}", own)
-entry = {"label": f"m{me}", "method": {"name": "lora"}, "lr": 1}
-store.claim({"spec": {"model": "m", "seeds": [me], "methods": [entry]}})
 """
 
 
@@ -229,9 +229,21 @@ def test_several_writers_and_a_reader(tmp_path):
     assert looked > 3
     assert len(store.read("runs")[0]) == 5 + writers * count
     assert [name for name in os.listdir(tmp_path / "runs") if name.startswith(".")] == []
-    spec = store.comparison()["spec"]  # nobody's part is lost
-    assert spec["seeds"] == list(range(writers))
-    assert sorted(entry["label"] for entry in spec["methods"]) == [f"m{i}" for i in range(writers)]
+
+
+def test_those_who_extend_a_comparison_wait_for_each_other(tmp_path, monkeypatch):
+    look = Store.comparison
+
+    def slow(store):
+        found = look(store)
+        time.sleep(0.05)  # in which the others would write
+        return found
+
+    monkeypatch.setattr(Store, "comparison", slow)
+    specs = [{"spec": {"seeds": [seed], "methods": []}} for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda spec: Store(tmp_path).claim(spec), specs))
+    assert Store(tmp_path).comparison()["spec"]["seeds"] == [0, 1, 2, 3]
 
 
 # One comparison a folder

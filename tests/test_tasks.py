@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
+import math
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_language import mixed_modes, random_states
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from svdpeft.models import Loaded
 from svdpeft.models.embedded import AssetError, fetch
 from svdpeft.registry import TASKS
-from svdpeft.tasks import mnist5k, stories, wordproblems
+from svdpeft.tasks import mnist5k, stories
 from svdpeft.tasks.base import TaskData, evaluating
 from svdpeft.tasks.mnist5k import Mnist5k
-from svdpeft.tasks.wordproblems import PROMPT, WordProblems, decode, extract
+from svdpeft.tasks.wordproblems import WordProblems
 
 # Changing a story changes the test set, and old results no longer compare: bump this knowingly.
 FIRST_64_TEST_PROBLEMS = "189d06cc7ac70a3f"
@@ -34,27 +34,18 @@ SEEDS = st.integers(0, 2**32)
 CONFIG = {"input_size": (3, 20, 36), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-def mixed_modes() -> nn.Sequential:
-    """A model whose submodules are in different modes, one of them a training child of a resting parent."""
-    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.Dropout(0.5))
-    model[0].training = model[1].training = model[0][1].training = False
-    return model
-
-
-def random_states() -> tuple[Any, ...]:
-    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
-
-
 # -- stories
 
 
 @settings(max_examples=20, deadline=None)
-@given(SEEDS, SEEDS, st.integers(1, 400), st.integers(1, 400))
-def test_train_and_test_share_no_question_and_no_story_with_its_numbers(seed, other, train_size, test_size):
-    train, test = stories.problems("train", train_size, seed), stories.problems("test", test_size, other)
-    assert not {p.key for p in train} & {p.key for p in test}
-    assert not {p.question for p in train} & {p.question for p in test}
-    for side in (train, test):
+@given(*[SEEDS] * 3, *[st.integers(1, 400)] * 3)
+def test_splits_share_no_question_and_no_story_with_its_numbers(a, b, c, train, validation, test):
+    sides = [stories.problems("train", train, a), stories.problems("validation", validation, b)]
+    sides.append(stories.problems("test", test, c))
+    for one, other in itertools.combinations(sides, 2):
+        assert not {p.key for p in one} & {p.key for p in other}
+        assert not {p.question for p in one} & {p.question for p in other}
+    for side in sides:
         assert len({p.key for p in side}) == len({p.question for p in side}) == len(side)
 
 
@@ -68,7 +59,7 @@ def test_the_question_determines_the_numbers():
 
 
 @settings(max_examples=10, deadline=None)
-@given(SEEDS, st.sampled_from(["train", "test"]))
+@given(SEEDS, st.sampled_from(["train", "validation", "test"]))
 def test_every_annotation_is_right(seed, split):
     for problem in stories.problems(split, 120, seed):
         steps = problem.answer.splitlines()
@@ -112,155 +103,10 @@ def test_problems_are_fixed_and_touch_no_random_state():
 
 
 def test_as_many_problems_as_are_promised():
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         assert len({p.key for p in stories.problems(split, stories.limit(split))}) == stories.limit(split)
         with pytest.raises(ValueError, match=rf"{stories.limit(split) + 1} {split} problems are outside"):
             stories.problems(split, stories.limit(split) + 1)
-
-
-# -- word problems
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tiny(tokenizer) -> Loaded:
-    return language(llama(tokenizer), tokenizer)
-
-
-def test_prompt_is_the_papers(tiny, tokenizer):
-    data = WordProblems(train_size=2, test_size=2).prepare(tiny)
-    question = stories.problems("train", 1)[0].question
-    assert tokenizer.decode(data.train.prompts[0]) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        f"request.\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
-    )
-
-
-def test_the_loss_is_on_the_answer_alone(tiny, tokenizer):
-    data = WordProblems(train_size=12, test_size=2).prepare(tiny)
-    batch = data.collate([data.train[i] for i in range(12)])
-    for row, problem in enumerate(stories.problems("train", 12)):
-        ids, mask, labels = (batch[key][row] for key in ("input_ids", "attention_mask", "labels"))
-        length = int(mask.sum())
-        assert mask[:length].all()  # padded on the right
-        assert (ids[length:] == tokenizer.eos_token_id).all()
-        told = labels != -100
-        assert torch.equal(labels[told], ids[told])
-        assert tokenizer.decode(labels[told]) == f" {problem.answer}<eos>"  # the eos is learned, its padding twin not
-        assert tokenizer.decode(ids[~told][: length - int(told.sum())]) == PROMPT.format(question=problem.question)
-    loss = tiny.model(**batch).loss
-    assert loss.isfinite()
-
-
-def test_prepare_does_not_depend_on_the_run(tiny):
-    task = WordProblems(train_size=6, test_size=6)
-    a, b = task.prepare(tiny, seed=0), task.prepare(tiny, seed=1)
-    other = WordProblems(train_size=6, test_size=6, data_seed=1).prepare(tiny)
-    assert a.train.problems == b.train.problems != other.train.problems
-    assert a.test.problems == b.test.problems == other.test.problems
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("<<1+1=2>>2\n#### 72", 72),
-        ("#### 1,234,567", 1234567),
-        ("#### -5", -5),
-        ("#### $18.50 left", 18.5),
-        ("####72.", 72),
-        ("#### 1\n#### 2 clips, not 3", 2),
-        ("72", None),
-        ("#### ", None),
-        ("#### 4\n#### none", None),
-        ("", None),
-    ],
-)
-def test_extract(text, number):
-    assert extract(text) == number
-
-
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_batched_decoding_equals_one_by_one(tokenizer, batch, caplog, monkeypatch):
-    model = llama(tokenizer)
-    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
-    for setting, value in {
-        "do_sample": True,
-        "temperature": 0.3,
-        "top_p": 0.5,
-        "repetition_penalty": 9.0,
-    }.items():
-        setattr(model.generation_config, setting, value)
-    own = model.generation_config
-    prompts = WordProblems(train_size=1, test_size=8).prepare(language(model, tokenizer)).test.prompts
-    assert len({len(prompt) for prompt in prompts}) > 4
-    slow = [greedy(model, prompt, 12, tokenizer.eos_token_id) for prompt in prompts]
-    expected = tokenizer.batch_decode(slow, skip_special_tokens=True)
-    assert len(set(expected)) > 4
-    assert decode(model, tokenizer, prompts, 12, batch) == expected
-    assert model.generation_config is own
-    assert not caplog.records
-
-
-def test_decoding_stops_at_the_end_of_text(tokenizer):
-    model = llama(tokenizer)
-    prompts = WordProblems(train_size=1, test_size=4).prepare(language(model, tokenizer)).test.prompts
-    free = [greedy(model, prompt, 8, -1) for prompt in prompts]
-    stopper = SimpleNamespace(eos_token_id=free[0][3], pad_token_id=None, batch_decode=lambda ids, **_: ids.tolist())
-    for long, row in zip(free, decode(model, stopper, prompts, 8), strict=True):
-        end = long.index(stopper.eos_token_id) + 1 if stopper.eos_token_id in long else len(long)
-        assert row[:end] == long[:end]
-        assert set(row[end:]) <= {stopper.eos_token_id}
-
-
-class Reciter(nn.Module):
-    """Knows the test set by heart, and adds ``shift`` to each result."""
-
-    def __init__(self, tokenizer: Any, shift: int) -> None:
-        super().__init__()
-        self.tokenizer, self.shift, self.generation_config = tokenizer, shift, None
-        self.parts = mixed_modes()
-        self.known = {PROMPT.format(question=p.question): p for p in stories.problems("test", 40)}
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
-        assert not any(module.training for module in self.modules())
-        assert not torch.is_grad_enabled()
-        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        problems = [self.known[self.tokenizer.decode(ids)] for ids in prompts]
-        answers = [f" {p.answer.split('####')[0]}#### {p.result + self.shift:,}" for p in problems]
-        new = [torch.tensor(self.tokenizer(answer).input_ids) for answer in answers]
-        return torch.cat((input_ids, wordproblems.pad(new, generation_config.pad_token_id)), 1)
-
-
-@pytest.mark.parametrize(("shift", "accuracy"), [(0, 1.0), (1, 0.0)])
-def test_word_problems_against_an_oracle(tokenizer, shift, accuracy):
-    model = Reciter(tokenizer, shift)
-    modes = [module.training for module in model.modules()]
-    before = random_states()
-    metrics = WordProblems(train_size=1, test_size=40).prepare(language(model, tokenizer)).evaluate(model)
-    assert metrics == {"accuracy": accuracy}
-    assert [module.training for module in model.modules()] == modes
-    assert random_states() == before
-
-
-def test_word_problems_with_a_real_model_class(tiny):
-    data = WordProblems(train_size=1, test_size=3).prepare(tiny)
-    tiny.model.train()
-    assert data.evaluate(tiny.model) == {"accuracy": 0.0}
-    assert all(module.training for module in tiny.model.modules())
-
-
-def test_word_problems_refuse_what_they_cannot_use(tiny, tokenizer):
-    task = WordProblems(train_size=1, test_size=1)
-    with pytest.raises(ValueError, match="needs a tokenizer with an eos token; 'tiny' has none"):
-        task.prepare(language(tiny.model, None))
-    with pytest.raises(ValueError, match=r"needs a model with generate\(\); 'tiny' has none"):
-        task.prepare(language(nn.Linear(2, 2), tokenizer))
-    with pytest.raises(ValueError, match="test_size 0 is outside"):
-        WordProblems(test_size=0).prepare(tiny)
 
 
 # -- MNIST
@@ -287,15 +133,18 @@ def numbers(data: Any) -> list[int]:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 4000), st.integers(1, 1000), SEEDS)
-def test_digits_are_disjoint_stratified_and_fixed(digits, train_size, test_size, seed):
-    data = Mnist5k(train_size, test_size).prepare(vision(), seed)
-    full = Mnist5k(4000, 1000).prepare(vision(), seed=0)
-    train, test = numbers(data.train), numbers(data.test)
-    assert train == numbers(full.train)[:train_size]
-    assert test == numbers(full.test)[:test_size]
-    assert len(set(train) | set(test)) == len(data.train) + len(data.test) == train_size + test_size
-    for split in (data.train, data.test):
+@given(st.integers(1, 3500), st.integers(1, 500), st.integers(1, 1000), SEEDS)
+def test_digits_are_disjoint_stratified_and_fixed(digits, train_size, validation_size, test_size, seed):
+    sizes = (train_size, validation_size, test_size)
+    data, full = Mnist5k(*sizes).prepare(vision(), seed), Mnist5k(3500, 500, 1000).prepare(vision(), seed=0)
+    seen = []
+    for split, size in zip(("train", "validation", "test"), sizes, strict=True):
+        mine = numbers(getattr(data, split))
+        assert mine == numbers(getattr(full, split))[:size]
+        assert len(mine) == len(getattr(data, split)) == size
+        seen += mine
+    assert len(set(seen)) == sum(sizes)
+    for split in (data.train, data.validation, data.test):
         counts = split.labels.bincount(minlength=10)
         assert counts.max() - counts.min() <= 1
         assert split.labels.tolist() == [number % 10 for number in numbers(split)]
@@ -316,7 +165,7 @@ def test_digits_are_not_in_the_order_of_the_file_and_touch_no_random_state(digit
 def test_digits_are_normalised_as_the_model_says(digits):
     images, _ = digits
     images.copy_(torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8))
-    data = Mnist5k(4, 2).prepare(vision())
+    data = Mnist5k(4, 2, 2).prepare(vision())
     batch = data.collate([data.train[i] for i in range(4)])
     assert batch["x"].shape == (4, 3, 20, 36)
     assert batch["x"].dtype == torch.float32
@@ -329,7 +178,7 @@ def test_digits_are_normalised_as_the_model_says(digits):
 
 def test_digits_of_their_own_size_are_not_changed_and_take_the_models_dtype(digits):
     config = {"input_size": (1, 28, 28), "mean": (0.0,), "std": (1.0,)}
-    data = Mnist5k(4, 2).prepare(vision(nn.Linear(2, 2).to(torch.float64), **config))
+    data = Mnist5k(4, 2, 2).prepare(vision(nn.Linear(2, 2).to(torch.float64), **config))
     assert data.train[1]["x"].dtype == torch.float64
     torch.testing.assert_close(data.train[1]["x"][0].float(), data.train.images[1] / 255)
 
@@ -354,16 +203,22 @@ def test_digits_against_an_oracle(digits, shift, accuracy):
     config = {"input_size": (3, 28, 28), "mean": (0.0,) * 3, "std": (1.0,) * 3}
     model = Seer(shift)
     modes = [module.training for module in model.modules()]
-    data = Mnist5k(10, 130).prepare(vision(model, **config))  # the last batch is not full
+    data = Mnist5k(10, 10, 130).prepare(vision(model, **config))  # the last batch is not full
     before = random_states()
-    assert data.evaluate(model) == {"accuracy": accuracy}
+    found = data.evaluate(model, data.test)
+    assert found["accuracy"] == [accuracy] * 130
+    right = -math.log(math.e / (math.e + 9))  # of logits that are 1 at one class, 0 at the other nine
+    assert found["loss"] == pytest.approx([right if shift == 0 else right + 1] * 130, rel=1e-5)
+    assert data.evaluate(model, data.validation, ["loss"]).keys() == {"loss"}
     assert [module.training for module in model.modules()] == modes
     assert random_states() == before
 
 
 def test_digits_refuse_what_they_cannot_use(digits):
-    with pytest.raises(ValueError, match=r"train_size 4001 is outside \[1, 4000\] of task 'mnist5k'"):
-        Mnist5k(train_size=4001).prepare(vision())
+    with pytest.raises(ValueError, match=r"train_size 3501 is outside \[1, 3500\] of task 'mnist5k'"):
+        Mnist5k(train_size=3501).prepare(vision())
+    with pytest.raises(ValueError, match=r"validation_size 501 is outside \[1, 500\] of task 'mnist5k'"):
+        Mnist5k(validation_size=501).prepare(vision())
     with pytest.raises(ValueError, match=r"test_size 1001 is outside \[1, 1000\] of task 'mnist5k'"):
         Mnist5k(test_size=1001).prepare(vision())
     with pytest.raises(ValueError, match=r"std \(1.0,\) of the model's data config is not 3 numbers"):
@@ -401,17 +256,18 @@ def test_the_real_digits():
 
 def test_tasks_are_registered_and_say_what_they_are():
     for task in TASKS.values():
-        assert task.metric == "accuracy"
+        assert task.metric in task.metrics
+        assert "loss" in task.metrics
         assert task.modality in ("vision", "language")
-        assert task().train_size > 0  # every task has defaults
-    assert {"mnist5k", "wordproblems"} <= set(TASKS)
+    assert {"gsm8k", "math", "mnist5k", "wordproblems"} <= set(TASKS)
     assert (Mnist5k.num_classes, WordProblems.num_classes) == (10, None)
 
 
 def test_an_empty_split_is_refused():
-    for train, test, name in (([], [1], "train"), ([1], [], "test")):
+    for name in ("train", "validation", "test"):
+        splits = {split: [] if split == name else [1] for split in ("train", "validation", "test")}
         with pytest.raises(ValueError, match=f"{name} split is empty"):
-            TaskData(train, test, collate=dict, evaluate=dict)
+            TaskData(**splits, collate=dict, evaluate=dict)  # type: ignore[arg-type]
 
 
 def test_evaluating_restores_each_submodule_even_after_an_error():

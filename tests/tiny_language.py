@@ -1,10 +1,12 @@
-"""A small tokenizer, a small model with far from uniform logits, and decoding the slow way."""
+"""What tests of tasks share: a small tokenizer and model, decoding the slow way, and what must not change."""
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -56,3 +58,14 @@ def greedy(model: nn.Module, prompt: Tensor, steps: int, eos: int) -> list[int]:
         while ids.shape[1] < len(prompt) + steps and (ids.shape[1] == len(prompt) or ids[0, -1] != eos):
             ids = torch.cat((ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
     return ids[0, len(prompt) :].tolist()
+
+
+def mixed_modes() -> nn.Sequential:
+    """A model whose submodules are in different modes, one of them a training child of a resting parent."""
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.Dropout(0.5))
+    model[0].training = model[1].training = model[0][1].training = False
+    return model
+
+
+def random_states() -> tuple[Any, ...]:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter import Adapter
-from svdpeft.inventory import weights_of
+from svdpeft.inventory import Weight, weights_of
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.fused import Part, parts_of
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factored
-from svdpeft.patterns import matches
+from svdpeft.patterns import BRACKETS, matches
 from svdpeft.registry import near_miss
 from svdpeft.sites import Site
 from svdpeft.weights import stored
@@ -57,25 +57,27 @@ def matrices_of(what: nn.Module | Mapping[str, Tensor] | Adapter, patterns: Patt
     Args:
         what: a model, weights by name, or an adapter: then its sites, and the weights that it trains whole.
         patterns: ``"all"``, ``"all-linear"``, names, suffixes of dotted parts, or regular expressions that match the
-            whole name or such a suffix (``"q_proj|v_proj"``).
+            whole name or such a suffix (``"q_proj|v_proj"``); ``"qkv[q,v]"`` and ``"spectral[in,out,mode]"`` are parts
+            of a fused weight and axes of a raw one.
         word: what the caller calls the patterns, for the message.
 
     Raises:
         ValueError: a pattern names nothing.
     """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     if isinstance(what, Adapter):
-        known = [*map(_adapted, what.sites.values()), *_in_model(what.model, _trained_whole(what))]
+        known = [*map(_adapted, what.sites.values()), *_in_model(what.model, patterns, _trained_whole(what))]
     elif isinstance(what, nn.Module):
-        known = _in_model(what)
+        known = _in_model(what, patterns)
     else:
         known = [_given(name, w) for name, w in what.items() if w.ndim >= 2 and w.is_floating_point()]
     chosen: dict[str, Matrix] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         found = [matrix for matrix in known if _names(pattern, matrix)]
         if not found:
             leaves = {n.rpartition(".")[2] for matrix in known for n in matrix.names} | {"all", "all-linear"}
-            where = "the adapter trains" if isinstance(what, Adapter) else "there is"
-            raise ValueError(f"{word}={pattern!r} matches no matrix that {where}: {near_miss(pattern, leaves)}")
+            where = "that the adapter trains" if isinstance(what, Adapter) else "of the model"
+            raise ValueError(f"{word}={pattern!r} matches no matrix {where}: {near_miss(pattern, leaves)}")
         chosen |= {matrix.name: matrix for matrix in found}
     ordered = [matrix for matrix in known if matrix.name in chosen]
     return _with_copies(what, ordered) if isinstance(what, Adapter) else ordered
@@ -88,34 +90,49 @@ def _names(pattern: str, matrix: Matrix) -> bool:
 
 
 def _adapted(site: Site) -> Matrix:
-    names = (site.name, site.name.partition("[")[0]) if site.part else (site.name,)
+    names = (site.name, *([site.name.partition("[")[0]] if site.part else []), *_with_axes(site.name, site.kind))
     return Matrix(site.name, names, True, site.kind.linear, site.base_matrix, site.matrix, site)
+
+
+def _with_axes(name: str, kind: LayerKind) -> tuple[str, ...]:
+    return (f"{name}[{','.join(kind.axes)}]",) if isinstance(kind, Raw) and kind.axes else ()
 
 
 def _trained_whole(adapter: Adapter) -> set[int]:
     return {id(stored(*place)) for place in adapter.whole.values()}
 
 
-def _in_model(model: nn.Module, only: set[int] | None = None) -> list[Matrix]:
+def _axes(patterns: Sequence[str], weight: Weight) -> tuple[str, ...]:
+    """The names that a pattern such as ``spectral[in,out,mode]`` gives the axes of a raw parameter."""
+    for found in filter(None, map(BRACKETS.fullmatch, patterns)):
+        words = tuple(word.strip() for word in found[2].split(","))
+        if {"in", "out"} <= set(words) and any(matches(found[1], name) for name in weight.names):
+            return words
+    return ()
+
+
+def _in_model(model: nn.Module, patterns: Sequence[str], only: set[int] | None = None) -> list[Matrix]:
     """Every weight that is read as it is stored; each tied one once. ``only``: of these parameters."""
     found, seen = [], set()
     for weight in weights_of(model):
-        w, kind = weight.tensor, weight.kind or Raw()
+        w, kind = weight.tensor, weight.kind or Raw(_axes(patterns, weight))
         plain = type(w) is nn.Parameter and w.is_floating_point() and w.layout is torch.strided and not w.is_meta
         if not plain or id(w) in seen or (only is not None and id(w) not in only):
             continue
         seen.add(id(w))
+        if isinstance(kind, Raw):
+            kind.check_axes(w, weight.name)
+        names = (*weight.names, *_with_axes(weight.name, kind))
         above, _, leaf = weight.name.rpartition(".")
         parts = parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
         broad = weight.kind is not None and not weight.head
         if not (kind.split and parts):
-            found.append(_stored(weight.name, weight.names, broad, kind, weight.module, weight.parameter))
+            found.append(_stored(weight.name, names, broad, kind, weight.module, weight.parameter))
         total = kind.to_matrix(weight.module, w).shape[-2]
         for part, rows in parts.items():
             name = f"{weight.name}[{part}]"
-            names = (name, *weight.names) if kind.split else (name,)
-            part_of = Part(kind, rows, total)
-            found.append(_stored(name, names, broad and kind.split, part_of, weight.module, weight.parameter))
+            part_of, called = Part(kind, rows, total), (name, *names) if kind.split else (name,)
+            found.append(_stored(name, called, broad and kind.split, part_of, weight.module, weight.parameter))
     return found
 
 

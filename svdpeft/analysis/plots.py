@@ -47,7 +47,13 @@ def plot_drift(table: Table | Mapping[str, Table], path: str | os.PathLike[str])
                     axes.plot(*zip((0.0, 0.0), *line, strict=True), **look, linewidth=0.7, alpha=0.3)
                 mean = [tuple(map(_mean, zip(*points, strict=True))) for points in zip(*lines, strict=True)]
                 axes.plot(
-                    *zip((0.0, 0.0), *mean, strict=True), **look, linewidth=2.4, marker="o", markersize=4, label=name
+                    *zip((0.0, 0.0), *mean, strict=True),
+                    **look,
+                    linewidth=2.4,
+                    zorder=3,
+                    marker="o",
+                    markersize=4,
+                    label=name,
                 )
             axes.set(title=title, xlabel="ΔΣ: mean change of the singular values")
             axes.set_xlim(left=0)
@@ -71,9 +77,12 @@ def plot_condition(
             for line in lines:
                 axes.plot(*zip(*line, strict=True), **look, linewidth=0.7, alpha=0.3)
             mean = [(points[0][0], _geometric([y for _, y in points])) for points in zip(*lines, strict=True)]
-            axes.plot(*zip(*mean, strict=True), **look, linewidth=2.4, marker="o", markersize=4, label=name)
+            axes.plot(*zip(*mean, strict=True), **look, linewidth=2.4, zorder=3, marker="o", markersize=4, label=name)
         what = "leading r triplets of W'" if column == "condition_principal" else "factors, s L C A"
-        axes.set(yscale="log", xlabel="optimizer step", ylabel=f"σ₁ / σᵣ of the {what}")
+        axes.set(xlabel="optimizer step", ylabel=f"σ₁ / σᵣ of the {what}")
+        known = [row[column] for row in rows if row[column] is not None]
+        if known and max(known) > 30 * min(known):
+            axes.set_yscale("log")
 
 
 def plot_energy(found: Inspection | Mapping[str, Tensor], path: str | os.PathLike[str], energy: float = 0.9) -> None:
@@ -203,7 +212,9 @@ def _curves(
     x = [100 * i / (POINTS - 1) for i in range(POINTS)]
     for curve in curves if len(curves) > 1 else ():
         axes.plot(x, drawn(curve), **look, linewidth=0.7, alpha=0.3)
-    axes.plot(x, drawn([_mean(each) for each in zip(*curves, strict=True)]), **look, linewidth=2.4, label=name)
+    axes.plot(
+        x, drawn([_mean(each) for each in zip(*curves, strict=True)]), **look, linewidth=2.4, zorder=3, label=name
+    )
 
 
 def _spectra(found: Inspection | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

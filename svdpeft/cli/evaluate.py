@@ -124,9 +124,14 @@ def _load(model: str, adapter: Path | None, merged: bool, num_classes: int | Non
     import svdpeft
     from svdpeft.models import load
 
-    loaded = load(model, num_classes=num_classes, image_size=image_size)
+    loaded: Any = load(model, num_classes=num_classes, image_size=image_size)
     if adapter is not None:
         attached = svdpeft.load(loaded.model, adapter)
+        trained = {id(parameter) for parameter in attached.parameters()}
+        if num_classes is not None and not trained & {
+            id(p) for p in loaded.model.get_submodule(loaded.head).parameters()
+        }:
+            raise ValueError(f"{adapter} has not trained {loaded.head!r}, the new head of {num_classes} classes")
         if merged:
             attached.merge()
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")

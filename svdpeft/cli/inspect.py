@@ -18,8 +18,8 @@ from svdpeft.cli.app import Json, app, console, fail
 if TYPE_CHECKING:
     from svdpeft.analysis import Inspection
 
-WEIGHT = ("site", "shape", "σ₁", "σ₁/σ_K", "effective rank", "stable rank")
-ADAPTED = ("site", "ΔΣ", "ΔD", "ΔD assigned", "‖ΔW‖/‖W‖", "intruders", "overlap u", "overlap v", "orthonormality")
+WEIGHT = ("site", "shape", "σ₁", "σ₁/σ_K", "effective\nrank", "stable\nrank")
+ADAPTED = ("site", "ΔΣ", "ΔD", "ΔD\nassigned", "‖ΔW‖\n/ ‖W‖", "intru-\nders", "overlap\nu", "overlap\nv", "‖QᵀQ−I‖")
 
 
 @app.command()
@@ -68,8 +68,8 @@ def inspect(
 
 def _print(found: Inspection, model: str) -> None:
     table = Table(title=model, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in (*WEIGHT, f"{found.energy:.0%} energy"):
-        table.add_column(heading, justify="left" if heading in ("site", "shape") else "right", overflow="fold")
+    for heading in (*WEIGHT, f"rank for\n{found.energy:.0%} energy"):
+        _add_column(table, heading)
     for row in found.table:
         times = f"{row['matrices']} x " if row["matrices"] > 1 else ""
         full = min(row["m"], row["n"])
@@ -85,11 +85,16 @@ def _print(found: Inspection, model: str) -> None:
 def _print_adapted(found: Inspection, adapter: Path) -> None:
     table = Table(title=Text(str(adapter)), title_justify="left", box=None, padding=(0, 1, 0, 0))
     for heading in ADAPTED:
-        table.add_column(heading, justify="left" if heading == "site" else "right", overflow="fold")
+        _add_column(table, heading)
     keys = ("delta_sigma", "delta_d", "delta_d_assigned", "distance", "intruders", "overlap_left", "overlap_right")
     for row in found.table:
         table.add_row(Text(row["site"]), *(_number(row.get(key)) for key in (*keys, "orthonormality")))
     console.print(table)
+
+
+def _add_column(table: Table, heading: str) -> None:
+    name = heading == "site"  # a long one is folded, numbers stay in one piece
+    table.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=not name)
 
 
 def _number(value: float | None) -> str:

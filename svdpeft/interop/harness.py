@@ -60,10 +60,15 @@ def harness(
     for task in named:
         if task not in manager.task_index:
             raise ValueError(f"lm-evaluation-harness has no task {task!r}: {near_miss(task, manager.all_tasks)}")
-    options: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.processor, "batch_size": batch_size}
+    wrapped: dict[str, Any] = {
+        "pretrained": loaded.model,
+        "backend": "causal",
+        "tokenizer": loaded.processor,
+        "batch_size": batch_size,
+    }
     with evaluating(loaded.model):
         found = simple_evaluate(
-            HFLM(backend="causal", **options),
+            HFLM(**wrapped),
             tasks=list(tasks),
             limit=limit,
             num_fewshot=num_fewshot,

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,10 @@ class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
         """What ``generate`` gives to ``forward``: the prompt first, then the last token and the state."""
         taken = {name: kwargs[name] for name in ("attention_mask", "use_cache", "logits_to_keep") if name in kwargs}
         return {"input_ids": input_ids if state is None else input_ids[:, -1:], "state": state, **taken}
+
+    def _beam_search(self, *_args: Any, **kwargs: Any) -> NoReturn:
+        beams = kwargs["generation_config"].num_beams
+        raise ValueError(f"num_beams={beams}: the states would not follow the beams; RWKV decodes with num_beams=1")
 
     def _init_weights(self, module: nn.Module) -> None:
         """The implementation has drawn them."""

@@ -181,6 +181,8 @@ def hold_out(
             held |= mine
             chosen.append(row)
     if len(chosen) < size:
-        raise ValueError(f"validation_size {size} is outside [1, {len(chosen)}]: questions of the training data to hold out")
+        raise ValueError(
+            f"validation_size {size} is outside [1, {len(chosen)}]: questions of the training data to hold out"
+        )
     out = tested | held
     return [row for row in found if not out & {normal(text) for text in keys(row)}], chosen[::-1]

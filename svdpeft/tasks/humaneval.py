@@ -38,7 +38,10 @@ QUESTION = (
     "given code and do the completion only.\n\nPlease return all completed codes in one code block.\n"
     "This code block should be in the following format:\n'''python\n# Your codes here\n'''"
 )
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCES = [  # Python's own first
+    re.compile(rf"```{language}[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+    for language in ("(?:python|py)", "")
+]
 CUT = re.compile(r"^(?:if __name__ == \"__main__\"|# Example usage|assert\b)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ def code(text: str) -> str:
         'def one():\\n    return 1\\n'
     """
     text = text.replace("\r", "")
-    fenced = FENCE.search(text)
+    fenced = next(filter(None, (fence.search(text) for fence in FENCES)), None)
     found = fenced.group(1) if fenced else text
     cut = CUT.search(found)
     return found[: cut.start()] if cut else found

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from svdpeft.models import Loaded
+from svdpeft.registry import near_miss
 from svdpeft.tasks.base import Task, TaskData, evaluating
 from svdpeft.tasks.sources import Source, Split, read
 
@@ -173,8 +174,15 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
-    """Accuracy (1 or 0) and cross-entropy of each picture, in nats."""
+    """Accuracy (1 or 0) and cross-entropy of each picture, in nats.
+
+    Raises:
+        ValueError: ``metrics`` names another one.
+    """
     found: dict[str, list[float]] = {"accuracy": [], "loss": []}
+    for name in metrics:
+        if name not in found:
+            raise ValueError(f"image tasks have no metric {name!r}: {near_miss(name, found)}")
     # A generator of its own: else the loader draws a seed from the global one and so changes what follows.
     batches = DataLoader(examples, EVAL_BATCH, collate_fn=collate, generator=torch.Generator())
     with evaluating(model) as device:
@@ -197,10 +205,10 @@ class ImageTask(Task):
         root: folder in which the data lie; see ``sources.read``.
         download: whether torchvision may download.
         label: ``hf:`` the column of the class, where it is not clear.
-        shots: training pictures per class; None takes the whole training split.
+        shots: training pictures per class; ``"all"`` takes the whole training split.
         validation_shots: validation pictures per class.
-        data_seed: chooses the training pictures; None lets the seed of the run choose. Validation and test pictures
-            are the same at every seed.
+        data_seed: chooses the training pictures; ``"run"`` lets the seed of the run choose. Validation and test
+            pictures are the same at every seed.
         crop: ``"center"``, as timm evaluates the model, or ``"squash"``, the whole picture, as in SVFT's code.
     """
 
@@ -211,9 +219,9 @@ class ImageTask(Task):
     root: str | None = None
     download: bool = False
     label: str | None = None
-    shots: int | None = 10
+    shots: int | Literal["all"] = 10  # no None: a TOML file cannot say it
     validation_shots: int = 2
-    data_seed: int | None = 0
+    data_seed: int | Literal["run"] = 0
     crop: Literal["center", "squash"] = "center"
 
     modality = "vision"
@@ -221,10 +229,11 @@ class ImageTask(Task):
     metrics = ("accuracy", "loss")
 
     def __post_init__(self) -> None:
-        for name in ("shots", "validation_shots"):
+        for name, low, words in (("shots", 1, ["all"]), ("validation_shots", 1, []), ("data_seed", 0, ["run"])):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} is below 1 in task {self.name!r}")
+            if value not in words and not (isinstance(value, int) and value >= low):
+                other = "".join(f" nor {word!r}" for word in words)
+                raise ValueError(f"{name} {value!r} of task {self.name!r} is no whole number from {low}{other}")
         if self.crop not in ("center", "squash"):
             raise ValueError(f"crop {self.crop!r} of task {self.name!r} is neither 'center' nor 'squash'")
 
@@ -243,15 +252,14 @@ class ImageTask(Task):
 
         Args:
             loaded: the model.
-            seed: of the run; used where ``data_seed`` is None.
+            seed: of the run; used where ``data_seed`` is ``"run"``.
 
         Raises:
             ValueError: the data are not there, a class has too few pictures, ``loaded`` is no vision model, or a size
                 is outside what the data give.
         """
-        chosen = choose(
-            self.source, self.shots, self.validation_shots, seed if self.data_seed is None else self.data_seed
-        )
+        shots = None if self.shots == "all" else self.shots
+        chosen = choose(self.source, shots, self.validation_shots, seed if self.data_seed == "run" else self.data_seed)
         limits = {name: len(indices) for name, (_, indices) in chosen.items()}
         sizes = {name: getattr(self, f"{name}_size") for name in chosen}
         sizes = {name: limits[name] if size is None else size for name, size in sizes.items()}

@@ -30,14 +30,14 @@ class Reasoning(LanguageTask):
         train_on: the task's own name, its training set in the prompt of the evaluation; or ``"metamathqa"``, in the
             format of the papers: the response right after ``### Response:``.
         path: a local copy of the task's data, a folder; ``None``: from the hub.
-        train_path: a local copy of what is trained on, a folder or a file; ``None``: that in ``path`` for the own
+        train_data: a local copy of what is trained on, a folder or a file; ``None``: that in ``path`` for the own
             training set, else from the hub.
     """
 
     max_length: int | None = 512
     train_on: str = METAMATHQA
     path: str | None = None
-    train_path: str | None = None
+    train_data: str | None = None
 
     fields: ClassVar[tuple[str, str]]  # question and solution, in the task's own files
     origin: ClassVar[str]  # how the types of MetaMathQA begin that come from this task's training set
@@ -60,10 +60,10 @@ class Reasoning(LanguageTask):
         test = rows(self.path, "test", hub, configs, option="path")
         need(test, self.fields, f"the test split of {self.name}")
         if papers:
-            found = rows(self.train_path, "train", "meta-math/MetaMathQA", option="train_path")
+            found = rows(self.train_data, "train", "meta-math/MetaMathQA", option="train_data")
             ask, reply = "query", "response"
         else:
-            found = rows(self.train_path or self.path, "train", hub, configs, option="path")
+            found = rows(self.train_data or self.path, "train", hub, configs, option="path")
             ask, reply = question, solution
         need(found, (ask, reply), f"the training data {self.train_on}")
 

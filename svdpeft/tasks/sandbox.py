@@ -28,10 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 MIB = 2**20
 NOBODY = 65534
+USERS = count()  # root gives each program a user of its own: threads are counted by user
 CLOCK = 3  # a program may take this many times its processor time by the clock: sleeping, or on a busy machine
 FILES = 16 * MIB  # the temporary folder, and any file in it
 REPORT = 4096  # bytes that are read of what a sandbox says
@@ -161,6 +163,7 @@ def run(program: str, *, timeout: float = 10.0, memory: int = 512 * MIB) -> Outc
 
     Raises:
         SandboxError: there is no sandbox here, with the reason and what to install.
+        ValueError: a limit in which Python itself would not start.
 
     Example:
         >>> run("assert sum(range(4)) == 6")  # doctest: +SKIP
@@ -168,6 +171,9 @@ def run(program: str, *, timeout: float = 10.0, memory: int = 512 * MIB) -> Outc
         >>> run("import os; os._exit(0)").reason  # doctest: +SKIP
         'left before its end, with status 0'
     """
+    for name, value, least in (("timeout", timeout, 0.1), ("memory", memory, 64 * MIB)):
+        if value < least:
+            raise ValueError(f"{name} {value} is below {least}: Python itself would not start")
     if reason := available():
         raise SandboxError(reason)
     return _run(program, timeout, memory)
@@ -175,6 +181,8 @@ def run(program: str, *, timeout: float = 10.0, memory: int = 512 * MIB) -> Outc
 
 def run_all(programs: Iterable[str], *, timeout: float = 10.0, memory: int = 512 * MIB) -> list[Outcome]:
     """Run many programs, as many at a time as there are processors; the outcomes in their order."""
+    if reason := available():
+        raise SandboxError(reason)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
         return list(workers.map(lambda program: run(program, timeout=timeout, memory=memory), programs))
 
@@ -200,12 +208,13 @@ def _run(program: str, timeout: float, memory: int) -> Outcome:
 def _reason(verdict: bytes, status: int | None, late: bool) -> str:
     """Why a program has not passed; ``status`` is that of a shell, None if it had to be ended from outside."""
     if status == 0 and verdict:
-        return " ".join(verdict.decode(errors="replace").split())
+        words = " ".join(verdict.decode(errors="replace").split())
+        return "".join(each if each.isprintable() else "?" for each in words)  # it may be shown on a terminal
     if status == 128 + signal.SIGXCPU or (late and status in (None, 128 + signal.SIGKILL)):
         return "timed out"
     if status is None:
         return "failed: it wrote where only its verdict belongs"
-    if status > 128:
+    if status - 128 in set(signal.Signals):
         return f"killed by {signal.Signals(status - 128).name}"
     return f"left before its end, with status {status}"
 
@@ -213,8 +222,9 @@ def _reason(verdict: bytes, status: int | None, late: bool) -> str:
 def _failure(said: str, status: int | None) -> str:
     if status is None:
         return "the sandbox did not start in time: the machine is too busy, or the timeout too short"
+    why = said.splitlines()[-1] if said else f"status {status}"
     return (
-        f"the sandbox could not be started: {said or f'status {status}'}. bubblewrap needs user namespaces "
+        f"the sandbox could not be started: {why}. bubblewrap needs user namespaces "
         "(sysctl kernel.unprivileged_userns_clone=1 on Debian, kernel.apparmor_restrict_unprivileged_userns=0 on "
         "Ubuntu) or root; a container needs --cap-add SYS_ADMIN and --security-opt seccomp=unconfined"
     )
@@ -301,7 +311,7 @@ def _interpreter() -> list[str]:
 def _bootstrap(size: int, seconds: int, memory: int) -> str:
     limits = [("CPU", seconds, seconds + 1), ("AS", memory, memory)]  # past the soft limit SIGXCPU, at the hard SIGKILL
     limits += [(name, value, value) for name, value in LIMITS.items()]
-    user = NOBODY if os.geteuid() == 0 else None
+    user = 60_000 + next(USERS) % 4_000 if os.geteuid() == 0 else None
     return f"SIZE, USER, LIMITS = {size}, {user}, {limits}\n{BOOTSTRAP}"
 
 

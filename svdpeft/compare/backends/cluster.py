@@ -36,8 +36,9 @@ def outcomes(
             task = ray.remote(max_retries=TRIES - 1, num_cpus=cpus, num_gpus=gpus)(attempt)
             while waiting or running:
                 while waiting and len(running) < (workers or math.inf):
-                    on_start(waiting[0])
-                    running[task.remote(function, waiting[0])] = waiting.popleft()
+                    job = waiting.popleft()
+                    on_start(job)
+                    running[task.remote(function, job)] = job
                 (ended,), _ = ray.wait(list(running))
                 job = running.pop(ended)
                 try:

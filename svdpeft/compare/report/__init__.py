@@ -27,8 +27,8 @@ __all__ = [
 def write(store: Store) -> Results:
     """Write the report of a comparison beside its runs, and return what it was made from.
 
-    ``report.md``, ``report.html``, ``results.csv`` and, where a run ended well, ``report.png`` and ``loss.png``. The same
-    records give the same bytes.
+    ``report.md``, ``report.html``, ``results.csv`` and, where a run ended well, ``report.png`` and ``loss.png``. The
+    same records give the same bytes.
 
     Args:
         store: of the comparison.

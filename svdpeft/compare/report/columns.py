@@ -39,8 +39,8 @@ def columns(results: Results) -> list[Column]:
     forgotten = next((f["name"] for row in results.rows for run in row.runs if (f := run["forgetting"])), "")
     every = [
         Column("trainable", "trainable", "values that train, new head included", lambda r: r.trainable, ",d"),
-        Column("factors", "in factors", "values that train in factors: what a budget is for", lambda r: r.factors, ",d"),
-        Column("attach", "attach s", "seconds to attach the method (median over seeds)", _times("attach_seconds"), ".2f"),
+        Column("factors", "in factors", "values that train in factors, held to the budget", lambda r: r.factors, ",d"),
+        Column("attach", "attach s", "seconds to attach the method (median)", _times("attach_seconds"), ".2f"),
         Column("warm", "warm s", "the same with the SVD cache filled", _times("attach_warm_seconds"), ".2f"),
         Column("step", "step ms", "milliseconds per optimizer step (median)", _times("step_seconds", 1e3), ",.0f"),
         Column("speed", f"{results.unit}/s", f"{results.unit} per second in training", lambda r: r.throughput, ",.1f"),
@@ -68,7 +68,11 @@ def columns(results: Results) -> list[Column]:
             False,
         ),
         Column(
-            "distance", "distance", "‖W′ − W‖ / ‖W‖ over all adapted weights (median)", lambda r: r.median("distance"), ".3g"
+            "distance",
+            "distance",
+            "‖W′ − W‖ / ‖W‖ over all adapted weights",
+            lambda r: r.median("distance"),
+            ".3g",
         ),
         Column(
             "forgetting",
@@ -90,7 +94,8 @@ def metric_text(value: float, results: Results) -> str:
     """
     if math.isnan(value):
         return "–"
-    return f"{100 * value:.1f}" if results.percent else f"{value:.3f}"
+    text = f"{100 * value:.1f}" if results.percent else f"{value:.3f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def spread_text(row: Row, results: Results) -> str:

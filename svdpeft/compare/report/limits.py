@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from svdpeft.compare import budget as budgets
+from svdpeft.compare.report.columns import spread_text
 from svdpeft.compare.report.results import Results, Row, finished
 from svdpeft.compare.statistics import conclusion
 from svdpeft.compare.store import Record
 
 FEW = 5  # seeds below which the interval is much wider than the spread that it is made from
+LISTED = 12  # names in one sentence
 USED = 0.8  # share of the budget below which a method is named
 
 
 def shown(results: Results) -> list[str]:
-    """Return what the results show: a paragraph per budget that has a test against the baseline."""
-    texts = []
+    """Return what the results show: the best mean, the tests against the baseline by budget, the Pareto front."""
+    if not results.rows or math.isnan(results.rows[0].mean):
+        return []  # no run ended well
+    texts = [_best(results)]
     for budget, found in results.differences.items():
         if not isinstance(found, str) and found:
             at = f"At a budget of {budget}: " if len(results.budgets) > 1 else ""
             texts.append(at + conclusion(found, results.metric))
-    return texts
+    names = [results.name(row.label, row.budget) for row in pareto(results)]
+    return [*texts, f"No method is as good with fewer trainable parameters than these: {_listed(names)}."]
+
+
+def pareto(results: Results) -> list[Row]:
+    """Return the rows that no other beats with as few trainable parameters, from the fewest."""
+    sign = 1 if results.higher else -1
+    front: list[Row] = []
+    for row in sorted(results.rows, key=lambda row: (row.trainable, -sign * row.mean)):
+        if not math.isnan(row.mean) and (not front or sign * row.mean > sign * front[-1].mean):
+            front.append(row)
+    return front
 
 
 def limits(results: Results) -> list[str]:
@@ -58,6 +73,17 @@ def provenance(results: Results) -> list[tuple[str, list[str]]]:
     return [(name, texts) for name, texts in found if texts]
 
 
+def _best(results: Results) -> str:
+    def said(row: Row, what: str) -> str:
+        unit = " %" if results.percent else ""
+        return f"{results.name(row.label, row.budget)}{what}{spread_text(row, results)}{unit}"
+
+    best = results.rows[0]
+    base = [row for row in results.rows if row.label == results.baseline and row is not best]
+    than = "".join(f"; {said(row, ', the baseline, has ')}" for row in base)
+    return said(best, f" has the {'highest' if results.higher else 'lowest'} mean {results.metric}, ") + than + "."
+
+
 MACHINE = ("device", "processor", "threads", "platform")
 
 
@@ -75,9 +101,9 @@ def _seeds(results: Results) -> Iterator[str]:
             f"(many seeds: {stats.norm.ppf((1 + results.confidence) / 2):.1f}), so only large differences can be seen."
         )
     if fewer := [f"{name} ({n} of {most})" for name, n in counts.items() if n < most]:
-        yield f"Fewer seeds than the others: {', '.join(fewer)}."
+        yield f"Fewer seeds than the others: {_listed(fewer)}."
     if lost := [results.name(row.label, row.budget) for row in results.rows if math.isnan(row.mean)]:
-        yield f"The metric is not a number for {', '.join(lost)}: the training diverged."
+        yield f"The metric is not a number for {_listed(lost)}: the training diverged."
 
 
 def _tests(results: Results) -> Iterator[str]:
@@ -93,7 +119,7 @@ def _missing(results: Results) -> Iterator[str]:
             names = dict.fromkeys(results.name(r["label"], r["identity"]["budget"]) for r in found)
             are = "is" if len(found) == 1 else "are"
             said = words if what == "error" else f"{are} {words}"
-            yield f"{_runs(len(found))} {said} and {are} left out: {', '.join(names)}."
+            yield f"{_runs(len(found))} {said} and {are} left out: {_listed(names)}."
     wanted = math.prod(len(results.spec.get(name) or [None]) for name in ("methods", "seeds", "budgets"))
     there = {(r["label"], r["identity"]["budget"], r["identity"]["seed"]) for r in results.records}
     if results.spec and len(there) < wanted:
@@ -105,7 +131,7 @@ def _missing(results: Results) -> Iterator[str]:
 
 def _search(results: Results) -> Iterator[str]:
     if not results.searches:
-        yield "Learning rates were not searched: each method has the one that was given, and another may suit it better."
+        yield "Learning rates were not searched: each method has the one it was given, and another may suit it better."
         return
     yield (
         "A learning rate was judged on the validation split by one training; with another seed, or on a finer grid, "
@@ -113,10 +139,10 @@ def _search(results: Results) -> Iterator[str]:
     )
     if edges := [s for s in results.searches if s.edge]:
         names = (f"{results.name(s.label, s.budget)} ({s.edge}, {s.chosen:.2g})" for s in edges)
-        yield f"The best rate lies at the edge of its grid, and a better one may lie outside: {', '.join(names)}."
+        yield f"The best rate lies at the edge of its grid, and a better one may lie outside: {_listed(names)}."
     searched = {(s.label, s.budget) for s in results.searches}
     if rest := [results.name(r.label, r.budget) for r in results.rows if (r.label, r.budget) not in searched]:
-        yield f"No search was made for {', '.join(rest)}."
+        yield f"No search was made for {_listed(rest)}."
 
 
 def _budgets(results: Results) -> Iterator[str]:
@@ -127,9 +153,12 @@ def _budgets(results: Results) -> Iterator[str]:
     held = [row for row in results.rows if row.budget is not None]
     if below := [row for row in held if 0 < used(row) < USED]:
         names = (f"{results.name(row.label, row.budget)} ({100 * used(row):.0f} %)" for row in below)
-        yield f"Well below their budget, as they cannot use more of it: {', '.join(names)}."
+        yield (
+            f"Less than {100 * USED:.0f} % of the budget used, as a rank is a whole number and a pattern has an end: "
+            f"{_listed(names)}."
+        )
     if free := dict.fromkeys(row.label for row in held if row.factors == 0):
-        yield f"Not held to the budget, as they train parameters of the base: {', '.join(free)}."
+        yield f"Not held to the budget, as they train parameters of the base: {_listed(free)}."
 
 
 def _places(results: Results) -> Iterator[str]:
@@ -137,10 +166,14 @@ def _places(results: Results) -> Iterator[str]:
     machines = {tuple(str(r["machine"].get(name)) for name in MACHINE) for r in runs}
     if len(machines) > 1:
         yield f"The runs come from {len(machines)} machines or settings: times and memory compare only within one."
-    if len({(r["svdpeft"], str(r["git"] and r["git"]["revision"]), str(sorted(r["versions"].items()))) for r in runs}) > 1:
+    versions = {
+        (r["svdpeft"], str(r["git"] and r["git"]["revision"]), str(sorted(r["versions"].items()))) for r in runs
+    }
+    if len(versions) > 1:
         yield "The runs were made with more than one version of svdpeft or of a package (listed below)."
     if dirty := sum(bool(r["git"] and r["git"]["dirty"]) for r in runs):
-        yield f"{_runs(dirty)} of {len(runs)} {'was' if dirty == 1 else 'were'} made from sources with uncommitted changes."
+        were = "was" if dirty == 1 else "were"
+        yield f"{_runs(dirty)} of {len(runs)} {were} made from sources with uncommitted changes."
 
 
 def _scope(results: Results) -> str:
@@ -157,6 +190,12 @@ def _scope(results: Results) -> str:
 def _revision(record: Record) -> str | None:
     git = record["git"]
     return git and git["revision"][:12] + (" with uncommitted changes" if git["dirty"] else "")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in a sentence; of many the first, as the table has them all."""
+    known = list(names)
+    return ", ".join(known) if len(known) <= LISTED else f"{', '.join(known[:LISTED])} and {len(known) - LISTED} more"
 
 
 def _runs(count: int) -> str:

@@ -63,7 +63,7 @@ def page(results: Results) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("svdpeft.compare.report").joinpath("page", name).read_text(encoding="utf-8")
+    return files("svdpeft.compare.report").joinpath("page").joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(script: str) -> str:
@@ -73,7 +73,7 @@ def _digest(script: str) -> str:
 def _json(value: object) -> str:
     """JSON that no HTML parser takes for a tag."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return text.replace("&", "\\u0026").replace(">", "\\u003e")
 
 
 def _nav(results: Results, there: Mapping[str, bool]) -> str:
@@ -112,9 +112,7 @@ def _facts(results: Results) -> str:
 
 
 def _shown(results: Results) -> str:
-    texts = shown(results)
-    if not texts:
-        texts = ["No method could be tested against a baseline." if results.rows else "Nothing: no run ended well."]
+    texts = shown(results) or ["Nothing: no run ended well."]
     return "".join(f"<p>{escape(text)}</p>" for text in texts)
 
 
@@ -151,8 +149,8 @@ def _main_table(results: Results) -> str:
     entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in meaning.items())
     return (
         '<div class="scroll" role="region" tabindex="0" aria-label="Table of results">'
-        f'<table class="sortable"><caption>Best first. Press a heading to sort.</caption><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        '<table class="sortable"><caption>Best first. Press a heading to sort.</caption>'
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         f'<details><summary>What the columns mean</summary><dl class="meaning">{entries}</dl></details>'
     )
 
@@ -178,7 +176,7 @@ def _domain(results: Results) -> tuple[float, float]:
 
 
 def _bar(row: Row, domain: tuple[float, float], results: Results) -> str:
-    """An interval as a line, its mean as a point, its seeds as rings; a reader of the table has it in the cell before."""
+    """An interval as a line, its mean as a point, its seeds as rings: the cell before says the same in words."""
     width, height = BAR
     middle = height / 2
 
@@ -192,7 +190,9 @@ def _bar(row: Row, domain: tuple[float, float], results: Results) -> str:
     if math.isfinite(row.interval.low) and math.isfinite(row.mean):
         marks.append(f'<line x1="{x(row.interval.low)}" x2="{x(row.interval.high)}" y1="{middle}" y2="{middle}"/>')
     marks += [
-        f'<circle class="seed" cx="{x(v)}" cy="{middle}" r="2.5"/>' for v in row.values if math.isfinite(v) and len(row.values) > 1
+        f'<circle class="seed" cx="{x(v)}" cy="{middle}" r="2.5"/>'
+        for v in row.values
+        if math.isfinite(v) and len(row.values) > 1
     ]
     if math.isfinite(row.mean):
         marks.append(f'<circle cx="{x(row.mean)}" cy="{middle}" r="3.5"/>')
@@ -214,12 +214,15 @@ def _differences(results: Results) -> str:
                 f"<td>{metric_text(d.mean, results)}</td>"
                 f"<td>{metric_text(d.low, results)} to {metric_text(d.high, results)}</td>"
                 + "".join(f"<td>{'–' if math.isnan(p) else f'{p:.2g}'}</td>" for p in (d.p, d.p_corrected))
-                + f'{real}<td>{d.seeds}</td><td>{needed(d.seeds_needed, d.items_needed)}</td><td class="words">{escape(d.note)}</td></tr>'
+                + f"{real}<td>{d.seeds}</td><td>{needed(d.seeds_needed, d.items_needed)}</td>"
+                + f'<td class="words">{escape(d.note)}</td></tr>'
             )
     heads = ("method", unit, "interval", "p", "p corrected", "real", "seeds", "seeds that would settle it", "note")
     return (
         "<details open><summary>The numbers of this picture</summary>"
-        + _table("Differences", "Label minus baseline, paired; p corrected by Holm’s method", heads, rows)
+        + _table(
+            "Differences", "Label minus baseline, paired; p corrected by Holm’s method", heads, rows, ("real", "note")
+        )
         + f"</details><details><summary>In words</summary><ul>{''.join(told)}</ul></details>"
     )
 
@@ -235,15 +238,22 @@ def _searches(results: Results) -> str:
             f'<tr data-of="{of}"><th scope="row">{escape(results.name(s.label, s.budget))}</th><td>{chosen}</td>'
             f'<td class="words">{escape(edge)}</td><td class="words">{escape(tried)}</td></tr>'
         )
-    table = _table("Learning rates", "Learning rates and what they gave on the validation split", ("method", "chosen", "at an edge", "tried"), rows)
+    table = _table(
+        "Learning rates",
+        "Learning rates and what they gave on the validation split",
+        ("method", "chosen", "at an edge", "tried"),
+        rows,
+        ("at an edge", "tried"),
+    )
     return f"<details><summary>The numbers of this picture</summary>{table}</details>"
 
 
-def _table(label: str, caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+def _table(label: str, caption: str, heads: Sequence[str], rows: Sequence[str], words: Sequence[str] = ()) -> str:
+    """A table that is not sorted; ``words`` are the headings of columns of words, which begin at the left."""
+    cells = "".join(f'<th scope="col"{" class=words" if head in words else ""}>{escape(head)}</th>' for head in heads)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
+        f"<table><caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -263,7 +273,8 @@ def _problems(results: Results) -> str:
     ]
     if not parts:
         return ""
-    return f'<section id="problems" aria-labelledby="h-problems"><h2 id="h-problems">Left out</h2>{"".join(parts)}</section>'
+    heading = '<h2 id="h-problems">Left out</h2>'
+    return f'<section id="problems" aria-labelledby="h-problems">{heading}{"".join(parts)}</section>'
 
 
 def _again(results: Results) -> str:
@@ -285,7 +296,17 @@ def _again(results: Results) -> str:
             f'<pre tabindex="0" role="region" aria-label="Specification">{escape(text)}</pre></div>'
         )
     parts.append("<h3>Methods as they were run</h3>")
-    parts.append(_table("Methods", "Hyper-parameters and learning rates", ("method", "as it was run", "learning rate"), methods))
+    parts.append(
+        _table(
+            "Methods",
+            "Hyper-parameters and learning rates",
+            ("method", "as it was run", "learning rate"),
+            methods,
+            ("as it was run",),
+        )
+    )
     parts.append("<h3>Versions and machine</h3>")
-    parts.append(_table("Versions", "Versions, revisions and machines of all runs", ("what", "version"), versions))
+    parts.append(
+        _table("Versions", "Versions, revisions and machines of all runs", ("what", "version"), versions, ("version",))
+    )
     return "".join(parts)

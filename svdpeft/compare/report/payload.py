@@ -33,10 +33,7 @@ def payload(results: Results) -> dict[str, Any]:
         "baseline": results.baseline,
         "confidence": results.confidence,
         "budgets": [_budget(budget) for budget in results.budgets],
-        "columns": [
-            {"key": c.key, "heading": c.heading, "meaning": c.meaning, "axis": c.axis and _drawable(c.value, results.rows)}
-            for c in found
-        ],
+        "columns": [{"key": c.key, "heading": c.heading, "meaning": c.meaning, "axis": c.axis} for c in found],
         "rows": [
             {
                 "label": row.label,
@@ -47,7 +44,8 @@ def payload(results: Results) -> dict[str, Any]:
                 "mean": _short(scale * row.mean, 6),
                 "low": _short(scale * row.interval.low, 6),
                 "high": _short(scale * row.interval.high, 6),
-                **{c.key: _short(c.value(row), 6) for c in found},
+                "method": row.method,
+                **{c.key: _short(c.value(row), 9) for c in found},
                 "loss": _curves(row, points),
                 "drift": _drift(row),
             }
@@ -87,13 +85,13 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
 
     Example:
         >>> thin([(1, 4.0), (2, 2.0), (3, 1.0)], 2)
-        [(1.5, 3.0), (3, 1.0)]
+        [(1.5, 3.0), (3.0, 1.0)]
     """
     width = -(-len(points) // most)
     if width <= 1:
         return list(points)
     groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(statistics.fmean(p[0] for p in g) if len(g) > 1 else g[0][0], statistics.fmean(p[1] for p in g)) for g in groups]
+    return [(statistics.fmean(step for step, _ in g), statistics.fmean(loss for _, loss in g)) for g in groups]
 
 
 def mean_curve(runs: Sequence[Record], most: int = 10**9) -> list[tuple[float, float]]:
@@ -109,13 +107,15 @@ def _losses(run: Record) -> list[tuple[float, float]]:
 
 
 def _curves(row: Row, most: int) -> dict[str, Any]:
-    """The curve of every seed and of their mean, as [steps, losses]."""
+    """The curve of the mean and of every seed; a seed's steps are left out where they are the mean's."""
 
-    def pairs(points: Sequence[tuple[float, float]]) -> list[list[Any]]:
-        return [[_short(step, 6) for step, _ in points], [_short(loss, 4) for _, loss in points]]
+    def pair(points: Sequence[tuple[float, float]]) -> tuple[list[Any], list[Any]]:
+        return [_short(step, 6) for step, _ in points], [_short(loss, 4) for _, loss in points]
 
-    mean = pairs(mean_curve(row.runs, most))
-    return {"mean": mean, "seeds": [pairs(thin(_losses(run), most)) for run in row.runs] if len(row.runs) > 1 else []}
+    steps, mean = pair(mean_curve(row.runs, most))
+    seeds = [pair(thin(_losses(run), most)) for run in row.runs] if len(row.runs) > 1 else []
+    own = [[losses] if theirs == steps else [losses, theirs] for theirs, losses in seeds]
+    return {"steps": steps, "mean": mean, "seeds": own}
 
 
 def _drift(row: Row) -> dict[str, Any] | None:
@@ -127,9 +127,7 @@ def _drift(row: Row) -> dict[str, Any] | None:
     kept = [_moments(run["spectra"]["steps"]) for run in runs]
     found["steps"] = [[run["spectra"]["steps"][i] for i in ks] for run, ks in zip(runs, kept, strict=True)]
     for name in DRIFTS:
-        found[name] = [
-            [_mean(run["spectra"][name][i]) for i in ks] for run, ks in zip(runs, kept, strict=True)
-        ]
+        found[name] = [[_mean(run["spectra"][name][i]) for i in ks] for run, ks in zip(runs, kept, strict=True)]
     return found
 
 
@@ -159,10 +157,6 @@ def _moments(steps: Sequence[int]) -> list[int]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return _short(statistics.fmean(known), 4) if known else None
-
-
-def _drawable(value: Any, rows: Sequence[Row]) -> bool:
-    return any(value(row) is not None for row in rows)
 
 
 def _short(value: float | None, digits: int) -> float | None:

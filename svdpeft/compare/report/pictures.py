@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from svdpeft.compare.report.columns import metric_heading
+from svdpeft.compare.report.limits import pareto
 from svdpeft.compare.report.payload import mean_curve
-from svdpeft.compare.report.results import Results, Row
+from svdpeft.compare.report.results import Results
 
-COLOURS = ("#2751b8", "#c2410c", "#08734f", "#d0569b", "#6a5a10", "#4b1183", "#707bee", "#6f0d15")
+COLOURS = ("#4c81fa", "#c57118", "#b41c62", "#2b1a9a", "#495704", "#7941c0", "#a774ab", "#630e55")
 MANY = 20  # lines of a legend in one column
 
 
@@ -32,7 +33,8 @@ def picture(results: Results) -> bytes:
             label=f"{results.name(row.label, row.budget)}  {scale * row.mean:.{1 if scale > 1 else 3}f}",
         )
     front = pareto(results)
-    axes.plot([r.trainable for r in front], [scale * r.mean for r in front], drawstyle="steps-post", color="0.6", zorder=0)
+    corners = [row.trainable for row in front], [scale * row.mean for row in front]
+    axes.plot(*corners, drawstyle="steps-post", color="0.6", zorder=0)
     axes.set(xscale="log", xlabel="trainable parameters, head included")
     interval = f"; line: {100 * results.confidence:g} % interval over seeds" if len(results.rows[0].values) > 1 else ""
     axes.set_ylabel(f"{metric_heading(results)}{interval}", parse_math=False)
@@ -40,30 +42,19 @@ def picture(results: Results) -> bytes:
 
 
 def curves(results: Results) -> bytes:
-    """Draw the loss in training: the mean over seeds of every method, smoothed; a PNG."""
+    """Draw the training loss, the mean over seeds of every method, smoothed; of many the best have a colour; a PNG."""
     figure, axes = _figure(results)
-    for i, row in enumerate(results.rows):
+    named = len(results.rows) if len(results.rows) <= MANY else len(COLOURS)
+    for i, row in reversed(list(enumerate(results.rows))):  # the best above the others
         steps, losses = smooth(mean_curve(row.runs))
-        axes.plot(
-            steps,
-            losses,
-            color=COLOURS[i % len(COLOURS)],
-            linestyle=("-", "--", ":", "-.")[i // len(COLOURS) % 4],
-            linewidth=1.4,
-            label=results.name(row.label, row.budget),
-        )
+        style = {"color": "0.75", "linewidth": 0.8, "label": "the others" if i == named else None}
+        if i < named:
+            dash = ("-", "--", ":", "-.")[i // len(COLOURS)]
+            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.5, "linestyle": dash}
+            style["label"] = results.name(row.label, row.budget)
+        axes.plot(steps, losses, **style)
     axes.set(xlabel="optimizer step", ylabel="training loss, running mean over seeds and 5 % of the steps")
-    return _finish(figure, axes, results)
-
-
-def pareto(results: Results) -> list[Row]:
-    """Return the rows that no other beats with as few trainable parameters, from the fewest."""
-    sign = 1 if results.higher else -1
-    front: list[Row] = []
-    for row in sorted(results.rows, key=lambda row: (row.trainable, -sign * row.mean)):
-        if not math.isnan(row.mean) and (not front or sign * row.mean > sign * front[-1].mean):
-            front.append(row)
-    return front
+    return _finish(figure, axes, results, reverse=True)
 
 
 def smooth(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -87,11 +78,15 @@ def _figure(results: Results) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, results: Results) -> bytes:
+def _finish(figure: Any, axes: Any, results: Results, reverse: bool = False) -> bytes:
     axes.set_title(results.title, parse_math=False)
     many = len(results.rows) > MANY
     legend = figure.legend(
-        loc="outside right upper", frameon=False, ncols=2 if many else 1, fontsize=8 if many else None
+        loc="outside right upper",
+        frameon=False,
+        ncols=2 if many and not reverse else 1,
+        fontsize=8 if many else None,
+        reverse=reverse,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -10,8 +10,16 @@ from functools import cached_property
 from typing import Any
 
 from svdpeft.compare.statistics import Difference, Interval, differences, interval
-from svdpeft.compare.store import Damaged, Record, Store
+from svdpeft.compare.store import Damaged, Kind, Record, Store
 from svdpeft.tasks.base import higher_is_better
+
+IDENTITY = ("model", "task", "method", "lr", "seed", "budget", "epochs")
+RECORDED = ("svdpeft", "git", "python", "versions", "machine", "date")
+MEASURED = (
+    *("method", "metric", "items", "parameters", "attach_seconds", "attach_warm_seconds", "step_seconds", "throughput"),
+    *("peak_memory_bytes", "checkpoint_bytes", "merge_error", "reload_error", "distance", "forgetting", "loss"),
+    "spectra",
+)
 
 
 def finished(record: Record) -> bool:
@@ -95,7 +103,7 @@ class Search:
         label: of the method.
         budget: as in ``Row``.
         metric: on the validation split.
-        points: (learning rate, rung, value), the value of the last rung that the rate reached; ``None`` where it failed.
+        points: (learning rate, rung, value) of the last rung that the rate reached; ``None`` where it failed.
         chosen: the rate of the runs; ``None`` where no run is there yet.
     """
 
@@ -252,16 +260,34 @@ def read(store: Store) -> Results:
     Raises:
         ValueError: the store holds no run that could be read.
     """
-    records, damaged = store.read("runs")
-    trials, broken = store.read("trials")
+    found: dict[Kind, list[Record]] = {}
+    damaged: list[Damaged] = []
+    for kind in ("runs", "trials"):
+        read, broken = store.read(kind)
+        lacks = [(record, _lacks(kind, record)) for record in read]
+        found[kind] = [record for record, name in lacks if name is None]
+        damaged += [Damaged(file.path.removeprefix(f"{store.address}/"), file.reason) for file in broken]
+        damaged += [
+            Damaged(f"{kind}: {record.get('label')}, seed {record['identity'].get('seed')}", f"has no {name!r}")
+            for record, name in lacks
+            if name is not None
+        ]
     try:
         comparison = store.comparison()
     except ValueError as error:
-        comparison, broken = None, [*broken, Damaged("comparison.json", str(error))]
-    if not records:
-        named = "".join(f"; {file.path} is damaged: {file.reason}" for file in damaged)
+        comparison = None
+        damaged.append(Damaged("comparison.json", str(error).removeprefix(f"{store.address}/comparison.json: ")))
+    if not found["runs"]:
+        named = "".join(f"; {file.path}: {file.reason}" for file in damaged)
         raise ValueError(f"{store.address} is not a comparison: it holds no run{named}")
-    return Results(records, [t for t in trials if "identity" in t], comparison, [*damaged, *broken])
+    return Results(found["runs"], found["trials"], comparison, damaged)
+
+
+def _lacks(kind: Kind, record: Record) -> str | None:
+    """The first field that a record should have and has not, as one of another version may."""
+    wanted = ("rung",) if kind == "trials" else RECORDED if not finished(record) else (*RECORDED, *MEASURED)
+    missing = [name for name in ("label", *wanted) if name not in record]
+    return next(iter([*missing, *(name for name in IDENTITY if name not in record["identity"])]), None)
 
 
 def number(value: float | None) -> float:

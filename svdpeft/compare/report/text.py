@@ -49,7 +49,8 @@ def markdown(results: Results) -> str:
 
 def _lines(results: Results) -> Iterator[str]:
     yield from [f"# {_plain(results.title)}", "", "## What the results show", ""]
-    yield from [line for text in shown(results) or ["No test against a baseline could be made."] for line in (text, "")]
+    for text in shown(results) or ["Nothing: no run ended well."]:
+        yield from [_plain(text), ""]
     yield from ["## What they do not show", "", *(f"- {_plain(text)}" for text in limits(results)), ""]
     if results.rows:
         yield from _main_table(results)
@@ -88,8 +89,8 @@ def _main_table(results: Results) -> Iterator[str]:
     ]
     yield from ["## Table", "", *_table([*headings, *(column.heading for column in found)], cells), ""]
     yield (
-        f"{_plain(results.metric)}: mean over seeds ± half of the {100 * results.confidence:g} % interval (Student's t); "
-        "deviation: sample standard deviation over seeds. "
+        f"{_plain(results.metric)}: mean over seeds ± half of the {100 * results.confidence:g} % interval "
+        "(Student's t); deviation: sample standard deviation over seeds. "
         + "; ".join(f"{column.heading}: {column.meaning}" for column in found)
         + "."
     )
@@ -116,10 +117,9 @@ def _differences(results: Results) -> Iterator[str]:
             for d in found
         ]
         yield from [*_table(headings, cells), ""]
-        yield (
-            "Paired on the same test items and seeds; p corrected by Holm's method for "
-            f"{found[0].comparisons} comparison{'s' if found[0].comparisons > 1 else ''}; the interval is the corrected one."
-        )
+        count = f"{found[0].comparisons} comparison{'s' if found[0].comparisons > 1 else ''}"
+        yield "Paired on the same test items and seeds; p corrected by Holm's method for "
+        yield f"{count}; the interval is at the level at which it was tested."
         yield from ["", *(f"- {_plain(text)}" for text in sentences(found, results.metric)), ""]
 
 
@@ -158,8 +158,9 @@ def runs_of_methods(results: Results) -> list[dict]:
 
 def _bullet(results: Results, record: dict) -> str:
     text = record["method"]["text"] if "method" in record else record.get("error") or record["undefined"]
+    code = re.sub(r"[\s`]+", " ", text)
     name = results.name(record["label"], record["identity"]["budget"])
-    return f"- {_plain(name)}: `{text.replace('`', ' ')}`, learning rate {record['identity']['lr']:g}"
+    return f"- {_plain(name)}: `{code}`, learning rate {record['identity']['lr']:g}"
 
 
 def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -30,19 +30,27 @@ function picture(id, draw, numbers) {
 }
 function finish(svg) {
   svg.setAttribute("role", "img");
-  for (const mark of $$("g > [aria-label]", svg)) {
-    if (mark.tagName === "g") continue;
-    mark.dataset.label = mark.getAttribute("aria-label"); // a name for us; a screen reader has the table of numbers
+  nameless(svg);
+  svg.addEventListener("input", () => {
+    nameless(svg); // the words at the pointer are drawn anew
+    light(svg.value?.label ?? null);
+  });
+}
+/** A screen reader has the name of the whole picture and the table of its numbers; the names of marks are for us. */
+function nameless(svg) {
+  for (const mark of $$("[aria-label]", svg)) {
+    if (mark.tagName !== "g") mark.dataset.label = mark.getAttribute("aria-label");
     mark.removeAttribute("aria-label");
   }
-  svg.addEventListener("input", () => light(svg.value?.label ?? null));
 }
 function plot(width, { height = 380, label, description, marks, ...options }) {
-  return Plot.plot({ width, height, ariaLabel: label, ariaDescription: description, marginBottom: 42, marginTop: 24,
+  options.x = { labelOffset: 42, ...options.x };
+  return Plot.plot({ width, height, ariaLabel: label, ariaDescription: description, marginBottom: 48, marginTop: 24,
     style: { fontSize: "12px", background: "transparent" }, marks, ...options });
 }
 const fixed = (value) => ({ value: () => value, scale: null });
-const pointed = (points, x, y) => Plot.tip(points, Plot.pointer({ x, y, title: "title", maxRadius: 40 }));
+const pointed = (points, x, y) => Plot.tip(points,
+  Plot.pointer({ x, y, title: "title", maxRadius: 40, lineHeight: 1.4, fill: "var(--raised)", className: "tip" }));
 const marked = (points, x, y, s, more = {}) => Plot.dot(points, { x, y, fill: s.stroke, stroke: s.stroke, symbol: s.symbol,
   r: s.coloured ? 5.5 : 3, ariaLabel: (d) => d.label, ...more });
 const interval = (row) => (row.low == null ? "" : ` (${digits(row.low)} to ${digits(row.high)})`);
@@ -84,7 +92,7 @@ function drawCost(width) {
     height: Math.min(460, Math.max(320, width * 0.6)), marginLeft: 48, marginRight: 20,
     label: `${data.metric} against ${heading}`,
     description: `Scatter plot of ${points.length} methods. On the Pareto front: ${best.map((row) => row.name).join(", ")}.`,
-    x: { type: log ? "log" : "linear", label: `${meaning} →`, labelAnchor: "center", tickFormat: big ? "~s" : "~g", nice: !log, inset: 14, ticks: width < 500 ? 4 : 7 },
+    x: { type: log ? "log" : "linear", label: `${width < 500 ? heading : meaning} →`, labelAnchor: "center", tickFormat: big ? "~s" : "~g", nice: !log, inset: 14, ticks: width < 500 ? 4 : 7 },
     y: { label: `↑ ${data.metric}`, domain: span(rows), nice: true, inset: 8 },
     marks: [
       Plot.gridY({ strokeOpacity: 0.12 }), Plot.gridX({ strokeOpacity: 0.08 }),
@@ -111,7 +119,7 @@ function tags(svg, points, width) {
   for (const p of points) {
     const text = p.name.length > 26 ? p.name.slice(0, 25) + "…" : p.name;
     const [cx, cy, wide] = [x.apply(p.x), y.apply(p.y), text.length * 6.4];
-    const places = [[cx + 9, cy + 4], [cx - 9 - wide, cy + 4], [cx - wide / 2, cy - 10], [cx - wide / 2, cy + 19]];
+    const places = [[cx + 10, cy + 4], [cx - 10 - wide, cy + 4], [cx - wide / 2, cy - 10], [cx - wide / 2, cy + 19]];
     for (const [left, base] of places) {
       const box = { x0: left, x1: left + wide, y0: base - 11, y1: base + 3 };
       const clash = taken.some((t) => t.x0 < box.x1 && t.x1 > box.x0 && t.y0 < box.y1 && t.y1 > box.y0);
@@ -143,7 +151,7 @@ function drawDifferences(width) {
     height: 70 + 24 * found.length, marginLeft: margin, marginRight: 16,
     label: `Difference from ${data.baseline} in ${data.metric}, with intervals`,
     description: found.map((d) => d.title.replaceAll("\n", " ")).join("; "),
-    x: { label: `${data.higher ? "← worse" : "← better"}   ${data.metric}: difference from ${data.baseline}   ${data.higher ? "better →" : "worse →"}`,
+    x: { label: [data.higher ? "← worse" : "← better", ...(width < 500 ? [] : [`difference from ${short(data.baseline)}, ${data.metric}`]), data.higher ? "better →" : "worse →"].join("     "),
       labelAnchor: "center", domain: [low, high], inset: 8, ticks: width < 500 ? 4 : 8 },
     y: { type: "band", domain: found.map((d) => d.name), label: null, tickFormat: short, tickSize: 0 },
     marks: [
@@ -166,16 +174,16 @@ function running(values) {
 }
 function drawLoss(width) {
   const [smooth, log] = [$("#smooth").checked, $("#log").checked];
-  const line = (row, [steps, losses]) => {
+  const line = (row, losses, steps = row.loss.steps) => {
     const values = smooth ? running(losses) : losses;
     return steps.map((x, i) => ({ x, y: values[i], label: row.label, title: `${row.name}\nstep ${digits(x, 6)}: ${digits(values[i])}` }))
       .filter((p) => !log || p.y > 0);
   };
-  const rows = shownRows().filter((row) => row.loss.mean[0].length);
+  const rows = shownRows().filter((row) => row.loss.mean.length);
   if (!rows.length) return null;
   const order = d3.sort(rows, (row) => style(row.label).coloured); // grey below, colours above
   const thin = order.filter((row) => style(row.label).coloured).flatMap((row) => row.loss.seeds.map((seed) =>
-    Plot.line(line(row, seed), { x: "x", y: "y", stroke: style(row.label).stroke, strokeWidth: 0.8, strokeOpacity: 0.35, ariaLabel: () => row.label })));
+    Plot.line(line(row, ...seed), { x: "x", y: "y", stroke: style(row.label).stroke, strokeWidth: 0.8, strokeOpacity: 0.35, ariaLabel: () => row.label })));
   const means = order.map((row) => [row, line(row, row.loss.mean)]);
   return plot(width, {
     height: Math.min(460, Math.max(320, width * 0.55)), marginLeft: 48, marginRight: 16,
@@ -193,8 +201,8 @@ function drawLoss(width) {
 }
 function lossNumbers(section) {
   fill(section, "Training loss, mean over seeds", ["method", "at the first step", "half way", "lowest", "mean of the last tenth"],
-    shownRows().filter((row) => row.loss.mean[0].length).map((row) => {
-      const losses = row.loss.mean[1];
+    shownRows().filter((row) => row.loss.mean.length).map((row) => {
+      const losses = row.loss.mean;
       const last = losses.slice(-Math.ceil(losses.length / 10));
       return [row.name, digits(losses[0]), digits(losses[losses.length >> 1]), digits(d3.min(losses)), digits(d3.mean(last))];
     }));
@@ -207,12 +215,14 @@ function drawSearch(width) {
     (x === s.chosen ? `\nchosen${s.edge ? `, the ${s.edge} of its grid` : ""}` : "") })));
   const good = points.filter((p) => p.y != null);
   if (!good.length) return null;
+  const rates = [...new Set(points.map((p) => p.x))];
+  const rate = (value) => (value < 0.01 ? (+value.toPrecision(2)).toExponential().replace("-", "−") : digits(value, 2));
   const groups = d3.sort(d3.groups(good, (p) => p.name), ([, [first]]) => style(first.label).coloured);
   return plot(width, {
     height: Math.min(440, Math.max(320, width * 0.5)), marginLeft: 48, marginRight: 20,
     label: `Validation ${found[0].metric} by learning rate`,
     description: found.map((s) => `${nameOf(s)}: ${s.chosen == null ? "none" : digits(s.chosen, 3)} chosen${s.edge ? ", at the edge" : ""}`).join("; "),
-    x: { type: "log", label: "learning rate →", labelAnchor: "center", tickFormat: "~g", ticks: width < 500 ? 4 : 8, inset: 8 },
+    x: { type: "log", label: "learning rate →", labelAnchor: "center", tickFormat: rate, ticks: rates.length > 9 ? 5 : rates, inset: 12 },
     y: { label: `↑ validation ${found[0].metric}`, nice: true, inset: 8 },
     marks: [
       Plot.gridY({ strokeOpacity: 0.12 }),
@@ -222,7 +232,7 @@ function drawSearch(width) {
           Plot.line(of, { x: "x", y: "y", stroke: s.stroke, strokeWidth: s.coloured ? 1.8 : 1, strokeDasharray: s.dash, strokeOpacity: s.coloured ? 0.9 : 0.5, ariaLabel: (d) => d.label }),
           marked(of.filter((p) => p.last), "x", "y", s, { r: s.coloured ? 4 : 2.5 }),
           marked(of.filter((p) => !p.last), "x", "y", s, { r: s.coloured ? 4 : 2.5, fill: "var(--paper)" }),
-          Plot.dot(of.filter((p) => p.chosen), { x: "x", y: "y", r: 9, stroke: s.stroke, strokeWidth: 2, ariaLabel: (d) => d.label }),
+          Plot.dot(of.filter((p) => p.chosen), { x: "x", y: "y", r: s.coloured ? 9 : 5, stroke: s.stroke, strokeWidth: s.coloured ? 2 : 1, ariaLabel: (d) => d.label }),
         ];
       }),
       Plot.text(points.filter((p) => p.y == null), { x: "x", frameAnchor: "bottom", text: fixed("✕").value, fill: "currentColor", ariaLabel: (d) => d.label }),
@@ -260,7 +270,8 @@ function drawDrift(width) {
         const s = style(l.row.label);
         return [
           Plot.line(l.points, { x: "x", y: "y", stroke: s.stroke, strokeWidth: l.thick && s.coloured ? 1.8 : 0.9, strokeOpacity: l.thick ? 0.9 : 0.5, strokeDasharray: s.dash, ariaLabel: (d) => d.label }),
-          marked(l.points.slice(1), "x", "y", s, { r: l.thick && s.coloured ? 3.5 : 1.8 }),
+          Plot.dot(l.points, { x: "x", y: "y", r: 1.7, fill: s.stroke, ariaLabel: (d) => d.label }),
+          ...(l.thick ? [marked(l.points.slice(-1), "x", "y", s)] : []),
         ];
       }),
       pointed(lines.flatMap((l) => l.points), "x", "y"),
