@@ -289,6 +289,8 @@ def test_steps_by_list_and_the_ends(tmp_path):
         tracker = DriftTracker(adapter, **options)
         trainer(model, adapter, arguments(tmp_path), callbacks=[tracker]).train()
         assert [row["step"] for row in tracker.table] == steps
+    trainer(model, adapter, arguments(tmp_path), callbacks=[tracker]).train()
+    assert [row["step"] for row in tracker.table] == [0, 4]  # another training, another table
 
 
 def test_a_stock_trainer_takes_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -204,24 +205,28 @@ if __name__ == "__main__":
 """
 
 
-def start(folder):
+@contextlib.contextmanager
+def started(folder):
     script = folder / "program.py"
     script.write_text(SCRIPT.format(folder=str(folder)))
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(HERE)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group as a terminal makes one
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
 def program(tmp_path):
     """A program whose two workers are both in the middle of a job, after one that is done."""
-    with start(tmp_path) as process:
+    with started(tmp_path) as process:
         yield process, [pid_of(tmp_path, name) for name in ("waits1", "waits2")]
-        process.kill()
 
 
 def test_an_interrupt_from_the_keyboard_stops_the_workers(program, tmp_path):
@@ -243,7 +248,7 @@ def test_workers_do_not_outlive_a_program_that_was_killed(program):
 
 def test_a_program_that_ends_in_the_middle_does_not_wait_for_its_jobs(tmp_path):
     (tmp_path / "leave").touch()
-    with start(tmp_path) as process:
+    with started(tmp_path) as process:
         assert process.wait(120) == 7
         assert not alive(pid_of(tmp_path, "waits1"))
 

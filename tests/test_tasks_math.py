@@ -175,7 +175,6 @@ def test_the_real_gsm8k(tiny):
     assert sum(map(len, questions)) == len(set.union(*questions)) == 7473 + 1319
     for example in (*train, *validation, *test):
         assert example.gold == float(example.answer.rpartition("####")[2].replace(",", ""))
-    # 8,792 golds are whole numbers, and the extraction that the papers' code uses would find the same
     assert max(e.gold for e in train) > 1e7
 
 
@@ -347,18 +346,14 @@ JUDGED = [
 ]  # fmt: skip
 
 
-def needs_math_verify() -> None:
-    pytest.importorskip("math_verify")
-
-
 def test_answers_are_equal_as_mathematics_and_not_as_text():
-    needs_math_verify()
+    pytest.importorskip("math_verify")
     assert verdicts.equal([pair[:2] for pair in JUDGED]) == [pair[2] for pair in JUDGED]
     assert verdicts.equal([]) == []
 
 
 def test_an_answer_that_keeps_the_judge_busy_or_breaks_it_is_wrong_and_the_rest_is_judged(monkeypatch, tmp_path):
-    needs_math_verify()
+    pytest.importorskip("math_verify")
     source = Path(verdicts.__file__).read_text()
     trap = source.replace("    for line in sys.stdin:\n", "    for line in sys.stdin:\n        trap(line)\n")
     trap = trap.replace(
@@ -382,7 +377,7 @@ def test_an_answer_that_keeps_the_judge_busy_or_breaks_it_is_wrong_and_the_rest_
 
 def test_the_judge_works_in_threads_and_in_worker_processes():
     """Where signals cannot be had, and where multiprocessing allows no children."""
-    needs_math_verify()
+    pytest.importorskip("math_verify")
     found: list[list[bool]] = []
     threads = [threading.Thread(target=lambda: found.append(verdicts.equal([("1/2", "0.5")]))) for _ in range(2)]
     for thread in threads:
@@ -407,7 +402,7 @@ def competition(tmp_path) -> Path:
 
 
 def test_math_from_end_to_end(tokenizer, competition):
-    needs_math_verify()
+    pytest.importorskip("math_verify")
     says = ["0", r"So $\boxed{1/7}$", r"The answer is: $\frac{2}{8}$", "The answer is: 3/7."]
     model = Reciter(tokenizer, {STEP_BY_STEP.format(question=f"test {i}?"): said for i, said in enumerate(says)})
     task = MATH(4, 2, 4, path=str(competition))
@@ -419,7 +414,7 @@ def test_math_from_end_to_end(tokenizer, competition):
 
 
 def test_metamathqa_gives_math_its_own_kind_to_validate_on(tiny, competition, tmp_path):
-    needs_math_verify()
+    pytest.importorskip("math_verify")
     rows = [metamath("GSM" if i % 2 else "MATH", f"o{i}", f"q{i}", rf"\frac{{{i}}}{{7}}") for i in range(8)]
     path = write(tmp_path / "meta.json", rows)
     data = MATH(5, 2, 4, train_on="metamathqa", path=str(competition), train_data=str(path)).prepare(tiny)

@@ -30,6 +30,8 @@ from svdpeft.tasks.probes import probe
 from svdpeft.training.memory import peak_memory, reset_peak_memory
 from svdpeft.training.trainer import Trainer
 
+SPECTRA = ("delta_sigma", "delta_d", "delta_d_assigned", "condition_principal", "orthonormality")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -232,7 +234,7 @@ def run(
             "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
             "forgetting": {"name": known.name, "before": before, "after": known.measure(model)} if known else None,
             "loss": [[entry["step"], entry["loss"]] for entry in _logs(training)],
-            "spectra": tracker.to_json() if tracker else None,
+            "spectra": tracker.to_json(SPECTRA) if tracker else None,
         }
         return record | _exactness(training, folder)
 

@@ -68,10 +68,10 @@ class Tokenised(Dataset[dict[str, Tensor]]):
     def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> None:
         eos = tokenizer.eos_token_id
 
-        def prompts(texts: list[str]) -> list[list[int]]:  # some tokenizers close every text with an end
+        def prompts(texts: list[str]) -> list[list[int]]:
             rows = tokenizer(texts).input_ids if texts else []
-            return [ids[:-1] if ids[-1] == eos and not text.endswith(tokenizer.eos_token) else ids
-                    for ids, text in zip(rows, texts, strict=True)]  # fmt: skip
+            pairs = zip(rows, texts, strict=True)  # some tokenizers close every text with an end
+            return [r[:-1] if r[-1] == eos and not text.endswith(tokenizer.eos_token) else r for r, text in pairs]
 
         before = prompts([example.prompt for example in examples])
         kept = [i for i, ids in enumerate(before) if max_length is None or len(ids) < max_length]

@@ -73,7 +73,7 @@ def _digest(script: str) -> str:
 def _json(value: object) -> str:
     """JSON that no HTML parser takes for a tag."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace(">", "\\u003e")
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _nav(results: Results, there: Mapping[str, bool]) -> str:
