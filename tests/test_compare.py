@@ -54,11 +54,11 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path):
     assert "over the budget of 40" in errors["LoRA rank=2"]  # rank 1 has 32 + 34 values
     assert "over the budget of 40" in errors["PiSSA"]
     assert errors["SVFT banded"] is None
-    report.write(records, tmp_path)
+    report.write(Store(tmp_path))
     assert "over the budget" in (tmp_path / "report.md").read_text()
 
     runner.compare(spec, tmp_path)
-    assert len(Store(tmp_path).read()) == 3  # a failed run is tried again, in its own place
+    assert len(Store(tmp_path).read("runs")[0]) == 3  # a failed run is tried again, in its own place
 
 
 def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
     arguments += ["--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
-    assert [r["label"] for r in Store(tmp_path).read()] == ["LoRA rank=2"]
+    assert [r["label"] for r in Store(tmp_path).read("runs")[0]] == ["LoRA rank=2"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert calls == ["LoRA rank=2", "Full", "Full"]
 
@@ -209,14 +209,18 @@ def test_what_changes_a_result_changes_the_identity(tiny):
     assert all(other != first for other in others)
 
 
-def test_the_table_has_mean_and_sample_deviation(tiny, tmp_path):
-    records = runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
-    for record, value in zip(records, (0.8, 0.9), strict=True):
-        record["metric"]["value"] = value
-    (row,) = report.rows(records)
+def test_the_table_has_mean_deviation_and_interval(tiny, tmp_path):
+    runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
+    store = Store(tmp_path)
+    for file, value in zip(sorted((tmp_path / "runs").iterdir()), (0.8, 0.9), strict=True):
+        record = store.load("runs", file.stem)
+        store.write("runs", file.stem, {**record, "metric": {**record["metric"], "value": value}})
+    results = report.read(store)
+    (row,) = results.rows
     assert row.mean == pytest.approx(0.85)
     assert row.std == pytest.approx(0.0707106781)
-    assert "| LoRA rank=2 | 85.0 ± 7.1 | 162 | 132 |" in report.markdown(records)
+    assert row.interval.high - row.mean == pytest.approx(12.7062047 * 0.05)  # t of one degree of freedom · std / √2
+    assert "| LoRA rank=2 | 85.0 ± 63.5" in report.markdown(results)
 
 
 def test_the_command_line_from_start_to_report(tiny, tmp_path):
@@ -274,11 +278,11 @@ def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
     records = runner.compare(spec, tmp_path)
     assert "no projection of an attention" in records[0]["undefined"]
     assert "error" not in records[0]
-    report.write(records, tmp_path)
+    report.write(Store(tmp_path))
     text = (tmp_path / "report.md").read_text()
     assert "## Not defined on this model" in text
     assert "## Failed" not in text
-    assert [row.label for row in report.rows(records)] == ["HeadOnly"]
+    assert [row.label for row in report.read(Store(tmp_path)).rows] == ["HeadOnly"]
 
 
 @pytest.mark.parametrize("name", ["eva", "lora-ga"])

@@ -100,6 +100,12 @@ def chip(page, label):
     return page.locator(f'.chip[data-label="{label}"] input')
 
 
+def unfold(page, section):
+    """Open the numbers of a picture."""
+    page.locator(f"#{section} summary").click()
+    page.locator(f"#{section} .numbers table").wait_for()
+
+
 def all_pictures(page):
     for section in ("differences", "cost", "loss", "search", "drift"):
         show(page, section)
@@ -183,7 +189,7 @@ def test_budgets_are_chosen_one_by_one(opened):
     page.locator("#budget").select_option("1%")
     assert len(shown(page)) == 4
     show(page, "cost")
-    page.locator("#cost summary").click()
+    unfold(page, "cost")
     assert page.locator("#cost details tbody th").all_inner_texts()[0].endswith(" at 1%")
 
 
@@ -192,7 +198,7 @@ def test_the_axis_of_cost_can_be_changed_and_the_front_follows(opened):
     show(page, "cost")
     label = page.locator("#cost .plot svg")
     assert label.get_attribute("aria-label") == "accuracy % against trainable"
-    page.locator("#cost summary").click()
+    unfold(page, "cost")
     for key, heading in (("step", "step ms"), ("memory", "peak MiB"), ("speed", "images/s"), ("factors", "in factors")):
         page.locator("#axis").select_option(key)
         redrawn(page)
@@ -235,7 +241,7 @@ def test_curves_are_smoothed_logarithmic_or_as_they_are(opened):
 def test_trajectories_of_sites_and_both_ways_to_match(opened):
     page = opened()
     show(page, "drift")
-    page.locator("#drift summary").click()
+    unfold(page, "drift")
     rows = page.locator("#drift tbody tr")
     assert rows.count() == 7 * 3  # methods with factors, seeds
     by_index = rows.first.locator("td").nth(3).inner_text()
@@ -436,7 +442,7 @@ def test_a_label_is_never_markup(opened):
     page.locator("#filter").fill("<img")
     assert len(shown(page)) == 1
     show(page, "cost")
-    page.locator("#cost summary").click()
+    unfold(page, "cost")
     assert page.locator("#cost tbody th").inner_text() == "<img src=x onerror=alert(1)>"
 
 

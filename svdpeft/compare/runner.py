@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -22,6 +23,7 @@ from svdpeft.compare.provenance import provenance
 from svdpeft.compare.run import Job, run, trial
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store
+from svdpeft.factors import Given
 from svdpeft.methods.base import PerSite
 from svdpeft.models import load
 from svdpeft.registry import near_miss
@@ -152,16 +154,22 @@ def check_budgets(spec: Spec) -> None:
     model, head = loaded.model, (loaded.head,) if task.num_classes is not None and loaded.head is not None else ()
     base = sum(p.numel() for p in model.parameters())
     for limit in limits:
-        number, reasons = budget.parse(limit, base), []
+        number, objections = budget.parse(limit, base), []
         for method in methods:
-            try:
-                budget.fit(method, number, budget.sites_of(model, method, spec.targets, spec.exclude, head))
-            except ValueError as error:  # NotDefined is one too
-                reasons.append(str(error))
-            else:
-                break
-        else:
-            raise ValueError(f"no method can meet the budget {limit} ({number:,} values): " + "; ".join(reasons))
+            with suppress(NotDefined):  # its run will say so
+                sites = budget.sites_of(model, method, spec.targets, spec.exclude, head)
+                objections.append(_objection(method, number, sites))
+        if objections and all(objections):
+            raise ValueError(f"no method can meet the budget {limit} ({number:,} values): " + "; ".join(objections))
+
+
+def _objection(method: PerSite, number: int, sites: Sequence[Given]) -> str:
+    """Why a method cannot meet a budget, or nothing."""
+    try:
+        budget.fit(method, number, sites)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _name(job: Job, store: Store) -> str:

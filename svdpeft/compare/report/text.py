@@ -169,5 +169,5 @@ def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]
 
 
 def _plain(text: str) -> str:
-    """Words of others as Markdown: one line, no cell border, no tag."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+    """Words of others as Markdown: one line, no cell border, no tag, no beginning of code."""
+    return re.sub(r"([|`])", r"\\\1", re.sub(r"\s+", " ", text)).replace("<", "&lt;")
