@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from svdpeft.compare import budget
-from svdpeft.compare.backends import map_jobs
+from svdpeft.compare.backends import in_process, map_jobs
 from svdpeft.compare.provenance import provenance
 from svdpeft.compare.run import Job, run, trial
 from svdpeft.compare.spec import Entry, Spec
@@ -178,6 +178,8 @@ def _name(job: Job, store: Store) -> str:
 
 def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | None = None) -> None:
     """Do one job, in whatever process, and write its record."""
+    if store.done(job.kind, _name(job, store)):  # by a worker that died afterwards, or by another comparison's process
+        return
     record = _head(job)
     started = time.perf_counter()
     callbacks = [advance()] if advance else []
@@ -204,7 +206,7 @@ def _head(job: Job) -> dict[str, Any]:
 def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
     """Do the jobs that have no result yet, under a progress bar."""
     missing = [job for job in jobs if not store.done(job.kind, _name(job, store))]
-    alone = engine.backend == "local" and (engine.workers or 1) == 1
+    alone = in_process(engine.backend, engine.workers)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:  # stdout is for the result
         bar = progress.add_task(what, total=len(jobs), completed=len(jobs) - len(missing))
         steps = progress.add_task("", total=None, visible=alone and bool(missing))

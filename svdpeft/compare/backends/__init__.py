@@ -60,11 +60,22 @@ def map_jobs(
         raise ValueError(f"address={address!r} is of a Ray cluster: it needs backend='ray'")
     from svdpeft.compare.backends import processes
 
-    gpus = processes.visible_gpus()
-    workers = workers or len(gpus) or 1
-    if workers == 1:
+    if in_process(backend, workers):
         return _here(function, jobs, start)
-    return processes.outcomes(function, jobs, min(workers, len(jobs)), gpus, start)
+    gpus = processes.visible_gpus()
+    return processes.outcomes(function, jobs, min(workers or len(gpus), len(jobs)), gpus, start)
+
+
+def in_process(backend: str, workers: int | None) -> bool:
+    """Whether ``map_jobs`` calls the function in this very process, so that it need not be pickled.
+
+    Example:
+        >>> in_process("local", 1), in_process("local", 2), in_process("ray", 1)
+        (True, False, False)
+    """
+    from svdpeft.compare.backends import processes
+
+    return backend == "local" and (workers or len(processes.visible_gpus()) or 1) == 1
 
 
 def _here(
