@@ -39,7 +39,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The task ``signs`` and a model called ``tiny``; each method at its own learning rate."""
     from comparison import Net, Signs  # these import transformers, which most tests do without
 
-    from svdpeft.compare import run, runner
+    from svdpeft.compare import run
     from svdpeft.models import Loaded
     from svdpeft.registry import TASKS
 
@@ -54,8 +54,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         torch.manual_seed(7)
         return Loaded(Net().to(dtype), name, {}, "vision", "head")
 
-    for module in (runner, run):
-        monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(run, "load", load)
     return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16, "search": False}
 
 

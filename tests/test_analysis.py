@@ -28,7 +28,7 @@ def svd(w):
 
 def moved(a, b):
     """ΔΣ, ΔD, ΔΣ and ΔD assigned, as numbers."""
-    return [float(x) for x in drift(svd(a), svd(b))[:4]]
+    return [float(x) for x in drift(svd(a), svd(b))]
 
 
 def orthogonal(size, seed=0):
@@ -161,7 +161,6 @@ def test_any_order_of_the_values_is_found_again(seed):
     found = drift(before, after)
     assert float(found.delta_d_assigned) == pytest.approx(0, abs=1e-12)
     assert float(found.delta_sigma_assigned) == pytest.approx(float((values - values[order]).abs().mean()))
-    assert after.s[found.order].tolist() == pytest.approx(values[order].tolist())
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (3, 8, 5), (2, 2, 4, 7), (4, 1, 9)])
@@ -169,7 +168,7 @@ def test_any_order_of_the_values_is_found_again(seed):
 def test_the_plain_formula(shape, size):
     a, b = random(*shape), random(*shape) + size * random(*shape, seed=1)
     found = drift(svd(a), svd(b))
-    flat = [x.reshape(-1) for x in found[:4]]
+    flat = [x.reshape(-1) for x in found]
     for i, (w, w1) in enumerate(
         zip(a.reshape(-1, *shape[-2:]).numpy(), b.reshape(-1, *shape[-2:]).numpy(), strict=True)
     ):

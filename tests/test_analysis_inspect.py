@@ -87,6 +87,15 @@ def test_targets_are_those_of_attach():
         inspect(model, "q_porj")
 
 
+def test_what_matches_nothing_names_what_there_is():
+    with pytest.raises(ValueError, match=r"of the model \(Known: all, all-linear, conv, head, q_proj, v_proj\)$"):
+        inspect(net(), "zzz")
+    with pytest.raises(ValueError, match=r"\(did you mean 'q_proj'\? Known: all, "):
+        inspect(net(), "q_porj")
+    with pytest.raises(ValueError, match=r"\(Known: all, all-linear, weight\)$"):
+        inspect(nn.Linear(3, 3), "zzz")  # a model that is one layer has no name
+
+
 def test_weights_without_a_model():
     state = net().state_dict()
     found = inspect(state, "q_proj")
@@ -252,6 +261,54 @@ def test_the_command_prints_a_table(loads):
     assert result.exit_code == 0, result.output
     assert "layers.0.q_proj" in result.stdout.replace("\n", "")
     assert "80% energy" in result.stdout
+    assert "99.9% energy" in call("--energy", 0.999).stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "words"),
+    [
+        ("--picture", "x.jpg", "a picture is a .png, .svg or .pdf file"),
+        ("--picture", "nodir/x.png", "there is no folder"),
+        ("--csv", "nodir/x.csv", "there is no folder"),
+        ("--csv", "", "is a folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_path, option, file, words):
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("work before the check"))
+    result = call(option, tmp_path / file)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.output.split())
+
+
+def test_an_adapter_of_another_dtype_is_pointed_to_the_option(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        models, "load", lambda name, dtype, **options: models.Loaded(net().to(dtype), name, None, "vision", "head")
+    )
+    adapter = svdpeft.attach(net().bfloat16(), svdpeft.SORSA(rank=2), ["q_proj"])
+    adapter.save(tmp_path / "adapter")
+    result = call("--adapter", tmp_path / "adapter")
+    assert result.exit_code == 2
+    assert result.output.startswith("svdpeft: give --dtype bfloat16,")
+    result = call("--adapter", tmp_path / "adapter", "--dtype", "bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sites"] == inspect(adapter).table
+
+
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Linear(16, 7)], ids=["no head", "another head"])
+def test_an_adapter_with_a_head_is_pointed_to_the_option(monkeypatch, tmp_path, head):
+    def load(name, num_classes, **options):
+        model = net()
+        if num_classes is None:
+            model.head = head
+        return models.Loaded(model, name, None, "vision", "head")
+
+    monkeypatch.setattr(models, "load", load)
+    svdpeft.attach(net(), svdpeft.SORSA(rank=2), ["q_proj"], train=["head"]).save(tmp_path / "adapter")
+    result = call("--adapter", tmp_path / "adapter")
+    assert result.exit_code == 2
+    assert result.output.startswith("svdpeft: give --num-classes")
+    assert "Known" not in result.output
+    assert call("--adapter", tmp_path / "adapter", "--num-classes", 3).exit_code == 0
 
 
 def test_the_command_for_machines(loads, tmp_path):

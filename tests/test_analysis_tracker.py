@@ -11,9 +11,11 @@ from helpers import adapt, every_kind, every_method, host, perturb
 from scipy.optimize import linear_sum_assignment
 from test_trainer import arguments, make, trainer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svdpeft
-from svdpeft.analysis import COLUMNS, DriftTracker
+from svdpeft.analysis import COLUMNS, DriftTracker, inspect
+from svdpeft.analysis.matrices import Matrix, _copied
 from svdpeft.analysis.tables import to_rows
 from svdpeft.weights import stored
 
@@ -251,6 +253,46 @@ def test_training_is_the_same_to_the_last_bit(method, tmp_path):
     assert sorted({row["step"] for row in tracker.table}) == [0, 2, 4, 5]
     assert tracker.table[-1]["distance"] > 0
     assert tracker.seconds > 0
+
+
+def test_the_copy_of_a_weight_that_trains_whole_is_on_the_host_and_of_its_own():
+    with FakeTensorMode():  # a device that need not be there
+        w = torch.empty(4, 3, device="cuda")
+        assert _copied(Matrix("w", ("w",), True, True, lambda: w)).device.type == "cpu"
+    w = torch.randn(4, 3)
+    assert _copied(Matrix("w", ("w",), True, True, lambda: w)).data_ptr() != w.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: no memory of it to be kept")
+def test_nothing_stays_on_the_gpu():
+    model = nn.Sequential(nn.Linear(64, 64)).cuda()
+    adapter = svdpeft.attach(model, svdpeft.Full())
+    perturb(adapter)
+    DriftTracker(adapter).record(0)  # the libraries keep workspaces of their own
+    held = torch.cuda.memory_allocated()
+    tracker = DriftTracker(adapter)
+    tracker.record(1)
+    assert torch.cuda.memory_allocated() - held < model[0].weight.nbytes
+
+
+@pytest.mark.parametrize("method", [svdpeft.SORSA(rank=2), svdpeft.Full()], ids=lambda m: m.name)
+def test_the_svd_cache_keeps_the_base_alone(method, tmp_path):
+    adapter = svdpeft.attach(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5)), method)
+    with svdpeft.svd_cache(tmp_path):
+        tracker = DriftTracker(adapter)
+        tracker.record(0)
+        before = sorted(tmp_path.iterdir())
+        for step in (1, 2):
+            perturb(adapter)
+            tracker.record(step)
+        assert sorted(tmp_path.iterdir()) == before
+        assert len(before) == 2
+        inspected = tmp_path / "inspect"
+        with svdpeft.svd_cache(inspected):
+            for _ in range(2):
+                inspect(adapter)
+                perturb(adapter, seed=1)
+        assert len(list(inspected.iterdir())) == 2
 
 
 def test_the_model_is_left_alone():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 from svdpeft.cli import app
 from svdpeft.compare import measures, run, runner
 from svdpeft.compare.run import Job
-from svdpeft.compare.spec import Search, read_spec
+from svdpeft.compare.spec import Search, read_spec, read_values
 from svdpeft.compare.store import Store
+from svdpeft.models import load
 
 
 def searched(tiny, **search):
@@ -121,9 +123,7 @@ def test_several_budgets_are_lines_of_one_comparison(tiny, tmp_path):
 def test_a_budget_that_no_method_can_meet_is_refused_before_anything_is_trained(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
     spec = read_spec(**{**tiny, "budgets": [200, 3]}, methods="lora,pissa,full")
-    with pytest.raises(
-        ValueError, match=r"no method can meet the budget 3 \(3 values\): LoRA.* has at least 66 values"
-    ):
+    with pytest.raises(ValueError, match=r"no method can meet the budget 3: LoRA.* has at least 66 values"):
         runner.compare(spec, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -197,12 +197,19 @@ def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monk
 def test_forgetting_is_measured_on_a_real_model(tmp_path):
     sizes = {"train_size": 32, "test_size": 32}
     spec = read_spec(
-        model="efficientnet-lite0", methods="lora:lr=0.1", seeds=[0], epochs=1, search=False, task_options=sizes
+        model="efficientnet-lite0",
+        methods="lora:lr=0.1",
+        seeds=[0],
+        epochs=1,
+        batch_size=8,
+        search=False,
+        task_options=sizes,
     )
     (record,) = runner.compare(spec, tmp_path)
     assert record["forgetting"]["name"] == "feature drift"
     assert record["forgetting"]["before"] == pytest.approx(0, abs=1e-6)
     assert record["forgetting"]["after"] > 1e-3
+    assert 4 * record["parameters"]["base"] < record["peak_memory_bytes"] < 2**30
 
 
 def test_a_tracker_follows_the_training(tiny, tmp_path):
@@ -229,6 +236,7 @@ def test_two_workers_give_the_records_of_one(tmp_path):
         methods="head-only,lora",
         seeds=[0, 1],
         epochs=1,
+        batch_size=8,
         search=False,
         task_options=sizes,
     )
@@ -250,7 +258,7 @@ def test_the_comparison_file_is_the_specification(tiny, tmp_path):
     spec = read_spec(**tiny, methods="lora:rank=2,sorsa:gamma=0.5")
     runner.compare(spec, tmp_path)
     plain = Store(tmp_path).comparison()["spec"]
-    assert plain["baseline"] == "LoRA rank=2"
+    assert plain["baseline"] is None, "nobody asked for one: the report takes the first LoRA of all methods"
     methods = [{**m["method"], "label": m["label"], "lr": m["lr"]} for m in plain.pop("methods")]
     again = read_spec(**{**plain, "search": plain["search"] or False}, methods=methods)
     assert again.to_json() == spec.to_json()
@@ -274,3 +282,82 @@ def test_the_command_line_passes_everything_on(tiny, tmp_path):
     wrong = CliRunner().invoke(app, [*call.split(), "--backend", "rai"])
     assert wrong.exit_code == 2
     assert "did you mean 'ray'" in wrong.stderr
+
+
+def test_head_only_is_trained_at_the_rate_that_is_tried(tiny, tmp_path):
+    """It has no factors, whose rate the search would turn beside a fixed one of the head."""
+    spec = read_spec(**{**tiny, "seeds": [0], "search": {"trials": 3}}, methods="head-only,lora:rank=2")
+    runner.compare(spec, tmp_path)
+    trials, _ = Store(tmp_path).read("trials")
+    for label in ("HeadOnly", "LoRA rank=2"):
+        assert len({t["loss"] for t in trials if t["label"] == label}) == 3
+
+
+def test_a_method_without_factors_is_trained_once_whatever_the_budgets(tiny, tmp_path):
+    records = runner.compare(read_spec(**{**tiny, "seeds": [0], "budgets": [70, 140]}, methods="full,lora"), tmp_path)
+    assert [(r["label"], r["identity"]["budget"]) for r in records] == [("Full", None), ("LoRA", 70), ("LoRA", 140)]
+
+
+def test_a_batch_that_is_larger_than_the_data_counts_what_it_holds(tiny, tmp_path):
+    spec = read_spec(**{**tiny, "batch_size": 500, "epochs": 3}, methods="lora:rank=2")
+    record = runner.compare(spec, tmp_path)[0]
+    assert record["throughput"]["per_second"] == pytest.approx(64 / record["step_seconds"])
+
+
+def test_steps_whose_spectra_were_measured_are_not_timed(tiny, tmp_path, monkeypatch):
+    def slow(self, step):
+        real(self, step)
+        time.sleep(0.3)
+
+    real = run.DriftTracker.record
+    monkeypatch.setattr(run.DriftTracker, "record", slow)
+    record = runner.compare(read_spec(**{**tiny, "epochs": 2, "snapshots": 4}, methods="lora:rank=2"), tmp_path)[0]
+    assert len(record["spectra"]["steps"]) == 5  # of 8, with the start
+    assert record["step_seconds"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 64}, "64 training examples in batches of 64 for 1 epochs are 1 step, whose learning rate is 0"),
+        ({"search": {"kind": "halving"}}, "for 0.25 epochs are 1 step"),
+        ({"targets": ["bodi"]}, "no method can adapt this model: .*'bodi'"),
+        ({"model": "efficientnet-lite"}, "did you mean 'efficientnet-lite0'"),
+    ],
+)
+def test_what_would_make_every_run_fail_is_refused_first(tiny, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
+    if "model" in change:
+        monkeypatch.setattr(run, "load", load)
+    with pytest.raises(ValueError, match=message):
+        runner.compare(read_spec(**{**tiny, "methods": "lora", **change}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (runner.Engine(backend="rai"), "did you mean 'ray'"),
+        (runner.Engine(workers=0), "workers=0"),
+        (runner.Engine(address="auto"), "needs backend='ray'"),
+        (runner.Engine(workers=2), "this process's memory"),
+    ],
+)
+def test_a_wrong_engine_is_refused_first(tiny, engine, message):
+    with pytest.raises(ValueError, match=message):
+        runner.compare(read_spec(**tiny, methods="lora"), "memory://nowhere", engine)
+    assert Store("memory://nowhere").comparison() is None
+
+
+def test_options_are_read_as_what_they_are():
+    words = ["path=.", "a=e", "b=2024-01-01", "c=-3", "d=1e-3", "e=true", "f=[1, 2]", "g=inf-x"]
+    expected = {"path": ".", "a": "e", "b": "2024-01-01", "c": -3, "d": 0.001, "e": True, "f": [1, 2], "g": "inf-x"}
+    assert read_values(words) == expected
+
+
+@pytest.mark.parametrize("call", ["--seeds 0,x", "--budget inf", "--no-search --trials 5", "--epochs -1"])
+def test_mistakes_on_the_command_line_are_one_line(call, tmp_path):
+    result = CliRunner().invoke(app, ["compare", *call.split(), "--out", str(tmp_path / "a")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("svdpeft: ")
+    assert not (tmp_path / "a").exists()

@@ -121,7 +121,7 @@ def test_each_value_is_counted_and_named_once(method: Method):
     names = [name for name, _ in adapter.named_parameters()]
     assert len(names) == len(set(names))
     sites = budget.sites_of(model, method, ["all-linear"], [])
-    assert budget.count(method, sites) == adapter.trainable_count
+    assert method.total(sites) == adapter.trainable_count
     shared = sum(p.numel() for r, p in {id(p): (r, p) for r, p in trained_ties(adapter)}.values() if r)
     assert adapter.trainable_count == sum(site.count for site in adapter.sites.values()) + shared
     for site in adapter.sites.values():
@@ -460,13 +460,13 @@ def test_a_budget_is_kept_and_used(method: Method):
     model = net()
     sites = budget.sites_of(model, method, ["all-linear"], [])
     values = method.knob_values(sites)
-    counts = [budget.count(method.turned(value), sites) for value in values]
+    counts = [method.turned(value).total(sites) for value in values]
     assert counts == sorted(counts)
     for limit in (counts[0], counts[0] + 7, counts[len(counts) // 2], counts[-1], counts[-1] + 1000):
         fitted = budget.fit(method, limit, sites)
-        assert budget.count(fitted, sites) == max(c for c in counts if c <= limit)
+        assert fitted.total(sites) == max(c for c in counts if c <= limit)
         adapter = attach(model, fitted, clip_rank=True)
-        assert adapter.trainable_count == budget.count(fitted, sites)
+        assert adapter.trainable_count == fitted.total(sites)
         adapter.detach()
     with pytest.raises(ValueError, match="over the budget"):
         budget.fit(method, counts[0] - 1, sites)

@@ -1,4 +1,4 @@
-"""The folder of decompositions: a hit has the bits of a new computation, and nothing in it can hurt a run."""
+"""The folder of decompositions: a hit has the bits of the first computation, and nothing in it can hurt a run."""
 
 import multiprocessing
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import svdpeft
-from svdpeft.decomposition import minor_svd, svd, truncated_svd
+from svdpeft.decomposition import minor_svd, svd, truncated_svd, uncached
 
 
 def refuse(monkeypatch):
@@ -60,6 +60,28 @@ def test_what_changes_the_result_has_a_file_of_its_own(tmp_path):
             call()
             assert len(list(tmp_path.iterdir())) == count
     assert not svd.remembered.__globals__["_FOLDER"].get(), "outside the block nothing is kept"
+
+
+def test_a_hit_has_the_bits_of_the_first_computation_not_of_a_new_one(tmp_path, monkeypatch):
+    w = torch.randn(8, 6)
+    with svdpeft.svd_cache(tmp_path):
+        first = truncated_svd(w, 2)
+        exact = svd._exact
+        monkeypatch.setattr(svd, "_exact", lambda *a: svd.SVD(*(t * (1 + 1e-6) for t in exact(*a))))  # other threads
+        assert all(a.equal(b) for a, b in zip(first, truncated_svd(w, 2), strict=True))
+        with uncached():
+            assert not first.s.equal(truncated_svd(w, 2).s)
+
+
+def test_uncached_inside_the_block_reads_and_keeps_nothing(tmp_path):
+    with svdpeft.svd_cache(tmp_path):
+        with uncached():
+            truncated_svd(torch.randn(8, 6), 2)
+        assert not list(tmp_path.iterdir())
+        truncated_svd(torch.randn(8, 6), 2)
+        assert len(list(tmp_path.iterdir())) == 1, "the folder is open again"
+    with uncached():
+        truncated_svd(torch.randn(8, 6), 2)
 
 
 def test_a_damaged_file_is_made_anew(tmp_path):

@@ -15,7 +15,7 @@ from svdpeft.analysis import tables
 from svdpeft.analysis.matrices import Matrix, Patterns, matrices_of
 from svdpeft.analysis.measures import change_of, factors_of, numbers, principal_rank, spectrum_of
 from svdpeft.analysis.spectra import decompose, energy_rank
-from svdpeft.decomposition import check_matrix
+from svdpeft.decomposition import check_matrix, uncached
 
 
 @dataclass
@@ -83,7 +83,9 @@ def inspect(
         else:
             change = matrix.change().to(w)
             check_matrix(change, f"the update of {matrix.name}", zero=True)
-            start, now = decompose(w, matrix.name), decompose(w + change, matrix.name)
+            start = decompose(w, matrix.name)
+            with uncached():
+                now = decompose(w + change, matrix.name)
             values = change_of(start, now, change, principal_rank(matrix.rank, start.s)) | factors_of(matrix.site)
             s = now.s
         row = numbers(spectrum_of(s, energy) | values)

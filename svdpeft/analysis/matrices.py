@@ -75,9 +75,10 @@ def matrices_of(what: nn.Module | Mapping[str, Tensor] | Adapter, patterns: Patt
     for pattern in patterns:
         found = [matrix for matrix in known if _names(pattern, matrix)]
         if not found:
-            leaves = {n.rpartition(".")[2] for matrix in known for n in matrix.names} | {"all", "all-linear"}
+            names = {n.removesuffix(".weight") for matrix in known for n in matrix.names if n}
+            leaves = {n.rpartition(".")[2] for n in names} | {"all", "all-linear"}
             where = "that the adapter trains" if isinstance(what, Adapter) else "of the model"
-            raise ValueError(f"{word}={pattern!r} matches no matrix {where}: {near_miss(pattern, leaves)}")
+            raise ValueError(f"{word}={pattern!r} matches no matrix {where} ({near_miss(pattern, leaves)})")
         chosen |= {matrix.name: matrix for matrix in found}
     ordered = [matrix for matrix in known if matrix.name in chosen]
     return _with_copies(what, ordered) if isinstance(what, Adapter) else ordered
@@ -159,7 +160,7 @@ def _with_copies(adapter: Adapter, matrices: list[Matrix]) -> list[Matrix]:
     if not whole:
         return matrices
     with adapter.disabled(), torch.no_grad():
-        copies = {matrix.name: matrix.base().clone() for matrix in whole}
+        copies = {matrix.name: _copied(matrix) for matrix in whole}
 
     def trained(matrix: Matrix) -> Matrix:
         def base() -> Tensor:
@@ -168,3 +169,7 @@ def _with_copies(adapter: Adapter, matrices: list[Matrix]) -> list[Matrix]:
         return replace(matrix, base=base, change=lambda: matrix.base() - base())
 
     return [matrix if matrix.site is not None else trained(matrix) for matrix in matrices]
+
+
+def _copied(matrix: Matrix) -> Tensor:
+    return matrix.base().to("cpu", copy=True)  # not on the device, where it would count as the method's memory

@@ -16,7 +16,7 @@ from torch import Tensor
 from svdpeft.analysis.inspection import Inspection
 from svdpeft.analysis.spectra import energy as energy_of
 from svdpeft.analysis.spectra import energy_rank
-from svdpeft.analysis.tables import Row, Table, to_rows, write_csv
+from svdpeft.analysis.tables import Row, Table, check_file, to_rows, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,6 +133,18 @@ def plot_spectrum(found: Inspection | Mapping[str, Tensor], path: str | os.PathL
 # -- what the pictures share --------------------------------------------------------------------------------------
 
 
+def check_picture(path: str | os.PathLike[str]) -> Path:
+    """Refuse a picture that cannot be drawn before the work whose result it is to show.
+
+    Raises:
+        ValueError: another suffix than .png, .svg or .pdf.
+        OSError: the path is a folder, or lies in none.
+    """
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path}: a picture is a .png, .svg or .pdf file")
+    return check_file(path)
+
+
 class _picture:
     """A figure that is saved, and its numbers beside it, when the block ends well."""
 
@@ -141,9 +153,7 @@ class _picture:
     ) -> None:
         from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-        self.path, self.columns = Path(path), columns
-        if self.path.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"{self.path}: a picture is a .png, .svg or .pdf file")
+        self.path, self.columns = check_picture(path), columns
         if not rows:
             raise ValueError(f"{self.path}: the table has no rows, so there is nothing to draw")
         self.rows = [{column: row.get(column) for column in columns} for row in rows]

@@ -40,6 +40,20 @@ def to_rows(table: Table) -> list[Row]:
     ]
 
 
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Refuse a file that cannot be written before the work whose result it is to hold.
+
+    Raises:
+        OSError: the path is a folder, or lies in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: a file is written here")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    return path
+
+
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Write rows with a header; what is undefined is left empty."""
     text = io.StringIO()

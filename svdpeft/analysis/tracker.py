@@ -16,7 +16,7 @@ from svdpeft.analysis import tables
 from svdpeft.analysis.matrices import Matrix, Patterns, matrices_of
 from svdpeft.analysis.measures import COLUMNS, change_of, factors_of, numbers, principal_rank
 from svdpeft.analysis.spectra import decompose
-from svdpeft.decomposition import SVD, check_matrix
+from svdpeft.decomposition import SVD, check_matrix, uncached
 
 TOGETHER = 2**20  # entries of equally large matrices that are decomposed in one call
 
@@ -31,9 +31,11 @@ class DriftTracker(TrainerCallback):
     ``callbacks``, or call ``record(step)`` in a loop of your own. The start and the last step are always recorded.
 
     Memory: the singular triplets of the base in host memory, K(m + n + 1) float32 per m×n site, K = min(m, n), about
-    twice the weight; of weights that train whole (``Full``, ``Partial``) a copy besides. On the device one site at a
-    time: about ten times its weight. Time: one whole SVD per site and step, O(K m n), in ``seconds``. In distributed
-    training the main process alone does this; sharded factors (FSDP, DeepSpeed ZeRO-3) are not put together.
+    twice the weight; there too, of weights that train whole (``Full``, ``Partial``), a copy. On the device nothing
+    stays, but while a step is recorded about ten times one site's weight is in use, and a peak of the device's memory
+    counts that. Inside ``svd_cache`` the base's SVD alone goes to the folder. Time: one whole SVD per site and step,
+    O(K m n), in ``seconds``. In distributed training the main process alone does this; sharded factors (FSDP, DeepSpeed
+    ZeRO-3) are not put together.
 
     Args:
         adapter: what trains: its sites, and the matrices that it trains whole.
@@ -141,7 +143,8 @@ class DriftTracker(TrainerCallback):
         start = self._start(group, base)
         known = torch.isfinite(base + change).flatten(1).all(-1)
         change = torch.where(known.reshape(-1, *[1] * (change.ndim - 1)), change, 0.0)  # a training that blew up
-        now = decompose(base + change, group[0].name) if change.any() else start
+        with uncached():
+            now = decompose(base + change, group[0].name) if change.any() else start
         values = change_of(start, now, change, self._rank(group[0], start))
         rows = []
         for i, matrix in enumerate(group):

@@ -54,17 +54,19 @@ def compare(
     from svdpeft.compare import report
     from svdpeft.compare.runner import Engine
     from svdpeft.compare.runner import compare as run_all
-    from svdpeft.compare.spec import read_spec, read_values
+    from svdpeft.compare.spec import as_number, read_spec, read_values
     from svdpeft.compare.store import Store
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if no_search and (search or trials):
+        fail(ValueError("--no-search takes each method's own rate: --search and --trials do not go with it"))
     chosen = {
         "model": model,
         "task": task,
         "methods": methods,
         "baseline": baseline,
-        "seeds": [int(seed) for seed in seeds.split(",")] if seeds else None,
+        "seeds": [as_number(seed) for seed in seeds.split(",")] if seeds else None,
         "confidence": confidence,
         "budgets": budget.split(",") if budget else None,
         "epochs": epochs,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -16,8 +17,11 @@ from rich.text import Text
 from svdpeft.cli.app import Json, app, console, fail
 
 if TYPE_CHECKING:
+    from svdpeft.adapter import Adapter
     from svdpeft.analysis import Inspection
+    from svdpeft.models import Loaded
 
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 WEIGHT = ("site", "shape", "σ₁", "σ₁/σ_K", "effective\nrank", "stable\nrank")
 ADAPTED = ("site", "ΔΣ", "ΔD", "ΔD\nassigned", "‖ΔW‖\n/ ‖W‖", "intru-\nders", "overlap\nu", "overlap\nv", "‖QᵀQ−I‖")
 
@@ -31,6 +35,9 @@ def inspect(
     energy: Annotated[float, typer.Option(help="Share of the energy ‖W‖² that a rank has to keep.")] = 0.9,
     adapter: Annotated[Path | None, typer.Option(help="A saved adapter: what it has done to its weights.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the adapter's own head (vision).")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights: an adapter needs the one that it was made on.")
+    ] = "float32",
     csv: Annotated[Path | None, typer.Option(help="Write the numbers of every site.")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the energy by rank (.png, .svg, .pdf), with a .csv.")
@@ -38,10 +45,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the spectra of a model's weights: condition, effective rank, which rank keeps 90 % of the energy."""
+    import torch
     import transformers
 
-    import svdpeft
     from svdpeft import analysis, models
+    from svdpeft.analysis.plots import check_picture
+    from svdpeft.analysis.tables import check_file
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -49,8 +58,12 @@ def inspect(
         track, description="decomposing", console=Console(stderr=True), transient=True, disable=as_json
     )
     try:
-        network = models.load(model, num_classes=num_classes).model
-        what = network if adapter is None else svdpeft.load(network, adapter)
+        if csv is not None:
+            check_file(csv)
+        if picture is not None:
+            check_picture(picture)
+        loaded = models.load(model, num_classes=num_classes, dtype=getattr(torch, dtype))
+        what = loaded.model if adapter is None else _attached(loaded, adapter, num_classes)
         found = analysis.inspect(what, targets, energy, progress)
         if csv is not None:
             found.to_csv(csv)
@@ -66,9 +79,27 @@ def inspect(
         _print_adapted(found, adapter)
 
 
+def _attached(loaded: Loaded, adapter: Path, num_classes: int | None) -> Adapter:
+    """Load the adapter; where it does not fit, say first which option of this command makes it fit."""
+    import svdpeft
+    from svdpeft.checkpoint import CheckpointError
+
+    try:
+        return svdpeft.load(loaded.model, adapter)
+    except CheckpointError as error:
+        text = str(error)
+        if saved := re.search(r"saved for torch\.(\w+), here", text):
+            raise ValueError(f"give --dtype {saved[1]}, which {adapter} was made on: {text}") from error
+        other = re.search(r" trains \S+, which this model does not have| there, .* in this model$", text)
+        if other and num_classes is None and loaded.modality == "vision":
+            what = text[: other.end()]  # without all the names that the model has
+            raise ValueError(f"give --num-classes if the adapter has a head of its own: {what}") from error
+        raise
+
+
 def _print(found: Inspection, model: str) -> None:
     table = Table(title=model, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in (*WEIGHT, f"rank for\n{found.energy:.0%} energy"):
+    for heading in (*WEIGHT, f"rank for\n{100 * found.energy:g}% energy"):
         _add_column(table, heading)
     for row in found.table:
         times = f"{row['matrices']} x " if row["matrices"] > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,11 +22,6 @@ def sites_of(
     return [given(choice, 0, {}, i) for i, choice in enumerate(choices)]
 
 
-def count(method: PerSite, sites: Sequence[Given]) -> int:
-    """Number of values that the method would train on these sites, ranks lowered to what each allows."""
-    return method.total(sites)
-
-
 def parse(budget: str | int, base: int) -> int:
     """Return a budget as a count.
 
@@ -43,7 +39,7 @@ def parse(budget: str | int, base: int) -> int:
     except ValueError as error:
         raise ValueError(f"budget {budget!r} is neither a count nor a share such as '0.5%'") from error
     value = value / 100 * base if text.endswith("%") else value
-    if not value >= 1:
+    if not 1 <= value < math.inf:
         raise ValueError(f"budget {budget!r} is {value:g} values of {base:,}: at least one is needed")
     return int(value)
 
@@ -67,7 +63,7 @@ def fit(method: PerSite, budget: int, sites: Sequence[Given]) -> PerSite:
     def turned(position: int) -> PerSite:
         return method.turned(values[position])
 
-    least = count(turned(0), sites)
+    least = turned(0).total(sites)
     if least > budget:
         raise ValueError(
             f"{method} has at least {least:,} values on {len(sites)} sites ({method.knob}={values[0]}), "
@@ -76,5 +72,5 @@ def fit(method: PerSite, budget: int, sites: Sequence[Given]) -> PerSite:
     low, high = 0, len(values) - 1  # counts grow with the position: low fits, the answer is in [low, high]
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if count(turned(middle), sites) <= budget else (low, middle - 1)
+        low, high = (middle, high) if turned(middle).total(sites) <= budget else (low, middle - 1)
     return turned(low)

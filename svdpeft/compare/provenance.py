@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +25,18 @@ def provenance() -> dict[str, Any]:
         "versions": {"torch": torch.__version__, **{name: version(name) for name in packages}},
         "machine": {
             "platform": platform.platform(),
-            "processor": platform.machine(),
+            "processor": _processor(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def _processor() -> str:
+    """Name and number of the processors."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _git() -> dict[str, Any] | None:
@@ -40,7 +49,9 @@ def _git() -> dict[str, Any] | None:
         revision = subprocess.run(
             [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        status = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = subprocess.run(
+            [*ask, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"revision": revision, "dirty": bool(status.strip())}

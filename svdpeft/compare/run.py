@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,6 @@ class Training:
 
     loaded: Loaded
     data: TaskData
-    method: Method
     adapter: Adapter
     trainer: Trainer
 
@@ -110,10 +110,18 @@ class Training:
         self.head = (self.loaded.head,) if self.task.num_classes is not None and self.loaded.head is not None else ()
         self.base = sum(p.numel() for p in self.model.parameters())
         self.data = self.task.prepare(self.loaded, job.seed)
-        self.method = job.entry.method
-        if job.budget is not None and isinstance(self.method, PerSite):
-            sites = budget.sites_of(self.model, self.method, job.spec.targets, job.spec.exclude, self.head)
-            self.method = budget.fit(self.method, budget.parse(job.budget, self.base), sites)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method, as the budget allows it."""
+        return self.fitted(self.job.entry.method, self.job.budget)
+
+    def fitted(self, method: Method, limit: str | int | None) -> Method:
+        """Turn the method's knob as far as a budget allows."""
+        if not isinstance(method, PerSite):
+            return method
+        sites = budget.sites_of(self.model, method, self.job.spec.targets, self.job.spec.exclude, self.head)
+        return method if limit is None else budget.fit(method, budget.parse(limit, self.base), sites)
 
     def load(self) -> Loaded:
         """Load the base, with a new head of this seed where the task wants one."""
@@ -149,7 +157,8 @@ class Training:
     def train(self, folder: Path, callbacks: Sequence[Any], report_to: str = "none") -> None:
         """Train the attached adapter."""
         spec = self.job.spec
-        own = bool(self.head) and spec.head_lr is not None and not self.method.whole(self.model)
+        # Methods without factors train parameters of the base in the same role as the head, or the head alone.
+        own = bool(self.head) and spec.head_lr is not None and isinstance(self.method, PerSite)
         self.trainer = Trainer(
             model=self.model,
             adapter=self.adapter,
@@ -176,8 +185,12 @@ class Training:
         ]
         if not (sites := [*self.adapter.sites, *whole]):
             return None
-        steps = math.ceil(len(self.data.train) / self.job.spec.batch_size) * self.job.epochs  # type: ignore[arg-type]
-        return DriftTracker(self.adapter, sites, every=max(1, math.ceil(steps / self.job.spec.snapshots)))
+        return DriftTracker(self.adapter, sites, every=math.ceil(self.steps() / self.job.spec.snapshots))
+
+    def steps(self, share: float = 1.0) -> int:
+        """Number of optimizer steps of a part of the training."""
+        each = math.ceil(len(self.data.train) / self.job.spec.batch_size)  # type: ignore[arg-type]
+        return math.ceil(each * self.job.epochs * share)
 
 
 def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -207,11 +220,11 @@ def run(
         report_to: tracker that the trainer tells its logs.
         log_folder: where a tracker that writes files writes them.
     """
+    held = reset_peak_memory()
     training, spec = Training(job), job.spec
     model, data = training.model, training.data
     known = probe(training.loaded, spec.probe)
     before = known.measure(model) if known else 0.0
-    reset_peak_memory()
     training.adapter, attach_seconds = training.attach(model)
     adapter = training.adapter
     tracker = training.tracker() if spec.snapshots else None
@@ -219,7 +232,7 @@ def run(
         folder = Path(temporary)
         training.train(log_folder or folder, [*callbacks, *([tracker] if tracker else [])], report_to)
         items = data.evaluate(model, data.test)
-        peak = peak_memory()
+        peak = peak_memory() - held
         adapter.save(folder / "adapter")
         record = {
             "method": {**training.method.to_json(), "text": str(training.method)},
@@ -229,7 +242,7 @@ def run(
             "search": job.search,
             **_sizes(training),
             "attach_seconds": attach_seconds,
-            **_speed(training),
+            **_speed(training, {row["step"] for row in tracker.table} if tracker else set()),
             "peak_memory_bytes": peak,
             "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
             "forgetting": {"name": known.name, "before": before, "after": known.measure(model)} if known else None,
@@ -262,10 +275,14 @@ def _sizes(training: Training) -> dict[str, Any]:
     return {"parameters": parameters, "sites": len(adapter.sites)}
 
 
-def _speed(training: Training) -> dict[str, Any]:
-    seconds = statistics.median(entry["step_time"] for entry in _logs(training))
+def _speed(training: Training, tracked: set[int]) -> dict[str, Any]:
+    """Seconds per step, of steps whose spectra were not looked at; examples of a full batch per second."""
+    logs = _logs(training)
+    plain = [entry for entry in logs if entry["step"] not in tracked] or logs
+    seconds = statistics.median(entry["step_time"] for entry in plain)
     unit, each = measures.units_per_example(training.data)
-    throughput = {"unit": unit, "per_second": each * training.job.spec.batch_size / seconds}
+    batch = min(training.job.spec.batch_size, len(training.data.train))  # type: ignore[arg-type]
+    throughput = {"unit": unit, "per_second": each * batch / seconds}
     return {"step_seconds": seconds, "throughput": throughput}
 
 

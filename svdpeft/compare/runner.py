@@ -17,15 +17,12 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from svdpeft.compare import budget
 from svdpeft.compare.backends import in_process, map_jobs
 from svdpeft.compare.provenance import provenance
-from svdpeft.compare.run import Job, run, trial
+from svdpeft.compare.run import Job, Training, run, trial
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store
-from svdpeft.factors import Given
 from svdpeft.methods.base import PerSite
-from svdpeft.models import load
 from svdpeft.registry import near_miss
 from svdpeft.targets import NotDefined
 from svdpeft.tasks.base import higher_is_better
@@ -65,10 +62,13 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
         ValueError: the folder holds another comparison; no method can meet a budget; the tracker is not there.
     """
     check_tracker(engine.tracker)
-    check_budgets(spec)
     store = Store(out)
+    map_jobs(str, [], backend=engine.backend, workers=engine.workers, address=engine.address)  # refuses wrong ones
+    if store.address.startswith("memory:") and not in_process(engine.backend, engine.workers):
+        raise ValueError(f"{store.address} is this process's memory: other workers would not write into it")
+    check(spec)
     store.claim({"spec": spec.to_json(), **provenance()})
-    grid = [(entry, limit) for limit in spec.budgets for entry in spec.methods]
+    grid = lines(spec)
     found = search(spec, grid, store, engine) if spec.search else {}
     jobs = []
     for seed in spec.seeds:
@@ -78,6 +78,17 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
             jobs.append(Job(spec, chosen, limit, seed, search=result))
     _do(jobs, store, engine, "runs")
     return [store.load("runs", _name(job, store)) for job in jobs]
+
+
+def lines(spec: Spec) -> list[tuple[Entry, Any]]:
+    """Return the lines of the table: every method at every budget; one without factors has no knob, and comes once."""
+    found = []
+    for limit in spec.budgets:
+        for entry in spec.methods:
+            line = entry, limit if isinstance(entry.method, PerSite) else None
+            if line not in found:
+                found.append(line)
+    return found
 
 
 def search(
@@ -143,30 +154,38 @@ def check_tracker(name: str) -> None:
         raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 
-def check_budgets(spec: Spec) -> None:
-    """Refuse a budget that no method of the comparison can meet, before anything is trained."""
-    methods = [entry.method for entry in spec.methods if isinstance(entry.method, PerSite)]
-    limits = [limit for limit in spec.budgets if limit is not None]
-    if not methods or not limits:
-        return
-    task = spec.make_task()
-    loaded = load(spec.model, num_classes=task.num_classes, image_size=spec.image_size)
-    model, head = loaded.model, (loaded.head,) if task.num_classes is not None and loaded.head is not None else ()
-    base = sum(p.numel() for p in model.parameters())
-    for limit in limits:
-        number, objections = budget.parse(limit, base), []
-        for method in methods:
-            with suppress(NotDefined):  # its run will say so
-                sites = budget.sites_of(model, method, spec.targets, spec.exclude, head)
-                objections.append(_objection(method, number, sites))
+def check(spec: Spec) -> None:
+    """Refuse what would make every run fail, before anything is trained.
+
+    Raises:
+        ValueError: the model, the task's sizes, a training of less than two steps (the first has a rate of zero), a
+            budget or targets with which no method can do anything.
+    """
+    training = Training(Job(spec, spec.methods[0], None, 0))
+    shares = [1.0, *(share for _, share in spec.search.rungs())] if spec.search else [1.0]
+    if (steps := training.steps(min(shares))) < 2:
+        raise ValueError(
+            f"{len(training.data.train)} training examples in batches of {spec.batch_size} for "  # type: ignore[arg-type]
+            f"{spec.epochs * min(shares):g} epochs are {steps} step, whose learning rate is 0: take more, or smaller "
+            "batches"
+        )
+    for limit in spec.budgets:
+        objections = []
+        for entry in spec.methods:
+            if isinstance(entry.method, PerSite):
+                with suppress(NotDefined):  # its run will say so
+                    objections.append(_objection(training, entry.method, limit))
         if objections and all(objections):
-            raise ValueError(f"no method can meet the budget {limit} ({number:,} values): " + "; ".join(objections))
+            what = "adapt this model" if limit is None else f"meet the budget {limit}"
+            raise ValueError(f"no method can {what}: " + "; ".join(dict.fromkeys(objections)))
 
 
-def _objection(method: PerSite, number: int, sites: Sequence[Given]) -> str:
-    """Why a method cannot meet a budget, or nothing."""
+def _objection(training: Training, method: PerSite, limit: str | int | None) -> str:
+    """Why a method cannot be attached within a budget, or nothing."""
     try:
-        budget.fit(method, number, sites)
+        training.fitted(method, limit)
+    except NotDefined:
+        raise
     except ValueError as error:
         return str(error)
     return ""

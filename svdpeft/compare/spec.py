@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from svdpeft.methods.base import Method
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import METHODS, TASKS, near_miss
 
 if sys.version_info >= (3, 11):
@@ -21,6 +23,16 @@ else:
 
 Kind = Literal["grid", "halving"]
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} {value!r} is not a whole number of at least {least}")
+
+
+def _number(name: str, value: Any, above: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        raise ValueError(f"{name} {value!r} is not a number above {above:g}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,11 @@ class Search:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"search kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
-        if isinstance(self.trials, bool) or self.trials != int(self.trials) or self.trials < 3 or self.trials % 2 == 0:
-            raise ValueError(f"search trials {self.trials!r} is not an odd number of at least 3")
-        if not self.factor > 1:
-            raise ValueError(f"search factor {self.factor:g} is not above 1")
+        _whole("search trials", self.trials, 3)
+        if self.trials % 2 == 0:
+            raise ValueError(f"search trials {self.trials} is not odd: the method's own rate is the middle")
+        _number("search factor", self.factor, 1)
+        _whole("search seed", self.seed, 0)
 
     def rates(self, centre: float) -> list[float]:
         """Return the rates around one, from the least.
@@ -101,7 +114,8 @@ class Spec:
         targets: patterns of the layers that factored methods adapt.
         exclude: patterns of layers that are left alone.
         budgets: trainable values that the factors of every method may have, each a count, or a share of the base such
-            as ``"0.5%"``; ``None`` takes the methods as they are given. A new head is not counted: all have it.
+            as ``"0.5%"``; ``None``, in a file ``"none"``, takes the methods as they are given. A new head is not
+            counted: all have it. Methods without factors train what they train, once.
         epochs: passes over the training split.
         batch_size: examples per optimizer step.
         head_lr: learning rate of a new head; ``None`` is the method's.
@@ -142,6 +156,15 @@ class Spec:
                 raise ValueError(f"a comparison needs at least one of {name}")
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
+        for name, least in (("batch_size", 1), ("snapshots", 0)):
+            _whole(name, getattr(self, name), least)
+        for name in ("epochs", "head_lr", "image_size", "confidence"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0)
+        for seed in self.seeds:
+            _whole("a seed", seed, 0)
+        if not self.targets:
+            raise ValueError("targets is empty: no factored method would adapt anything")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         labels = [entry.label for entry in self.methods]
@@ -150,13 +173,21 @@ class Spec:
                 f"no method is labelled {self.baseline!r}, the baseline: {near_miss(self.baseline, labels)}"
             )
         if self.confidence is not None:
-            if not 0 < self.confidence < 1:
+            if self.confidence >= 1:
                 raise ValueError(f"confidence {self.confidence:g} is outside (0, 1)")
             if len(self.seeds) < 2:
                 raise ValueError(
                     f"seeds {list(self.seeds)}: one seed gives no confidence interval: give at least two, "
                     "or leave confidence out"
                 )
+        if limit := next((limit for limit in self.budgets if limit is not None), None):
+            for entry in self.methods:
+                _check_knob(entry, limit)
+        if self.search is not None and self.search.metric is not None:
+            known = TASKS[self.task].metrics
+            if self.search.metric not in known:
+                near = near_miss(self.search.metric, known)
+                raise ValueError(f"task {self.task!r} has no metric {self.search.metric!r}, the search's: {near}")
         if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(f"seed {self.search.seed} is the search's: its run would be judged by its own choice")
 
@@ -164,19 +195,13 @@ class Spec:
         """Build the task."""
         return TASKS[self.task](**self.task_options)
 
-    def compared_with(self) -> str:
-        """Return the label of the baseline."""
-        lora = (entry.label for entry in self.methods if entry.method.name == "lora")
-        return self.baseline or next(lora, self.methods[0].label)
-
     def to_json(self) -> dict[str, Any]:
         """Return the specification as plain values; ``read_spec`` takes them back."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr} for e in self.methods]
         search = dataclasses.asdict(self.search) if self.search else None
         lists = {name: list(plain[name]) for name in ("seeds", "targets", "exclude", "budgets")}
-        task = {"task_options": dict(self.task_options), "baseline": self.compared_with()}
-        return {**plain, **lists, **task, "methods": methods, "search": search}
+        return {**plain, **lists, "task_options": dict(self.task_options), "methods": methods, "search": search}
 
 
 def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None = None, **options: Any) -> Spec:
@@ -210,6 +235,9 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     model = given.get("model", defaults["all"]["model"])
     modality = _modality(model, given.get("task"))
     merged = {**defaults["all"], **defaults[modality], **defaults.get(model, {}), **given, "model": model}
+    for table in (merged.get("task_options", {}), task_options or {}):
+        if not isinstance(table, Mapping):
+            raise ValueError(f"task_options = {table!r} is not a table")
     merged["task_options"] = {**merged.get("task_options", {}), **(task_options or {})}
     task = TASKS[merged["task"]]
     for name in merged["task_options"]:
@@ -218,7 +246,11 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     for name in ("seeds", "targets", "exclude", "budgets"):
         if name in merged:
             value = merged[name]
-            merged[name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise ValueError(f"{name} = {value!r} is not a list: write [{value!r}]")
+            merged[name] = tuple(value)
+    if "budgets" in merged:  # TOML has no null
+        merged["budgets"] = tuple(None if limit == "none" else limit for limit in merged["budgets"])
     merged["search"] = _read_search(merged.get("search", {}))
     return Spec(**merged)
 
@@ -237,16 +269,19 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
     words = methods.split(",") if isinstance(methods, str) else methods
     entries = []
     for word in words:
+        if not isinstance(word, str | Mapping):
+            raise ValueError(f"the method {word!r} is neither a word nor a table")
         table = dict(word) if isinstance(word, Mapping) else _read_word(word)
-        if "name" not in table:
+        if not isinstance(table.get("name"), str):
             raise ValueError(f"the method {table} has no name=")
         name, label, lr = table.pop("name"), table.pop("label", None), table.pop("lr", None)
         method = METHODS.make(name, table)
-        label = label or _label(method, table)
-        lr = float(rates.get(label, rates.get(name, 1e-3)) if lr is None else lr)
-        if not lr > 0:
-            raise ValueError(f"the learning rate {lr:g} of {label!r} is not above 0")
-        entries.append(Entry(label, method, lr))
+        label = _label(method, table) if label is None else label
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"the label {label!r} of {name} is not a word")
+        lr = rates.get(label, rates.get(name, 1e-3)) if lr is None else lr
+        _number(f"the learning rate of {label!r},", lr, 0)
+        entries.append(Entry(label, method, float(lr)))
     labels = [entry.label for entry in entries]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two methods are labelled {twice!r}: give one of them another label=")
@@ -254,14 +289,30 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
 
 
 def _read_search(value: Any) -> Search | None:
-    if value in (False, None, "none"):
+    if value is False or value is None or value == "none":
         return None
     if isinstance(value, Search):
         return value
+    if not isinstance(value, str | Mapping):
+        raise ValueError(f"search = {value!r} is neither a table, nor a kind, nor false")
     table: dict[str, Any] = {"kind": value} if isinstance(value, str) else dict(value)
     for name in table:
         _check(name, {f.name for f in dataclasses.fields(Search)}, "a search")
     return Search(**table)
+
+
+def _check_knob(entry: Entry, limit: str | int) -> None:
+    """What a budget decides cannot be asked for as well."""
+    method = entry.method
+    if not isinstance(method, PerSite):
+        return
+    for known in dataclasses.fields(method):
+        asked = getattr(method, known.name)
+        if known.name == method.knob and asked != known.default:
+            raise ValueError(
+                f"{entry.label!r} asks for {known.name}={asked!r}, which the budget {limit} decides: leave it out, or "
+                'say --budget none (budgets = ["none"])'
+            )
 
 
 def _check(name: str, known: set[str], what: str) -> None:
@@ -294,8 +345,19 @@ def read_values(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r}: write an option as key=value")
-        table[key] = _parse(f"v = {value}", word)["v"] if re.fullmatch(r"[-+\d.e]+|true|false|\[.*\]", value) else value
+        if re.fullmatch(r"true|false|\[.*\]", value):
+            table[key] = _parse(f"v = {value}", word)["v"]
+        else:
+            table[key] = as_number(value)
     return table
+
+
+def as_number(text: str) -> int | float | str:
+    """Read a number, or leave the text as it is."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

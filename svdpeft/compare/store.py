@@ -18,7 +18,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -117,8 +117,15 @@ class Store:
         """
         self.write_bytes(f"{kind}/{name}.json", _dump(_plain(record, self.path(kind, name))))
 
-    def read(self, kind: Kind) -> tuple[list[Record], list[Damaged]]:
-        """Return every record and every damaged file, in the order of their names."""
+    def read(
+        self, kind: Kind, check: Callable[[Record], None] = lambda record: None
+    ) -> tuple[list[Record], list[Damaged]]:
+        """Return every record and every damaged file, in the order of their names.
+
+        Args:
+            kind: of records.
+            check: raises a ValueError for a record that is of no use; its file counts as damaged.
+        """
         self._files.invalidate_cache()  # other processes write too
         try:
             listed: list[str] = self._files.ls(f"{self._root}/{kind}", detail=False)
@@ -128,7 +135,9 @@ class Store:
 
         def one(name: str) -> Record | Damaged | None:
             try:
-                return self._object(f"{kind}/{name}", "identity")
+                record = self._object(f"{kind}/{name}", "identity")
+                check(record)
+                return record
             except FileNotFoundError:  # deleted since it was listed
                 return None
             except ValueError as error:
@@ -268,7 +277,9 @@ def _union(old: Record, new: Record, folder: str) -> Record:
     methods = {entry["label"]: entry for entry in old.get("methods", [])}
     for entry in new.get("methods", []):
         same(f"methods[{entry['label']!r}]", methods.setdefault(entry["label"], entry), entry)
-    return {**new, "seeds": sorted({*old.get("seeds", []), *new.get("seeds", [])}), "methods": list(methods.values())}
+    kept = {field: old[field] for field in OF_THE_REPORT if new.get(field) is None and field in old}  # null: not given
+    seeds = sorted({*old.get("seeds", []), *new.get("seeds", [])})
+    return {**new, **kept, "seeds": seeds, "methods": list(methods.values())}
 
 
 def _shown(value: Any) -> str:

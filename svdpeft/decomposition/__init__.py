@@ -1,6 +1,6 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
-from svdpeft.decomposition.cache import digest, svd_cache
+from svdpeft.decomposition.cache import digest, svd_cache, uncached
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
@@ -48,4 +48,5 @@ __all__ = [
     "svd_cache",
     "top_index",
     "truncated_svd",
+    "uncached",
 ]

@@ -1,7 +1,9 @@
 """A folder of decompositions: what was computed once is read from then on, by every method and in every process.
 
-A file is named by a hash of the very matrix and of all that decides the result, so that a hit has the same bits as a
-new computation. An exact driver's file holds the full thin SVD, of which each method takes the rank that it wants.
+A file is named by a hash of the very matrix, the driver and its settings, the kind of device and the version of torch.
+A hit has the bits of the first computation; a new one with another number of threads, or on another processor, may
+differ from them by rounding. An exact driver's file holds the full thin SVD, of which each method takes the rank that
+it wants.
 """
 
 from __future__ import annotations
@@ -50,6 +52,21 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
         _FOLDER.reset(token)
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Neither read nor keep SVDs inside the block: for matrices that will not come again, such as weights in training.
+
+    Example:
+        >>> with svd_cache("/tmp/svdpeft-svd"), uncached():  # doctest: +SKIP
+        ...     now = truncated_svd(w + change)
+    """
+    token = _FOLDER.set(None)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
 def digest(w: Tensor) -> str:
     """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
     w = w.detach().cpu().contiguous()
@@ -64,7 +81,7 @@ def remembered(
 
     Args:
         w: what is decomposed, (*b, m, n).
-        how: all that decides the result besides ``w``: the driver and its settings.
+        how: the driver and its settings.
         rank: number of triplets wanted.
         compute: gives at least ``rank`` triplets ``u`` (*b, m, k), ``s`` (*b, k), ``vh`` (*b, k, n).
     """

@@ -10,6 +10,7 @@ import re
 
 ANSWER = "The answer is:"
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+FRACTION = re.compile(r"(?<![\d.])\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 
 
@@ -27,12 +28,12 @@ def final_number(text: str) -> float | None:
     at = max(((text.rfind(mark), len(mark)) for mark in (ANSWER, "####")), key=lambda found: found[0])
     if at[0] < 0:
         return None
-    line = text[at[0] + at[1] :].strip().partition("\n")[0]
+    line = FRACTION.sub(r"\1/\2", text[at[0] + at[1] :].strip().partition("\n")[0])
     number = NUMBER.search(line)
     if number is None:
         return None
     above, _, below = number.group().replace(",", "").partition("/")
-    if below and not int(below):
+    if below and float(below) == 0:
         return None
     return float(above) / float(below or 1)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 
 from svdpeft.models import Loaded
 from svdpeft.registry import TASKS
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 class Evaluate(Protocol):
@@ -34,6 +37,23 @@ def higher_is_better(metric: str) -> bool:
     return not metric.endswith("loss")
 
 
+class Unread(Dataset[Any]):
+    """Stands for a split that was not asked for; nothing of it was read."""
+
+    def __getitem__(self, index: int) -> Any:
+        raise LookupError(f"this split was not prepared: name it in prepare(…, splits={SPLITS})")
+
+
+def whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; a truth is none.
+
+    Example:
+        >>> whole(3), whole(3.0), whole(True)
+        (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class TaskData:
     """A task made ready for one model: what a trainer needs, and how the result is judged.
@@ -46,6 +66,8 @@ class TaskData:
         evaluate: ``evaluate(model, examples, metrics)`` -> one number per example, in their order, by metric;
             ``examples`` is one of the splits; ``metrics`` says which to compute, all of the task's where it is empty.
             The training mode stays as it was.
+
+    A split that ``prepare`` was not asked for is ``Unread``.
     """
 
     train: Dataset[Any]
@@ -55,7 +77,7 @@ class TaskData:
     evaluate: Evaluate
 
     def __post_init__(self) -> None:
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             data = getattr(self, split)
             if isinstance(data, Sized) and len(data) == 0:
                 raise ValueError(f"the task's {split} split is empty: nothing to {split} on")
@@ -82,20 +104,24 @@ class Task(ABC):
     num_classes: ClassVar[int | None] = None  # size of a new classification head; None keeps the model's own
 
     @abstractmethod
-    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
-        """Build the data for this model. Validation and test split never depend on ``seed``."""
+    def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
+        """Build the data for this model. Validation and test split never depend on ``seed``.
 
-    def check(self, loaded: Loaded, *, train: int, validation: int, test: int) -> None:
+        Args:
+            loaded: the model.
+            seed: of the run.
+            splits: which to build; what only the others need is not read, and theirs are ``Unread``.
+        """
+
+    def check(self, loaded: Loaded, **limits: int) -> None:
         """Refuse a model of the other modality and sizes that the data cannot give.
 
         Args:
             loaded: the model that the data is prepared for.
-            train: number of training examples that exist.
-            validation: number of validation examples that exist.
-            test: number of test examples that exist.
+            limits: number of examples that exist, by split.
 
         Raises:
-            ValueError: the modality differs, or a size is outside [1, limit].
+            ValueError: the modality differs, or a size is no whole number in [1, limit].
         """
         if loaded.modality != self.modality:
             fitting = ", ".join(task.name for task in TASKS.values() if task.modality == loaded.modality)
@@ -103,10 +129,12 @@ class Task(ABC):
                 f"task {self.name!r} is for {self.modality} models, but {loaded.name!r} is a "
                 f"{loaded.modality} model; tasks for it: {fitting or 'none'}"
             )
-        for field, limit in (("train_size", train), ("validation_size", validation), ("test_size", test)):
-            size = getattr(self, field)
+        for split, limit in limits.items():
+            size = getattr(self, f"{split}_size")
+            if not whole(size):
+                raise ValueError(f"{split}_size {size!r} of task {self.name!r} is no whole number")
             if not 1 <= size <= limit:
-                raise ValueError(f"{field} {size} is outside [1, {limit}] of task {self.name!r}")
+                raise ValueError(f"{split}_size {size} is outside [1, {limit}] of task {self.name!r}")
 
 
 @contextmanager

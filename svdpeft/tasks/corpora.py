@@ -29,10 +29,12 @@ def rows(
 
     Raises:
         FileNotFoundError: no such file, or no file of the split.
-        ValueError: a file that cannot be read.
+        ValueError: a file that cannot be read, or ``path`` is no path.
         ImportError: the hub, or a parquet file, is asked for without ``datasets``.
         OSError: the hub gives nothing.
     """
+    if not isinstance(path, str | Path | None):
+        raise ValueError(f"{option} {path!r} is no path of a file or folder")
     if path is None:
         return [row for config in configs for row in _from_hub(hub, config, split, option)]
     return [row for file in files(Path(path), split) for row in read(file)]

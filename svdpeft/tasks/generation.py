@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from svdpeft.adapter import State, adapters_in
 from svdpeft.sites import CHILD
 from svdpeft.tasks.base import evaluating
 
 ROUND = 128  # tokens after which finished rows leave their batch, and the others are packed anew
+
+TABLE = re.compile(r"wpe|embed_positions|pos(ition)?s?_(emb|enc)\w*")  # what position tables are called
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model can read, where a table of positions, learned or computed once, bounds them.
+
+    Rotary and relative positions, and recurrent models, have no such bound: None. Known by the names that transformers
+    gives these tables; OPT's and BART's begin with ``offset`` rows of another use, RoBERTa's with those up to the
+    padding's.
+
+    Example:
+        >>> table = nn.Module()
+        >>> table.wpe = nn.Embedding(64, 8)
+        >>> positions(table)
+        64
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and TABLE.fullmatch(name.rpartition(".")[2]):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            rows.append(module.num_embeddings - getattr(module, "offset", unused))
+    for name, buffer in model.named_buffers():
+        if buffer.ndim == 2 and buffer.is_floating_point() and TABLE.fullmatch(name.rpartition(".")[2]):
+            rows.append(len(buffer))
+    return min(rows, default=None)
+
+
+def check_room(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> None:
+    """Refuse a decoding that would run out of the model's ``positions``, in an IndexError after hours.
+
+    Raises:
+        ValueError: with the limit, and the option to lower.
+    """
+    if (room := positions(model)) is None or not prompts:
+        return
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens - 1 > room:  # the last new token is not read again
+        lower = f"lower max_new_tokens to {room + 1 - longest}" if longest <= room else "the prompt alone is too long"
+        raise ValueError(
+            f"this model has positions for {room} tokens, not for a prompt of {longest} tokens and "
+            f"max_new_tokens={max_new_tokens}: {lower}"
+        )
 
 
 def pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
@@ -58,6 +103,9 @@ def decode(
 
     Returns:
         The continuations without special tokens, in the order of ``prompts``.
+
+    Raises:
+        ValueError: the model has too few positions.
     """
     from transformers import GenerationConfig
 
@@ -65,7 +113,10 @@ def decode(
     eos, pad_id = tokenizer.eos_token_id, pad_token(tokenizer)
     config = GenerationConfig(do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad_id, eos_token_id=eos)
     texts, pending, steps = list(prompts), list(range(len(prompts))), 0
-    with evaluating(model) as device, _generation_config(model, config):
+    check_room(model, prompts, max_new_tokens)
+    total = len(prompts) * max_new_tokens
+    bar = tqdm(total=total, desc="decode", unit="token", delay=2, leave=False, disable=None)
+    with bar, evaluating(model) as device, _generation_config(model, config):
         while pending and steps < max_new_tokens:
             config.max_new_tokens = min(ROUND, max_new_tokens - steps)
             order, pending = sorted(pending, key=lambda i: len(texts[i])), []
@@ -79,6 +130,7 @@ def decode(
                     texts[i] = torch.cat((texts[i], row[: int(ends[0])] if len(ends) else row))
                     if not len(ends):
                         pending.append(i)
+                    bar.update(max_new_tokens - steps if len(ends) else config.max_new_tokens)
             steps += config.max_new_tokens
     continuations = [text[len(prompt) :].tolist() for text, prompt in zip(texts, prompts, strict=True)]
     return _read(tokenizer, continuations)

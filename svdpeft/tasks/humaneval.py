@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from svdpeft.models import Loaded, embedded
 from svdpeft.registry import TASKS, near_miss
 from svdpeft.tasks import sandbox
-from svdpeft.tasks.base import TaskData
+from svdpeft.tasks.base import SPLITS, SplitName, TaskData
 from svdpeft.tasks.corpora import hold_out, need, rows
 from svdpeft.tasks.language import Example, LanguageTask, Tokenised, answer_losses
 
@@ -38,10 +38,11 @@ QUESTION = (
     "given code and do the completion only.\n\nPlease return all completed codes in one code block.\n"
     "This code block should be in the following format:\n'''python\n# Your codes here\n'''"
 )
-FENCES = [  # Python's own first
-    re.compile(rf"```{language}[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
-    for language in ("(?:python|py)", "")
-]
+BLOCK = re.compile(  # from an opening fence to its closing one, or to the end: what is said of it, and what it holds
+    r"(?:^[ \t]*```([^`\n]*)|```[ \t]*(py(?:thon)?[\d.]*)[ \t]*)\n(.*?)\n?(?:^[ \t]*```|\Z)",
+    re.DOTALL | re.IGNORECASE | re.MULTILINE,
+)
+PYTHON = re.compile(r"py(?:thon)?[\d.]*", re.IGNORECASE)
 CUT = re.compile(r"^(?:if __name__ == \"__main__\"|# Example usage|assert\b)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ def problems() -> list[Problem]:
 
 
 def code(text: str) -> str:
-    """The Python code in a response: the first fenced block, or all of it; without the examples that follow it.
+    """The Python code in a response, without the examples that follow it.
+
+    That is the first fenced block of Python, else the first that names no language, else the first, else all of it.
 
     Example:
         >>> code("Sure!\\n```python\\n    return 1\\n```\\nIt returns 1.")
@@ -90,8 +93,9 @@ def code(text: str) -> str:
         'def one():\\n    return 1\\n'
     """
     text = text.replace("\r", "")
-    fenced = next(filter(None, (fence.search(text) for fence in FENCES)), None)
-    found = fenced.group(1) if fenced else text
+    blocks = [((match[1] or match[2] or "").strip(), match[3]) for match in BLOCK.finditer(text)]
+    blocks.sort(key=lambda block: 0 if PYTHON.fullmatch(block[0]) else 2 if block[0] else 1)
+    found = blocks[0][1] if blocks else text
     cut = CUT.search(found)
     return found[: cut.start()] if cut else found
 
@@ -128,17 +132,23 @@ class HumanEval(LanguageTask):
         super().__post_init__()
         if self.metric not in self.metrics:
             raise ValueError(
-                f"task {self.name!r} has no metric {self.metric!r}: {near_miss(self.metric, self.metrics)}"
+                f"task {self.name!r} has no metric {self.metric!r}: {near_miss(str(self.metric), self.metrics)}"
             )
+        if self.allow_code_execution not in (True, False):  # "no" must not be taken for a permission
+            raise ValueError(f"allow_code_execution {self.allow_code_execution!r} is neither true nor false")
 
-    def read(self, loaded: Loaded) -> tuple[list[Example], list[Example], list[Example]]:
-        """Read the problems and CodeFeedback, and put both into the prompts.
+    def decodes(self, examples: Sequence[Example]) -> bool:
+        """Whether these are problems, and pass@1 is wanted."""
+        return self.metric == "accuracy" and super().decodes(examples)
+
+    def read(self, loaded: Loaded, splits: Collection[SplitName] = SPLITS) -> dict[str, list[Example]]:
+        """Read the problems, for the other splits CodeFeedback too, and put what is asked into the prompts.
 
         Raises:
             ValueError: accuracy is asked for, but not allowed to run programs.
             SandboxError: there is no sandbox here to run them in.
         """
-        if self.metric == "accuracy":
+        if self.metric == "accuracy" and "test" in splits:
             if not self.allow_code_execution:
                 raise ValueError(
                     f"the accuracy of task {self.name!r} comes from running programs that the model wrote: allow it "
@@ -147,12 +157,8 @@ class HumanEval(LanguageTask):
             if reason := sandbox.available():
                 raise sandbox.SandboxError(f"{reason}; metric='loss' runs nothing")
         tested = problems()
-        found = rows(self.train_data, "train", CODEFEEDBACK, option="train_data")
-        need(found, ("query", "answer"), "the training data of CodeFeedback")
-        train, validation = hold_out(
-            found, self.validation_size, lambda row: (row["query"],), never=(each.prompt for each in tested)
-        )
-        self.check(loaded, train=len(train), validation=self.validation_size, test=len(tested))
+        if "test" in splits:
+            self.check(loaded, test=len(tested))
 
         def lesson(row: dict[str, Any]) -> Example:
             prompt = INSTRUCTION.format(question=row["query"])
@@ -163,11 +169,20 @@ class HumanEval(LanguageTask):
             answer = f"{problem.canonical_solution.rstrip()}\n```"
             return Example(f"{ask}```python\n{problem.prompt}", answer, ask, problem)
 
-        return (
-            [lesson(row) for row in train[: self.train_size]],
-            [lesson(row) for row in validation],
-            [exam(problem) for problem in tested[: self.test_size]],
+        parts = {"test": [exam(problem) for problem in tested[: self.test_size]]} if "test" in splits else {}
+        if set(splits) <= {"test"}:
+            return parts
+        found = rows(self.train_data, "train", CODEFEEDBACK, option="train_data")
+        need(found, ("query", "answer"), "the training data of CodeFeedback")
+        train, validation = hold_out(
+            found, self.validation_size, lambda row: (row["query"],), never=(each.prompt for each in tested)
         )
+        if "train" in splits:
+            self.check(loaded, train=len(train))
+            parts["train"] = [lesson(row) for row in train[: self.train_size]]
+        if "validation" in splits:
+            parts["validation"] = [lesson(row) for row in validation]
+        return parts
 
     def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """1 where the function passes all its assertions, else 0."""
@@ -178,13 +193,13 @@ class HumanEval(LanguageTask):
         logger.info("%s: %s", self.name, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
         return [float(outcome.passed) for outcome in outcomes]
 
-    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+    def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
         """Tokenise the examples for this model; what cannot be judged here is refused before anything is trained."""
-        data = super().prepare(loaded, seed)
+        data = super().prepare(loaded, seed, splits)
 
         def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
             assert isinstance(examples, Tokenised)
-            tests = self.metric == "accuracy" and all(example.gold for example in examples.examples)
+            tests = self.decodes(examples.examples)
             known = self.metrics if tests else ("loss",)
             for name in metrics:
                 if name not in known:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from svdpeft.models import Loaded
 from svdpeft.registry import near_miss
-from svdpeft.tasks.base import Task, TaskData, evaluating
+from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData, Unread, evaluating, whole
 from svdpeft.tasks.sources import Source, Split, read
 
 EVAL_BATCH = 64
@@ -64,7 +64,9 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     return torch.argsort(turns(labels, seed) * (int(labels.max()) + 1) + labels)
 
 
-def choose(source: Source, shots: int | None, validation_shots: int, seed: int) -> dict[str, tuple[Split, Tensor]]:
+def choose(
+    source: Source, shots: int | None, validation_shots: int, seed: int, splits: Collection[SplitName] = SPLITS
+) -> dict[str, tuple[Split, Tensor]]:
     """Choose the examples of each split: disjoint, the same number of every class.
 
     Test: the published test split; without one, every fifth picture of each class, in a random but fixed order.
@@ -76,9 +78,10 @@ def choose(source: Source, shots: int | None, validation_shots: int, seed: int) 
         shots: training examples per class; None takes all.
         validation_shots: validation examples per class.
         seed: chooses the training examples, and nothing else.
+        splits: which to choose; the classes need not be rich enough for the others.
 
     Returns:
-        For ``"train"``, ``"validation"`` and ``"test"`` the published split and indices into it, every prefix of which
+        For each of ``splits`` the published split and indices into it, every prefix of which
         holds the classes in equal shares.
 
     Raises:
@@ -103,17 +106,18 @@ def choose(source: Source, shots: int | None, validation_shots: int, seed: int) 
         order = among[stratified_order(split.labels[among], seed)]
         return order.tensor_split([len(order) if shots is None else shots * len(source.classes)])  # type: ignore
 
-    if source.validation is None:
-        validation = train
-        validated, left = front(train, left, 0, validation_shots, "validation")
-    else:
-        validation = source.validation
-        validated, _ = front(validation, torch.arange(len(validation.labels)), 0, validation_shots, "validation")
-    return {
-        "train": (train, front(train, left, seed, shots, "training")[0]),
-        "validation": (validation, validated),
-        "test": (test, tested[stratified_order(test.labels[tested])]),
-    }
+    found: dict[str, tuple[Split, Tensor]] = {}
+    if "validation" in splits or ("train" in splits and source.validation is None):
+        validation = source.validation or train
+        among = left if source.validation is None else torch.arange(len(validation.labels))
+        validated, rest = front(validation, among, 0, validation_shots, "validation")
+        left = rest if source.validation is None else left
+        found["validation"] = validation, validated
+    if "train" in splits:
+        found["train"] = train, front(train, left, seed, shots, "training")[0]
+    if "test" in splits:
+        found["test"] = test, tested[stratified_order(test.labels[tested])]
+    return {split: found[split] for split in splits}
 
 
 class Pictures(Dataset[dict[str, Tensor]]):
@@ -231,7 +235,7 @@ class ImageTask(Task):
     def __post_init__(self) -> None:
         for name, low, words in (("shots", 1, ["all"]), ("validation_shots", 1, []), ("data_seed", 0, ["run"])):
             value = getattr(self, name)
-            if value not in words and not (isinstance(value, int) and value >= low):
+            if value not in words and not (whole(value) and value >= low):
                 other = "".join(f" nor {word!r}" for word in words)
                 raise ValueError(f"{name} {value!r} of task {self.name!r} is no whole number from {low}{other}")
         if self.crop not in ("center", "squash"):
@@ -247,25 +251,27 @@ class ImageTask(Task):
         """Number of classes; reads the data's list of them."""
         return len(self.source.classes)
 
-    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+    def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
         """Pictures in the input size, normalisation and dtype of this model.
 
         Args:
             loaded: the model.
             seed: of the run; used where ``data_seed`` is ``"run"``.
+            splits: which to prepare. The labels of all are read: the classes are those of the training split.
 
         Raises:
             ValueError: the data are not there, a class has too few pictures, ``loaded`` is no vision model, or a size
                 is outside what the data give.
         """
         shots = None if self.shots == "all" else self.shots
-        chosen = choose(self.source, shots, self.validation_shots, seed if self.data_seed == "run" else self.data_seed)
+        drawn = seed if self.data_seed == "run" else self.data_seed
+        chosen = choose(self.source, shots, self.validation_shots, drawn, splits)
         limits = {name: len(indices) for name, (_, indices) in chosen.items()}
         sizes = {name: getattr(self, f"{name}_size") for name in chosen}
         sizes = {name: limits[name] if size is None else size for name, size in sizes.items()}
         replace(self, **{f"{name}_size": size for name, size in sizes.items()}).check(loaded, **limits)
         transform, dtype = view(loaded.processor, self.crop), dtype_of(loaded.model)
-        splits = {
-            name: Pictures(split, order[: sizes[name]], transform, dtype) for name, (split, order) in chosen.items()
-        }
-        return TaskData(**splits, collate=collate, evaluate=evaluate)
+        data: dict[str, Dataset[Any]] = dict.fromkeys(SPLITS, Unread())
+        for name, (split, order) in chosen.items():
+            data[name] = Pictures(split, order[: sizes[name]], transform, dtype)
+        return TaskData(**data, collate=collate, evaluate=evaluate)

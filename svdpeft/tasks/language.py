@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from svdpeft.models import Loaded
 from svdpeft.registry import near_miss
-from svdpeft.tasks.base import Task, TaskData, evaluating
-from svdpeft.tasks.generation import ENGINES, pad, pad_token
+from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData, Unread, evaluating, whole
+from svdpeft.tasks.generation import ENGINES, check_room, pad, pad_token, positions
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. "
@@ -167,14 +167,20 @@ class LanguageTask(Task):
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_new_tokens", 1), ("decode_batch", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is None and name != "decode_batch":
+                continue
+            if not whole(value):
+                raise ValueError(f"{name} {value!r} of task {self.name!r} is no whole number")
+            if value < least:
                 raise ValueError(f"{name} {value} of task {self.name!r} is below {least}")
         if self.engine not in ENGINES:
-            raise ValueError(f"task {self.name!r} has no engine {self.engine!r}: {near_miss(self.engine, ENGINES)}")
+            raise ValueError(
+                f"task {self.name!r} has no engine {self.engine!r}: {near_miss(str(self.engine), ENGINES)}"
+            )
 
     @abstractmethod
-    def read(self, loaded: Loaded) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
-        """Training, validation and test examples, as many as the sizes say.
+    def read(self, loaded: Loaded, splits: Collection[SplitName] = SPLITS) -> dict[str, list[Example]]:
+        """The examples of these splits, as many as the sizes say; nothing is read that only another one needs.
 
         Raises:
             ValueError: a size is outside what the data can give (``check``).
@@ -184,27 +190,54 @@ class LanguageTask(Task):
     def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """The task's metric of each continuation."""
 
-    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+    def decodes(self, examples: Sequence[Example]) -> bool:
+        """Whether judging these examples takes a decoding: not where there is nothing to compare with."""
+        return all(example.gold is not None for example in examples)
+
+    def limit(self, examples: Tokenised) -> int:
+        """Tokens after which a continuation is cut."""
+        return self.max_new_tokens or max(map(len, examples.answers)) + EXTRA_TOKENS
+
+    def check_length(self, loaded: Loaded, split: str, examples: Tokenised) -> None:
+        """Refuse what is longer than the model has positions for; a training would end in an IndexError.
+
+        Raises:
+            ValueError: with the limit, and the option to lower.
+        """
+        longest = max((len(p) + len(a) for p, a in zip(examples.prompts, examples.answers, strict=True)), default=0)
+        room = positions(loaded.model)
+        if room is not None and longest > room:
+            lower = f"lower max_length to {room}" if split == "train" else "no option shortens it"
+            raise ValueError(
+                f"{loaded.name!r} has positions for {room} tokens, but the {split} split of task {self.name!r} has an "
+                f"example of {longest}: {lower}"
+            )
+        if split != "train" and self.decodes(examples.examples):
+            check_room(loaded.model, examples.asks, self.limit(examples))
+
+    def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
         """Tokenise the examples for this model.
 
         Raises:
-            ValueError: ``loaded`` is a vision model, has no tokenizer with an end of text or no ``generate``, or a
-                size is outside its limit.
+            ValueError: ``loaded`` is a vision model, has no tokenizer with an end of text or no ``generate``, a size
+                is outside its limit, or an example is longer than the model's positions.
         """
-        self.check(loaded, train=self.train_size, validation=self.validation_size, test=self.test_size)
+        self.check(loaded, **{split: getattr(self, f"{split}_size") for split in splits})
         tokenizer = loaded.processor
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(f"task {self.name!r} needs a tokenizer with an eos token; {loaded.name!r} has none")
         if not callable(getattr(loaded.model, "generate", None)):
             raise ValueError(f"task {self.name!r} needs a model with generate(); {loaded.name!r} has none")
-        examples = self.read(loaded)
-        train = Tokenised(examples[0], tokenizer, self.max_length)
-        validation, test = (Tokenised(split, tokenizer) for split in examples[1:])
-        if train.truncated or train.dropped:
-            logger.warning(
-                "%s: of %d training examples %d are cut at max_length=%d tokens, and %d, whose prompt alone is as "
-                "long, are left out", self.name, len(examples[0]), train.truncated, self.max_length, train.dropped,
-            )  # fmt: skip
+        data: dict[str, Dataset[Any]] = dict.fromkeys(SPLITS, Unread())
+        for split, examples in self.read(loaded, splits).items():
+            found = Tokenised(examples, tokenizer, self.max_length if split == "train" else None)
+            if found.truncated or found.dropped:
+                logger.warning(
+                    "%s: of %d training examples %d are cut at max_length=%d tokens, and %d, whose prompt alone is as "
+                    "long, are left out", self.name, len(examples), found.truncated, self.max_length, found.dropped,
+                )  # fmt: skip
+            self.check_length(loaded, split, found)
+            data[split] = found
         collate = Collator(pad_token(tokenizer))
 
         def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
@@ -214,11 +247,11 @@ class LanguageTask(Task):
                     raise ValueError(f"task {self.name!r} has no metric {name!r}: {near_miss(name, self.metrics)}")
             found: dict[str, list[float]] = {}
             if not metrics or self.metric in metrics:
-                limit = self.max_new_tokens or max(map(len, examples.answers)) + EXTRA_TOKENS
+                limit = self.limit(examples)
                 texts = ENGINES[self.engine](model, tokenizer, examples.asks, limit, self.decode_batch)
                 found[self.metric] = self.judge(texts, examples.examples)
             if not metrics or "loss" in metrics:
                 found["loss"] = answer_losses(model, examples, collate)
             return found
 
-        return TaskData(train, validation, test, collate, evaluate)
+        return TaskData(**data, collate=collate, evaluate=evaluate)

@@ -6,7 +6,7 @@ Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to docu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from svdpeft.models import Loaded
 from svdpeft.models.embedded import fetch
 from svdpeft.registry import TASKS
-from svdpeft.tasks.base import Task, TaskData
+from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData, Unread
 from svdpeft.tasks.images import collate, dtype_of, evaluate, stratified_order
 
 CLASSES = 10
@@ -99,7 +99,7 @@ class Mnist5k(Task):
     metrics = ("accuracy", "loss")
     num_classes = CLASSES
 
-    def prepare(self, loaded: Loaded, seed: int = 0) -> TaskData:
+    def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
         """Digits in the input size, normalisation and dtype of this model.
 
         Raises:
@@ -107,16 +107,13 @@ class Mnist5k(Task):
         """
         images, labels = read(fetch("mnist5k"))
         pools = {"test": TEST_POOL, "train": len(labels) - TEST_POOL - VALIDATION_POOL, "validation": VALIDATION_POOL}
-        self.check(loaded, **pools)
-        test, train, validation = stratified_order(labels).split(list(pools.values()))
+        self.check(loaded, **{split: pools[split] for split in splits})
+        orders = dict(zip(pools, stratified_order(labels).split(list(pools.values())), strict=True))
 
-        def digits(pool: Tensor, size: int) -> Digits:
-            return Digits(images[pool[:size]], labels[pool[:size]], loaded.processor, dtype_of(loaded.model))
+        def digits(split: str) -> Dataset[Any]:
+            if split not in splits:
+                return Unread()
+            chosen = orders[split][: getattr(self, f"{split}_size")]
+            return Digits(images[chosen], labels[chosen], loaded.processor, dtype_of(loaded.model))
 
-        return TaskData(
-            digits(train, self.train_size),
-            digits(validation, self.validation_size),
-            digits(test, self.test_size),
-            collate,
-            evaluate,
-        )
+        return TaskData(digits("train"), digits("validation"), digits("test"), collate, evaluate)

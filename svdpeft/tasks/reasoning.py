@@ -7,12 +7,13 @@ ICLR 2024, arXiv:2309.12284.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from svdpeft.models import Loaded
 from svdpeft.registry import near_miss
+from svdpeft.tasks.base import SPLITS, SplitName
 from svdpeft.tasks.corpora import Row, hold_out, need, rows
 from svdpeft.tasks.language import INSTRUCTION, STEP_BY_STEP, Example, LanguageTask
 
@@ -46,33 +47,26 @@ class Reasoning(LanguageTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_on not in (known := (METAMATHQA, self.name)):
-            raise ValueError(f"task {self.name!r} cannot train on {self.train_on!r}: {near_miss(self.train_on, known)}")
+            raise ValueError(
+                f"task {self.name!r} cannot train on {self.train_on!r}: {near_miss(str(self.train_on), known)}"
+            )
 
     @abstractmethod
     def gold(self, solution: str) -> float | str | None:
         """The answer that a reference solution ends with, None if it has none."""
 
-    def read(self, loaded: Loaded) -> tuple[list[Example], list[Example], list[Example]]:
-        """Read both data sets, hold the validation split out, and put all into the prompts."""
+    def order(self, found: Sequence[Row]) -> Sequence[Row]:
+        """The task's own rows in the order in which splits are taken from them: that of the files."""
+        return found
+
+    def read(self, loaded: Loaded, splits: Collection[SplitName] = SPLITS) -> dict[str, list[Example]]:
+        """Read the test data, for the other splits the training data too, and put what is asked into the prompts."""
         papers = self.train_on == METAMATHQA
         question, solution = self.fields
         hub, configs = self.hub
         test = rows(self.path, "test", hub, configs, option="path")
         need(test, self.fields, f"the test split of {self.name}")
-        if papers:
-            found = rows(self.train_data, "train", "meta-math/MetaMathQA", option="train_data")
-            ask, reply = "query", "response"
-        else:
-            found = rows(self.train_data or self.path, "train", hub, configs, option="path")
-            ask, reply = question, solution
-        need(found, (ask, reply), f"the training data {self.train_on}")
-
-        def keys(row: Row) -> Iterable[str]:
-            return row[ask], row.get("original_question") or row[ask]
-
-        def eligible(row: Row) -> bool:  # like the test: MetaMathQA mixes both
-            ours = not papers or str(row.get("type") or self.origin).startswith(self.origin)
-            return ours and self.gold(row[reply]) is not None
+        test = self.order(test)
 
         def example(asked: str, answer: str) -> Example:
             gold = self.gold(answer)
@@ -81,14 +75,37 @@ class Reasoning(LanguageTask):
                 return Example(INSTRUCTION.format(question=asked), answer, prompt, gold)
             return Example(prompt, f" {answer}", prompt, gold)
 
+        parts: dict[str, list[Example]] = {}
+        if "test" in splits:
+            self.check(loaded, test=len(test))
+            parts["test"] = [example(row[question], row[solution]) for row in test[: self.test_size]]
+            for i, each in enumerate(parts["test"], 1):
+                if each.gold is None:
+                    raise ValueError(
+                        f"problem {i} of the test split of {self.name} has no answer: {each.answer[-80:]!r}"
+                    )
+        if set(splits) <= {"test"}:
+            return parts
+        if papers:
+            found = rows(self.train_data, "train", "meta-math/MetaMathQA", option="train_data")
+            ask, reply = "query", "response"
+        else:
+            found = rows(self.train_data or self.path, "train", hub, configs, option="path")
+            ask, reply = question, solution
+        need(found, (ask, reply), f"the training data {self.train_on}")
+        found = found if papers else self.order(found)
+
+        def keys(row: Row) -> Iterable[str]:
+            return row[ask], row.get("original_question") or row[ask]
+
+        def eligible(row: Row) -> bool:  # like the test: MetaMathQA mixes both
+            ours = not papers or str(row.get("type") or self.origin).startswith(self.origin)
+            return ours and self.gold(row[reply]) is not None
+
         train, validation = hold_out(found, self.validation_size, keys, eligible, (row[question] for row in test))
-        self.check(loaded, train=len(train), validation=self.validation_size, test=len(test))
-        tested = [example(row[question], row[solution]) for row in test[: self.test_size]]
-        for i, each in enumerate(tested, 1):
-            if each.gold is None:
-                raise ValueError(f"row {i} of the test split of {self.name} has no answer: {each.answer[-80:]!r}")
-        return (
-            [example(row[ask], row[reply]) for row in train[: self.train_size]],
-            [example(row[ask], row[reply]) for row in validation],
-            tested,
-        )
+        if "train" in splits:
+            self.check(loaded, train=len(train))
+            parts["train"] = [example(row[ask], row[reply]) for row in train[: self.train_size]]
+        if "validation" in splits:
+            parts["validation"] = [example(row[ask], row[reply]) for row in validation]
+        return parts

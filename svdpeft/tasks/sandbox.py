@@ -119,6 +119,10 @@ class SandboxError(RuntimeError):
     """The sandbox itself could not be set up; says nothing about the program."""
 
 
+class SandboxLate(SandboxError):
+    """The sandbox did not start in time; another time it may."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The end of one program.
@@ -180,11 +184,20 @@ def run(program: str, *, timeout: float = 10.0, memory: int = 512 * MIB) -> Outc
 
 
 def run_all(programs: Iterable[str], *, timeout: float = 10.0, memory: int = 512 * MIB) -> list[Outcome]:
-    """Run many programs, as many at a time as there are processors; the outcomes in their order."""
+    """Run many programs, as many at a time as there are processors; the outcomes in their order.
+
+    Where a sandbox does not start in time, it is tried once more: one stall must not cost the score of a training.
+    """
     if reason := available():
         raise SandboxError(reason)
+
+    def one(program: str) -> Outcome:
+        with suppress(SandboxLate):
+            return run(program, timeout=timeout, memory=memory)
+        return run(program, timeout=timeout, memory=memory)
+
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        return list(workers.map(lambda program: run(program, timeout=timeout, memory=memory), programs))
+        return list(workers.map(one, programs))
 
 
 def _run(program: str, timeout: float, memory: int) -> Outcome:
@@ -194,10 +207,12 @@ def _run(program: str, timeout: float, memory: int) -> Outcome:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError), process.stdin as pipe:  # broken: bwrap has failed, and says why below
-            pipe.write(text + token)
+            _tell(pipe.fileno(), text + token, start + CLOCK * timeout)
         said, ended = _listen(process.stdout.fileno(), start + CLOCK * timeout)
         status = process.wait() if ended else None
     begin, started, verdict = said.partition(b"started:")
+    if status is None and not started:
+        raise SandboxLate("the sandbox did not start in time: the machine is too busy, or the timeout too short")
     if begin or not started:
         raise SandboxError(_failure(said.decode(errors="replace").strip(), status))
     if verdict == token:
@@ -220,8 +235,6 @@ def _reason(verdict: bytes, status: int | None, late: bool) -> str:
 
 
 def _failure(said: str, status: int | None) -> str:
-    if status is None:
-        return "the sandbox did not start in time: the machine is too busy, or the timeout too short"
     why = said.splitlines()[-1] if said else f"status {status}"
     return (
         f"the sandbox could not be started: {why}. bubblewrap needs user namespaces "
@@ -256,6 +269,15 @@ def _started(bootstrap: str) -> Iterator[subprocess.Popen[bytes]]:
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+def _tell(pipe: int, text: bytes, deadline: float) -> None:
+    """Write into the pipe, which may take 64 KiB before anybody reads; no longer than to the deadline."""
+    os.set_blocking(pipe, False)
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    while text and (left := deadline - time.monotonic()) > 0 and poll.poll(1000 * left):
+        text = text[os.write(pipe, text) :]
 
 
 def _listen(pipe: int, deadline: float) -> tuple[bytes, bool]:

@@ -23,7 +23,9 @@ SPLITS: dict[str, tuple[str, str | None, str]] = {
     **dict.fromkeys(("ImageNet", "Imagenette"), ("train", None, "val")),
     "Country211": ("train", "valid", "test"),
     "OxfordIIITPet": ("trainval", None, "test"),
+    "Places365": ("train-standard", None, "val"),
 }
+VARIANTS = {"EMNIST": {"split": "balanced"}}  # what it calls a split is one of six data sets
 LAYOUTS = {
     "CIFAR100": "cifar-100-python/train, test and meta (pickles)",
     "Flowers102": "flowers-102/imagelabels.mat, setid.mat and jpg/image_00001.jpg …",
@@ -127,9 +129,10 @@ def _torchvision(name: str, root: Path, download: bool) -> Source:
     if name not in datasets.__all__:
         raise ValueError(f"torchvision has no data set {name!r}: {near_miss(name, datasets.__all__)}")
     cls = getattr(datasets, name)
-    known = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"root": root}
-    if "loader" in known or "kwargs" in known:
+    of = datasets.MNIST if name in ("EMNIST", "QMNIST") else cls  # which pass on what they do not name
+    known = inspect.signature(of).parameters
+    options: dict[str, Any] = {"root": root, **VARIANTS.get(name, {})}
+    if "loader" in known or name == "ImageNet":
         options["loader"] = _unread
     if download:
         if "download" not in known:
@@ -142,9 +145,11 @@ def _torchvision(name: str, root: Path, download: bool) -> Source:
         except (OSError, RuntimeError) as error:
             layout = f", expected {LAYOUTS[name]}" if name in LAYOUTS else ""
             raise ValueError(f"{root} does not hold torchvision's {name}{layout}: {error}") from error
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"torchvision's {name} cannot be read as one class per picture: {error}") from error
         try:
             labels = torch.tensor([int(found[i][1]) for i in range(len(found))])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(f"torchvision's {name} has not one class per picture: {error}") from error
         return Split(found, 0, labels), getattr(found, "classes", range(int(labels.max()) + 1))
 

@@ -8,12 +8,13 @@ arXiv:2110.14168).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from svdpeft.models import Loaded
 from svdpeft.registry import TASKS
 from svdpeft.tasks.answers import final_number
+from svdpeft.tasks.base import SPLITS, SplitName
 from svdpeft.tasks.language import STEP_BY_STEP, Example, LanguageTask
 from svdpeft.tasks.stories import Problem, limit, problems
 
@@ -38,14 +39,14 @@ class WordProblems(LanguageTask):
     test_size: int = 64
     data_seed: int = 0
 
-    def read(self, loaded: Loaded) -> tuple[list[Example], list[Example], list[Example]]:
+    def read(self, loaded: Loaded, splits: Collection[SplitName] = SPLITS) -> dict[str, list[Example]]:
         """Tell the stories, the reference after a space behind the prompt."""
-        self.check(loaded, train=limit("train"), validation=limit("validation"), test=limit("test"))
-        return (
-            [_example(problem) for problem in problems("train", self.train_size, self.data_seed)],
-            [_example(problem) for problem in problems("validation", self.validation_size)],
-            [_example(problem) for problem in problems("test", self.test_size)],
-        )
+        self.check(loaded, **{split: limit(split) for split in splits})
+        told = {
+            split: problems(split, getattr(self, f"{split}_size"), self.data_seed if split == "train" else 0)
+            for split in splits
+        }
+        return {split: [_example(problem) for problem in found] for split, found in told.items()}
 
     def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """1 where the final number is the reference's, else 0."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -11,12 +14,21 @@ import torch
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def reset_peak_memory() -> None:
-    """Start a new stretch: of the GPU where there is one, else of the process where the system allows it (Linux)."""
+def reset_peak_memory() -> int:
+    """Start a new stretch: of the GPU where there is one, else of the process where the system allows it (Linux).
+
+    Returns:
+        Bytes that are in use now: what the stretch itself needs is ``peak_memory()`` less this.
+    """
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
+        return torch.cuda.memory_allocated()
+    if _CLEAR.exists():
+        with contextlib.suppress(AttributeError):  # glibc's: what was freed goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")  # proc(5): resets VmHWM, the peak resident set size
+    return peak_memory()
 
 
 def peak_memory() -> int:

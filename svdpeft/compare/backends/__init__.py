@@ -75,7 +75,8 @@ def in_process(backend: str, workers: int | None) -> bool:
     """
     from svdpeft.compare.backends import processes
 
-    return backend == "local" and (workers or len(processes.visible_gpus()) or 1) == 1
+    # One worker beside several GPUs is a process too: it must see one GPU only, else the batch would be spread over all.
+    return backend == "local" and max(workers or 0, len(processes.visible_gpus())) <= 1
 
 
 def _here(

@@ -47,7 +47,7 @@ def columns(results: Results) -> list[Column]:
         Column(
             "memory",
             "peak MiB",
-            "most memory of the process; on a GPU: allocated memory",
+            "most memory above what the process held before the model was loaded (CPU: resident; GPU: allocated)",
             lambda r: _scaled(r.largest("peak_memory_bytes"), 2**-20),
             ",.0f",
         ),
@@ -70,7 +70,7 @@ def columns(results: Results) -> list[Column]:
         Column(
             "distance",
             "distance",
-            "‖W′ − W‖ / ‖W‖ over all adapted weights",
+            "‖W′ − W‖ / ‖W‖ over all parameters of the base (not the new head; running statistics are not parameters)",
             lambda r: r.median("distance"),
             ".3g",
         ),

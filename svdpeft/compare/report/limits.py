@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from svdpeft.compare import budget as budgets
-from svdpeft.compare.report.columns import spread_text
-from svdpeft.compare.report.results import Results, Row, finished
+from svdpeft.compare.report.columns import metric_text, spread_text
+from svdpeft.compare.report.records import finished, without_factors
+from svdpeft.compare.report.results import Results, Row
 from svdpeft.compare.statistics import conclusion
 from svdpeft.compare.store import Record
 
 FEW = 5  # seeds below which the interval is much wider than the spread that it is made from
 LISTED = 12  # names in one sentence
+MACHINE = ("device", "processor", "threads", "platform")
 USED = 0.8  # share of the budget below which a method is named
 
 
@@ -74,17 +76,21 @@ def provenance(results: Results) -> list[tuple[str, list[str]]]:
 
 
 def _best(results: Results) -> str:
-    def said(row: Row, what: str) -> str:
-        unit = " %" if results.percent else ""
-        return f"{results.name(row.label, row.budget)}{what}{spread_text(row, results)}{unit}"
+    unit = " %" if results.percent else ""
 
-    best = results.rows[0]
-    base = [row for row in results.rows if row.label == results.baseline and row is not best]
-    than = "".join(f"; {said(row, ', the baseline, has ')}" for row in base)
-    return said(best, f" has the {'highest' if results.higher else 'lowest'} mean {results.metric}, ") + than + "."
+    def named(row: Row) -> str:
+        return results.name(row.label, row.budget) + (", the baseline" if row.label == results.baseline else "")
 
-
-MACHINE = ("device", "processor", "threads", "platform")
+    best, *others = [row for row in results.rows if not math.isnan(row.mean)]
+    mean = f"the {'highest' if results.higher else 'lowest'} mean {results.metric}"
+    tied = [row for row in others if metric_text(row.mean, results) == metric_text(best.mean, results)]
+    if tied:
+        names = _listed(named(row) for row in (best, *tied))
+        text = f"{mean[:1].upper()}{mean[1:]}, {metric_text(best.mean, results)}{unit}, is shared by: {names}"
+    else:
+        text = f"{named(best)} has {mean}, {spread_text(best, results)}{unit}"
+    base = [row for row in others if row.label == results.baseline and row not in tied]
+    return text + "".join(f"; {named(row)}, has {spread_text(row, results)}{unit}" for row in base) + "."
 
 
 def _seeds(results: Results) -> Iterator[str]:
@@ -120,10 +126,21 @@ def _missing(results: Results) -> Iterator[str]:
             are = "is" if len(found) == 1 else "are"
             said = words if what == "error" else f"{are} {words}"
             yield f"{_runs(len(found))} {said} and {are} left out: {_listed(names)}."
-    wanted = math.prod(len(results.spec.get(name) or [None]) for name in ("methods", "seeds", "budgets"))
+    wanted = {
+        (entry["label"], None if without_factors(entry["method"]) else budget, seed)
+        for entry in results.spec.get("methods", ())
+        for budget in results.spec["budgets"]
+        for seed in results.spec["seeds"]
+    }
     there = {(r["label"], r["identity"]["budget"], r["identity"]["seed"]) for r in results.records}
-    if results.spec and len(there) < wanted:
-        yield f"{wanted - len(there)} of {wanted} runs are not there yet."
+    if missing := wanted - there:
+        yield f"{len(missing)} of {len(wanted)} runs are not there yet."
+    rates = {(r["label"], r["identity"]["budget"]): r["identity"]["lr"] for r in results.records}
+    old = Counter((r["label"], r["identity"]["budget"], r["identity"]["lr"]) for r in results.older)
+    for (label, budget, lr), count in old.items():
+        why = f"at another learning rate ({lr:g})" if lr != rates[label, budget] else "that were done again"
+        runs, are = ("run", "is") if count == 1 else ("runs", "are")
+        yield f"{count} older {runs} of {results.name(label, budget)} {why} {are} left out."
     if results.damaged:
         count = len(results.damaged)
         yield f"{count} damaged file{'s are' if count > 1 else ' is'} left out."
@@ -141,6 +158,10 @@ def _search(results: Results) -> Iterator[str]:
         names = (f"{results.name(s.label, s.budget)} ({s.edge}, {s.chosen:.2g})" for s in edges)
         yield f"The best rate lies at the edge of its grid, and a better one may lie outside: {_listed(names)}."
     searched = {(s.label, s.budget) for s in results.searches}
+    for s in results.searches:
+        if s.failure:
+            reason = " ".join(s.failure.split()).rstrip(".")
+            yield f"The search of {results.name(s.label, s.budget)} failed ({reason}); its own rate was used."
     if rest := [results.name(r.label, r.budget) for r in results.rows if (r.label, r.budget) not in searched]:
         yield f"No search was made for {_listed(rest)}."
 
@@ -151,14 +172,15 @@ def _budgets(results: Results) -> Iterator[str]:
         return row.factors / budgets.parse(row.budget, row.runs[0]["parameters"]["base"])
 
     held = [row for row in results.rows if row.budget is not None]
+    free = [row.label for row in results.rows if row.free]
     if below := [row for row in held if 0 < used(row) < USED]:
         names = (f"{results.name(row.label, row.budget)} ({100 * used(row):.0f} %)" for row in below)
         yield (
             f"Less than {100 * USED:.0f} % of the budget used, as a rank is a whole number and a pattern has an end: "
             f"{_listed(names)}."
         )
-    if free := dict.fromkeys(row.label for row in held if row.factors == 0):
-        yield f"Not held to the budget, as they train parameters of the base: {_listed(free)}."
+    if free and any(budget is not None for budget in results.budgets):
+        yield f"Not held to the budget, as they have no factors: {_listed(free)}."
 
 
 def _places(results: Results) -> Iterator[str]:
@@ -166,6 +188,8 @@ def _places(results: Results) -> Iterator[str]:
     machines = {tuple(str(r["machine"].get(name)) for name in MACHINE) for r in runs}
     if len(machines) > 1:
         yield f"The runs come from {len(machines)} machines or settings: times and memory compare only within one."
+    if any(r["machine"]["device"] == "cpu" for r in runs):
+        yield "On a CPU, allocators make peak memory differ by a few percent between runs of one method."
     versions = {
         (r["svdpeft"], str(r["git"] and r["git"]["revision"]), str(sorted(r["versions"].items()))) for r in runs
     }

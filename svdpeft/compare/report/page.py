@@ -11,16 +11,30 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from svdpeft.compare.report.columns import columns, metric_heading, metric_text, spread_text
+from svdpeft.compare.report.cells import (
+    COMMAND,
+    SEARCHED,
+    STOPPED,
+    WORDS,
+    as_run,
+    compared,
+    difference,
+    left_out,
+    runs_of_methods,
+    searched,
+    stopped,
+    table,
+)
+from svdpeft.compare.report.columns import columns, metric_heading
 from svdpeft.compare.report.limits import limits, provenance, shown
-from svdpeft.compare.report.payload import payload
+from svdpeft.compare.report.payload import budget_text, payload
 from svdpeft.compare.report.results import Results, Row
 from svdpeft.compare.report.specification import bibtex, toml
-from svdpeft.compare.report.text import COMMAND, needed, runs_of_methods
 from svdpeft.compare.statistics import sentences
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js", "app.js")
 BAR = (130, 20)  # pixels of the picture of an interval
+Of = tuple[str, str]  # label and budget
 
 
 def page(results: Results) -> str:
@@ -84,7 +98,7 @@ def _nav(results: Results, there: Mapping[str, bool]) -> str:
         ("loss", "Loss", there["loss"]),
         ("search", "Learning rates", there["search"]),
         ("drift", "Spectra", there["drift"]),
-        ("problems", "Left out", bool(_left_out(results))),
+        ("problems", "Left out", bool(left_out(results))),
         ("again", "Run it again", True),
         ("cite", "Cite", there["cite"]),
     )
@@ -117,34 +131,29 @@ def _shown(results: Results) -> str:
 
 
 def _main_table(results: Results) -> str:
-    found, several = columns(results), len(results.budgets) > 1
-    heads = [
-        _head("method", "words"),
-        *([_head("budget", "words")] if several else []),
-        _head(metric_heading(results), sort="descending" if results.higher else "ascending"),
-        f'<th scope="col">{100 * results.confidence:g} % interval</th>',
-        _head("deviation"),
-        _head("seeds"),
-        *(_head(column.heading) for column in found),
-    ]
-    domain = _domain(results)
-    body = []
+    found, first = table(results), results.rows[0]
+    metric = metric_heading(results)
+    heads = []
+    for heading, _, value in found:
+        sort = ("descending" if results.higher else "ascending") if heading == metric else "none"
+        heads.append(_head(heading, "words" if isinstance(value(first), str) else "number", sort))
+        if heading == metric:
+            heads.append(f'<th scope="col">{100 * results.confidence:g} % interval</th>')
+    domain, body = _domain(results), []
     for i, row in enumerate(results.rows):
-        cells = [
-            *([_cell(str(row.budget or "none"))] if several else []),
-            _cell(spread_text(row, results), row.mean),
-            f'<td class="bar">{_bar(row, domain, results)}</td>',
-            _cell(metric_text(row.std, results), row.std),
-            _cell(str(len(row.values)), len(row.values)),
-            *(_cell(column.text(row), column.value(row)) for column in found),
-        ]
+        cells = [f'<th scope="row" data-v="{escape(row.label)}">{escape(row.label)}</th>']
+        for heading, text, value in found[1:]:
+            cells.append(_cell(text(row), value(row)))
+            if heading == metric:
+                cells.append(f'<td class="bar">{_bar(row, domain, results)}</td>')
         base = ' class="base"' if row.label == results.baseline else ""
-        head = f'<th scope="row" data-v="{escape(row.label)}">{escape(row.label)}</th>'
-        body.append(f'<tr data-row="{i}"{base}>{head}{"".join(cells)}</tr>')
+        body.append(f'<tr data-row="{i}"{base}>{"".join(cells)}</tr>')
+    interval = f"{100 * results.confidence:g} % interval"
     meaning = {
-        metric_heading(results): f"mean over seeds ± half of its {100 * results.confidence:g} % interval (Student’s t)",
+        metric: f"mean over seeds ± half of its {interval} (Student’s t)",
+        interval: "the same drawn, with a ring for each seed; an arrow where it is cut",
         "deviation": "sample standard deviation over seeds",
-        **{column.heading: column.meaning for column in found},
+        **{column.heading: column.meaning for column in columns(results)},
     }
     entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in meaning.items())
     return (
@@ -155,14 +164,14 @@ def _main_table(results: Results) -> str:
     )
 
 
-def _head(text: str, kind: str = "number", sort: str = "none") -> str:
+def _head(text: str, kind: str, sort: str) -> str:
     return f'<th scope="col" aria-sort="{sort}" data-kind="{kind}"><button type="button">{escape(text)}</button></th>'
 
 
-def _cell(text: str, value: float | None = math.inf) -> str:
-    """A cell; ``value`` is what it is sorted by, the text where none is given."""
-    if value == math.inf:
-        return f'<td class="words" data-v="{escape(text)}">{escape(text)}</td>'
+def _cell(text: str, value: float | str | None) -> str:
+    """A cell with what it is sorted by; what is no number is sorted last."""
+    if isinstance(value, str):
+        return f'<td class="words" data-v="{escape(value)}">{escape(text)}</td>'
     known = "" if value is None or math.isnan(value) else repr(float(value))
     return f'<td data-v="{known}">{escape(text)}</td>'
 
@@ -184,11 +193,15 @@ def _bar(row: Row, domain: tuple[float, float], results: Results) -> str:
         return round(4 + (width - 8) * min(1.0, max(0.0, (value - domain[0]) / (domain[1] - domain[0]))), 1)
 
     marks = []
-    base = next((r for r in results.rows if (r.label, r.budget) == (results.baseline, row.budget)), None)
+    base = results.baseline_of(row)
     if base is not None and math.isfinite(base.mean):
         marks.append(f'<line class="ref" x1="{x(base.mean)}" x2="{x(base.mean)}" y1="0" y2="{height}"/>')
     if math.isfinite(row.interval.low) and math.isfinite(row.mean):
         marks.append(f'<line x1="{x(row.interval.low)}" x2="{x(row.interval.high)}" y1="{middle}" y2="{middle}"/>')
+        if row.interval.low < domain[0]:
+            marks.append(f'<path class="cut" d="M0 {middle}l7 -4v8z"/>')
+        if row.interval.high > domain[1]:
+            marks.append(f'<path class="cut" d="M{width} {middle}l-7 -4v8z"/>')
     marks += [
         f'<circle class="seed" cx="{x(v)}" cy="{middle}" r="2.5"/>'
         for v in row.values
@@ -201,75 +214,49 @@ def _bar(row: Row, domain: tuple[float, float], results: Results) -> str:
 
 def _differences(results: Results) -> str:
     rows, told = [], []
-    unit = "points" if results.percent else results.metric
     for budget, found in results.differences.items():
-        if isinstance(found, str):
-            continue
-        told += [f"<li>{escape(text)}</li>" for text in sentences(found, results.metric)]
-        for d in found:
-            of = escape(json.dumps({"label": d.label, "budget": "" if budget is None else str(budget)}))
-            real = '<td class="words real">yes</td>' if d.real else '<td class="words">no</td>'
-            rows.append(
-                f"<tr data-of=\"{of}\"><th scope='row'>{escape(results.name(d.label, budget))}</th>"
-                f"<td>{metric_text(d.mean, results)}</td>"
-                f"<td>{metric_text(d.low, results)} to {metric_text(d.high, results)}</td>"
-                + "".join(f"<td>{'–' if math.isnan(p) else f'{p:.2g}'}</td>" for p in (d.p, d.p_corrected))
-                + f"{real}<td>{d.seeds}</td><td>{needed(d.seeds_needed, d.items_needed)}</td>"
-                + f'<td class="words">{escape(d.note)}</td></tr>'
-            )
-    heads = ("method", unit, "interval", "p", "p corrected", "real", "seeds", "seeds that would settle it", "note")
+        if not isinstance(found, str):
+            told += [f"<li>{escape(text)}</li>" for text in sentences(found, results.metric, results.percent)]
+            rows += [(difference(d, budget, results), (d.label, budget_text(budget))) for d in found]
+    caption = "Label minus baseline, paired; p corrected by Holm’s method"
+    numbers = _table("Differences", caption, compared(results), rows)
     return (
-        "<details open><summary>The numbers of this picture</summary>"
-        + _table(
-            "Differences", "Label minus baseline, paired; p corrected by Holm’s method", heads, rows, ("real", "note")
-        )
-        + f"</details><details><summary>In words</summary><ul>{''.join(told)}</ul></details>"
+        f"<details open><summary>The numbers of this picture</summary>{numbers}</details>"
+        f"<details><summary>In words</summary><ul>{''.join(told)}</ul></details>"
     )
 
 
 def _searches(results: Results) -> str:
-    rows = []
-    for s in results.searches:
-        of = escape(json.dumps({"label": s.label, "budget": "" if s.budget is None else str(s.budget)}))
-        tried = ", ".join(f"{rate:.3g}: {'failed' if v is None else f'{v:.4g}'}" for rate, _, v in s.points)
-        chosen = "–" if s.chosen is None else f"{s.chosen:.3g}"
-        edge = f"{s.edge} of its grid: a better one may lie outside" if s.edge else ""
-        rows.append(
-            f'<tr data-of="{of}"><th scope="row">{escape(results.name(s.label, s.budget))}</th><td>{chosen}</td>'
-            f'<td class="words">{escape(edge)}</td><td class="words">{escape(tried)}</td></tr>'
-        )
-    table = _table(
-        "Learning rates",
-        "Learning rates and what they gave on the validation split",
-        ("method", "chosen", "at an edge", "tried"),
-        rows,
-        ("at an edge", "tried"),
-    )
-    return f"<details><summary>The numbers of this picture</summary>{table}</details>"
+    rows = [(searched(s, results), (s.label, budget_text(s.budget, s.free))) for s in results.searches]
+    caption = "Learning rates and what they gave on the validation split"
+    shown_table = _table("Learning rates", f"{caption}; {STOPPED}" if stopped(results) else caption, SEARCHED, rows)
+    return f"<details><summary>The numbers of this picture</summary>{shown_table}</details>"
 
 
-def _table(label: str, caption: str, heads: Sequence[str], rows: Sequence[str], words: Sequence[str] = ()) -> str:
-    """A table that is not sorted; ``words`` are the headings of columns of words, which begin at the left."""
-    cells = "".join(f'<th scope="col"{" class=words" if head in words else ""}>{escape(head)}</th>' for head in heads)
+def _table(label: str, caption: str, heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Of | None]]) -> str:
+    """A table that is not sorted; a row with the label and budget that it is of is hidden with them."""
+
+    def cell(head: str, text: str) -> str:
+        kind = "words real" if head == "real" and text == "yes" else "words" if head in WORDS else ""
+        inner = f"<code>{escape(text)}</code>" if head == "as it was run" else escape(text)
+        return f"<td{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{inner}</td>"
+
+    body = []
+    for cells, of in rows:
+        data = "" if of is None else f' data-of="{escape(json.dumps({"label": of[0], "budget": of[1]}))}"'
+        rest = "".join(cell(head, text) for head, text in zip(heads[1:], cells[1:], strict=True))
+        body.append(f'<tr{data}><th scope="row">{escape(cells[0])}</th>{rest}</tr>')
+    top = "".join(f'<th scope="col"{" class=words" if head in WORDS else ""}>{escape(head)}</th>' for head in heads)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
-
-
-def _left_out(results: Results) -> list[tuple[str, list[str]]]:
-    found = [
-        ("Failed", results.without("error")),
-        ("Not defined on this model", results.without("undefined")),
-        ("Damaged files", [f"{file.path}: {file.reason}" for file in results.damaged]),
-    ]
-    return [(heading, lines) for heading, lines in found if lines]
 
 
 def _problems(results: Results) -> str:
     parts = [
         f"<h3>{heading}</h3><ul>{''.join(f'<li><code>{escape(line)}</code></li>' for line in lines)}</ul>"
-        for heading, lines in _left_out(results)
+        for heading, lines in left_out(results)
     ]
     if not parts:
         return ""
@@ -278,16 +265,6 @@ def _problems(results: Results) -> str:
 
 
 def _again(results: Results) -> str:
-    methods = [
-        f"<tr><th scope='row'>{escape(results.name(r['label'], r['identity']['budget']))}</th>"
-        f'<td class="words"><code>{escape(r["method"]["text"] if "method" in r else "–")}</code></td>'
-        f"<td>{r['identity']['lr']:g}</td></tr>"
-        for r in runs_of_methods(results)
-    ]
-    versions = [
-        f'<tr><th scope="row">{escape(name)}</th><td class="words">{escape("; ".join(texts))}</td></tr>'
-        for name, texts in provenance(results)
-    ]
     parts = []
     if text := toml(results):
         parts.append(
@@ -295,18 +272,11 @@ def _again(results: Results) -> str:
             '<div class="code"><button type="button" class="copy needs-script">Copy</button>'
             f'<pre tabindex="0" role="region" aria-label="Specification">{escape(text)}</pre></div>'
         )
+    methods = [(as_run(record, results), None) for record in runs_of_methods(results)]
+    heads = ("method", "as it was run", "learning rate")
     parts.append("<h3>Methods as they were run</h3>")
-    parts.append(
-        _table(
-            "Methods",
-            "Hyper-parameters and learning rates",
-            ("method", "as it was run", "learning rate"),
-            methods,
-            ("as it was run",),
-        )
-    )
+    parts.append(_table("Methods", "Hyper-parameters and learning rates", heads, methods))
+    versions = [((name, "; ".join(texts)), None) for name, texts in provenance(results)]
     parts.append("<h3>Versions and machine</h3>")
-    parts.append(
-        _table("Versions", "Versions, revisions and machines of all runs", ("what", "version"), versions, ("version",))
-    )
+    parts.append(_table("Versions", "Versions, revisions and machines of all runs", ("what", "version"), versions))
     return "".join(parts)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from svdpeft.compare.report.columns import columns, metric_heading
+from svdpeft.compare.report.records import DRIFTS
 from svdpeft.compare.report.results import Results, Row, number
 from svdpeft.compare.report.tables import table_csv
 from svdpeft.compare.store import Record
@@ -17,7 +18,6 @@ ALL_POINTS = 60_000  # of all loss curves together
 LEAST_POINTS = 40  # of one loss curve, however many there are
 MOMENTS = 40  # of one trajectory of the spectra
 SITE_POINTS = 30_000  # of the trajectories of single sites: beyond that the page has their means only
-DRIFTS = ("delta_sigma", "delta_d", "delta_d_assigned")
 
 
 def payload(results: Results) -> dict[str, Any]:
@@ -32,12 +32,12 @@ def payload(results: Results) -> dict[str, Any]:
         "higher": results.higher,
         "baseline": results.baseline,
         "confidence": results.confidence,
-        "budgets": [_budget(budget) for budget in results.budgets],
+        "budgets": [budget_text(budget) for budget in results.budgets],
         "columns": [{"key": c.key, "heading": c.heading, "meaning": c.meaning, "axis": c.axis} for c in found],
         "rows": [
             {
                 "label": row.label,
-                "budget": _budget(row.budget),
+                "budget": budget_text(row.budget, row.free),
                 "name": results.name(row.label, row.budget),
                 "seeds": row.seeds,
                 "values": [_short(scale * value, 6) for value in row.values],
@@ -55,10 +55,11 @@ def payload(results: Results) -> dict[str, Any]:
         "differences": [
             {
                 "label": d.label,
-                "budget": _budget(budget),
+                "budget": budget_text(budget),
+                "name": results.name(d.label, budget),
                 "mean": _short(scale * d.mean, 5),
-                "low": _short(scale * d.low, 5),
-                "high": _short(scale * d.high, 5),
+                "low": None if d.same else _short(scale * d.low, 5),
+                "high": None if d.same else _short(scale * d.high, 5),
                 "real": d.real,
             }
             for budget, listed in results.differences.items()
@@ -68,11 +69,15 @@ def payload(results: Results) -> dict[str, Any]:
         "searches": [
             {
                 "label": s.label,
-                "budget": _budget(s.budget),
+                "budget": budget_text(s.budget, s.free),
+                "name": results.name(s.label, s.budget),
                 "metric": s.metric,
                 "chosen": s.chosen,
                 "edge": s.edge,
-                "points": [[rate, rung, None if v is None else _short(v, 5)] for rate, rung, v in s.points],
+                "points": [
+                    {"x": p.rate, "y": None if p.value is None else _short(p.value, 5), "why": p.why, "share": p.share}
+                    for p in s.points
+                ],
             }
             for s in results.searches
         ],
@@ -168,5 +173,6 @@ def _short(value: float | None, digits: int) -> float | None:
     return int(value) if value.is_integer() and abs(value) < 1e15 else value
 
 
-def _budget(budget: str | int | None) -> str:
-    return "" if budget is None else str(budget)
+def budget_text(budget: str | int | None, free: bool = False) -> str:
+    """A budget as the page knows it; "" for what stands beside the rows of every budget."""
+    return "" if free else "none" if budget is None else str(budget)

@@ -6,25 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+from svdpeft.compare.report.records import check, check_comparison, finished, newest, without_factors
 from svdpeft.compare.statistics import Difference, Interval, differences, interval
-from svdpeft.compare.store import Damaged, Kind, Record, Store
+from svdpeft.compare.store import Damaged, Record, Store
 from svdpeft.tasks.base import higher_is_better
-
-IDENTITY = ("model", "task", "method", "lr", "seed", "budget", "epochs")
-RECORDED = ("svdpeft", "git", "python", "versions", "machine", "date")
-MEASURED = (
-    *("method", "metric", "items", "parameters", "attach_seconds", "attach_warm_seconds", "step_seconds", "throughput"),
-    *("peak_memory_bytes", "checkpoint_bytes", "merge_error", "reload_error", "distance", "forgetting", "loss"),
-    "spectra",
-)
-
-
-def finished(record: Record) -> bool:
-    """Whether a run has a result: it did not fail, and its method is defined on the model."""
-    return "error" not in record and "undefined" not in record
 
 
 @dataclass(frozen=True)
@@ -36,12 +24,14 @@ class Row:
         budget: as the specification says it; ``None`` where there is none.
         runs: finished ones, in the order of their seeds.
         interval: mean, deviation and interval of the metric over seeds.
+        free: whether it has no factors, so that no budget holds it and it stands beside the rows of every budget.
     """
 
     label: str
     budget: str | int | None
     runs: tuple[Record, ...]
     interval: Interval
+    free: bool = False
 
     @property
     def method(self) -> str:
@@ -79,8 +69,8 @@ class Row:
         return self.runs[0]["parameters"]["factors"]
 
     @property
-    def throughput(self) -> float:
-        return statistics.median(run["throughput"]["per_second"] for run in self.runs)
+    def throughput(self) -> float | None:
+        return _over(statistics.median, (run["throughput"]["per_second"] for run in self.runs))
 
     @property
     def forgetting(self) -> float | None:
@@ -96,6 +86,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """One learning rate on the validation split.
+
+    Args:
+        rate: that was tried.
+        rung: the last one that it reached.
+        share: of the epochs that it was trained for; below 1 where halving stopped it.
+        value: of the metric; ``None`` where there is none.
+        why: there is none: "failed", "not defined" or "not a number".
+        error: of a failed trial.
+    """
+
+    rate: float
+    rung: int
+    share: float
+    value: float | None
+    why: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class Search:
     """The learning rates that were tried for one method at one budget.
 
@@ -103,23 +114,32 @@ class Search:
         label: of the method.
         budget: as in ``Row``.
         metric: on the validation split.
-        points: (learning rate, rung, value) of the last rung that the rate reached; ``None`` where it failed.
-        chosen: the rate of the runs; ``None`` where no run is there yet.
+        points: one for every rate, from the least.
+        chosen: the rate of the runs; ``None`` where no run is there yet, or no trial gave a value to choose by.
+        free: as in ``Row``.
     """
 
     label: str
     budget: str | int | None
     metric: str
-    points: tuple[tuple[float, int, float | None], ...]
+    points: tuple[Tried, ...]
     chosen: float | None
+    free: bool = False
 
     @property
     def edge(self) -> str:
         """Which edge of the grid the chosen rate lies at: "lowest", "highest" or ""."""
-        rates = [rate for rate, _, _ in self.points]
+        rates = [point.rate for point in self.points]
         if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
             return ""
         return "lowest" if self.chosen == rates[0] else "highest"
+
+    @property
+    def failure(self) -> str:
+        """Why the search chose nothing; "" where it did, or where the method is not defined on the model."""
+        if any(p.value is not None or p.why == "not defined" for p in self.points):
+            return ""
+        return next((p.error for p in self.points if p.error), "no trial gave a number")
 
 
 @dataclass(frozen=True)
@@ -127,16 +147,18 @@ class Results:
     """One comparison as it lies in its store.
 
     Args:
-        records: of runs.
+        records: of the runs that count.
         trials: of learning rates.
         comparison: specification and provenance; ``None`` where the file is missing.
         damaged: files that could not be read.
+        older: runs that others took the place of.
     """
 
     records: Sequence[Record]
     trials: Sequence[Record] = ()
     comparison: Record | None = None
     damaged: Sequence[Damaged] = field(default=())
+    older: Sequence[Record] = ()
 
     @property
     def spec(self) -> Record:
@@ -144,7 +166,10 @@ class Results:
 
     @property
     def baseline(self) -> str | None:
-        return self.spec.get("baseline")
+        """What the others are compared with: what was asked for, else the first that is LoRA, else the first of all."""
+        methods = self.spec.get("methods") or []
+        first = [entry["label"] for entry in methods if entry["method"]["name"] == "lora"]
+        return self.spec.get("baseline") or next(iter([*first, *(entry["label"] for entry in methods)]), None)
 
     @property
     def confidence(self) -> float:
@@ -172,25 +197,28 @@ class Results:
 
     @cached_property
     def budgets(self) -> list[str | int | None]:
-        """The budgets in the order of the specification, or else of the records."""
-        found = dict.fromkeys(record["identity"]["budget"] for record in self.records)
-        return [b for b in self.spec.get("budgets") or [] if b in found] or list(found)
+        """The budgets of methods with factors, in the order of the specification, or else of the records."""
+        found = dict.fromkeys(r["identity"]["budget"] for r in self.records if not _free(r))
+        return [b for b in self.spec.get("budgets") or [] if b in found] or list(found) or [None]
 
     @cached_property
     def rows(self) -> list[Row]:
         """A row per method and budget, best first; a mean that is no number comes last."""
-        groups: dict[tuple[str, Any], dict[int, Record]] = {}
-        for record in sorted(self.records, key=lambda record: record.get("date", "")):
-            if finished(record):  # of two runs with one seed the newer counts
-                key = record["label"], record["identity"]["budget"]
-                groups.setdefault(key, {})[record["identity"]["seed"]] = record
+        groups: dict[tuple[str, Any], list[Record]] = {}
+        for record in filter(finished, self.records):
+            groups.setdefault((record["label"], record["identity"]["budget"]), []).append(record)
         found = []
-        for (label, budget), seeds in groups.items():
-            runs = tuple(seeds[seed] for seed in sorted(seeds))
+        for (label, budget), records in groups.items():
+            runs = tuple(sorted(records, key=lambda record: record["identity"]["seed"]))
             values = [number(run["metric"]["value"]) for run in runs]
-            found.append(Row(label, budget, runs, interval(values, self.confidence)))
+            found.append(Row(label, budget, runs, interval(values, self.confidence), _free(runs[0])))
         sign = -1 if self.higher else 1
         return sorted(found, key=lambda r: (math.isnan(r.mean), 0 if math.isnan(r.mean) else sign * r.mean, r.label))
+
+    def baseline_of(self, row: Row) -> Row | None:
+        """The row that this one is compared with; ``None`` where there is none, or one for each of several budgets."""
+        found = [r for r in self.rows if r.label == self.baseline and (r.free or row.free or r.budget == row.budget)]
+        return found[0] if len(found) == 1 else None
 
     @cached_property
     def differences(self) -> dict[str | int | None, list[Difference] | str]:
@@ -200,7 +228,7 @@ class Results:
             scores = {
                 row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
                 for row in self.rows
-                if row.budget == budget
+                if row.free or row.budget == budget
             }
             if self.baseline is None:
                 found[budget] = "no baseline is named: the folder has no comparison.json"
@@ -221,14 +249,14 @@ class Results:
         for trial in self.trials:
             groups.setdefault((trial["label"], trial["identity"]["budget"]), []).append(trial)
         chosen = {(row.label, row.budget): row.lr for row in self.rows}
+        whole = max(record["identity"]["epochs"] for record in self.records)
         found = []
         for key in sorted(groups, key=lambda key: (order.get(key, len(order)), *map(str, key))):
-            last: dict[float, tuple[int, float | None]] = {}
-            for trial in sorted(groups[key], key=lambda trial: trial["rung"]):
-                last[trial["identity"]["lr"]] = (trial["rung"], trial.get("value"))
+            last = {t["identity"]["lr"]: t for t in sorted(groups[key], key=lambda trial: trial["rung"])}
             metric = next((trial["metric"] for trial in groups[key] if "metric" in trial), self.metric)
-            points = tuple((rate, *last[rate]) for rate in sorted(last))
-            found.append(Search(*key, metric, points, chosen.get(key)))
+            points = tuple(_tried(last[rate], whole) for rate in sorted(last))
+            known = any(point.value is not None for point in points)
+            found.append(Search(*key, metric, points, chosen.get(key) if known else None, _free(groups[key][0])))
         return found
 
     def without(self, what: str) -> list[str]:
@@ -241,8 +269,19 @@ class Results:
         return [f"{name}, {_seeds(seeds)}: {reason}" for (name, reason), seeds in groups.items()]
 
     def name(self, label: str, budget: str | int | None) -> str:
-        """What a row is called: its label, and its budget where there are several."""
-        return f"{label} at {budget or 'no budget'}" if len(self.budgets) > 1 else label
+        """What a row is called: its label, and its budget where there are several.
+
+        A row without factors has its label alone, and a difference of it the budget whose rows it is compared with.
+        """
+        if len(self.budgets) == 1:
+            return label
+        if label in self._free:
+            return label if budget is None else f"{label}, compared at {budget}"
+        return f"{label} at {budget or 'no budget'}"
+
+    @cached_property
+    def _free(self) -> set[str]:
+        return {record["label"] for record in self.records if _free(record)}
 
     @cached_property
     def title(self) -> str:
@@ -255,39 +294,38 @@ class Results:
 
 
 def read(store: Store) -> Results:
-    """Read a comparison; damaged files are skipped and named.
+    """Read a comparison; damaged files, and runs that newer ones took the place of, are left out and named.
 
     Raises:
-        ValueError: the store holds no run that could be read.
+        ValueError: the store holds no run that could be read, or its ``comparison.json`` is damaged.
     """
-    found: dict[Kind, list[Record]] = {}
-    damaged: list[Damaged] = []
-    for kind in ("runs", "trials"):
-        read, broken = store.read(kind)
-        lacks = [(record, _lacks(kind, record)) for record in read]
-        found[kind] = [record for record, name in lacks if name is None]
-        damaged += [Damaged(file.path.removeprefix(f"{store.address}/"), file.reason) for file in broken]
-        damaged += [
-            Damaged(f"{kind}: {record.get('label')}, seed {record['identity'].get('seed')}", f"has no {name!r}")
-            for record, name in lacks
-            if name is not None
-        ]
-    try:
-        comparison = store.comparison()
-    except ValueError as error:
-        comparison = None
-        damaged.append(Damaged("comparison.json", str(error).removeprefix(f"{store.address}/comparison.json: ")))
-    if not found["runs"]:
+    runs, damaged = store.read("runs", partial(check, "runs"))
+    trials, more = store.read("trials", partial(check, "trials"))
+    damaged = [Damaged(file.path.removeprefix(f"{store.address}/"), file.reason) for file in [*damaged, *more]]
+    if (comparison := store.comparison()) is not None:
+        try:
+            check_comparison(comparison)
+        except ValueError as error:
+            raise ValueError(f"{store.address}/comparison.json: {error}") from error
+    if not runs:
         named = "".join(f"; {file.path}: {file.reason}" for file in damaged)
         raise ValueError(f"{store.address} is not a comparison: it holds no run{named}")
-    return Results(found["runs"], found["trials"], comparison, damaged)
+    if len(metrics := sorted({run["metric"]["name"] for run in runs if finished(run)})) > 1:
+        raise ValueError(f"{store.address} holds runs with different metrics: {', '.join(metrics)}")
+    records, older = newest(runs)
+    return Results(records, trials, comparison, damaged, older)
 
 
-def _lacks(kind: Kind, record: Record) -> str | None:
-    """The first field that a record should have and has not, as one of another version may."""
-    wanted = ("rung",) if kind == "trials" else RECORDED if not finished(record) else (*RECORDED, *MEASURED)
-    missing = [name for name in ("label", *wanted) if name not in record]
-    return next(iter([*missing, *(name for name in IDENTITY if name not in record["identity"])]), None)
+def _free(record: Record) -> bool:
+    return record["identity"]["budget"] is None and without_factors(record["identity"]["method"])
+
+
+def _tried(trial: Record, epochs: float) -> Tried:
+    value = trial.get("value")
+    why = "not defined" if "undefined" in trial else "failed" if "error" in trial else "not a number"
+    share = min(1.0, trial["identity"]["epochs"] / epochs)
+    rate, why = trial["identity"]["lr"], "" if value is not None else why
+    return Tried(rate, trial["rung"], share, value, why, trial.get("error", ""))
 
 
 def number(value: float | None) -> float:

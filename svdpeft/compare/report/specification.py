@@ -19,9 +19,7 @@ def toml(results: Results) -> str:
     spec = {name: value for name, value in results.spec.items() if value is not None}
     methods = spec.pop("methods")
     spec["search"] = results.spec.get("search") or False
-    spec["budgets"] = [budget for budget in spec["budgets"] if budget is not None]
-    if not spec["budgets"]:
-        del spec["budgets"]
+    spec["budgets"] = ["none" if budget is None else budget for budget in spec["budgets"]]  # TOML has no null
     lines = [f"{name} = {_value(value)}" for name, value in spec.items()]
     lines += ["methods = ["]
     for entry in methods:
@@ -40,7 +38,7 @@ def bibtex(results: Results) -> str:
 def _named(method: Mapping[str, Any], names: dict[str, None]) -> None:
     names[method["name"]] = None
     for value in method.values():
-        if isinstance(value, Mapping) and "name" in value:
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
             _named(value, names)
 
 

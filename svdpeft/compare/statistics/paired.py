@@ -24,16 +24,15 @@ class Interval:
     n: int
 
 
-def interval(values: Sequence[float], confidence: float = 0.95, *, required: bool = False) -> Interval:
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return mean ± t(n−1) · std / √n, the interval of one method's metric over its seeds.
 
     Args:
         values: one per seed.
         confidence: in (0, 1).
-        required: whether an interval was asked for, so that one value is an error and not an interval of NaN.
 
     Raises:
-        ValueError: there is no value, ``confidence`` is outside (0, 1), or ``required`` and there is one value.
+        ValueError: there is no value, or ``confidence`` is outside (0, 1).
 
     Example:
         >>> found = interval([0.93, 0.94, 0.98])
@@ -48,8 +47,6 @@ def interval(values: Sequence[float], confidence: float = 0.95, *, required: boo
     n = len(values)
     if not n:
         raise ValueError("no value to make an interval of")
-    if required and n < 2:
-        raise ValueError(f"a confidence interval takes at least 2 seeds, and there is {n}: nothing is known of others")
     if not np.isfinite(values).all():  # of a run that diverged
         return Interval(NAN, NAN, NAN, NAN, n)
     mean = float(np.mean(values))
@@ -106,6 +103,11 @@ class Difference:
     def real(self) -> bool:
         """Whether the methods differ, beyond the seeds and test items of this comparison."""
         return self.found and self.seeds > 1
+
+    @property
+    def same(self) -> bool:
+        """Whether the runs agree on every item, so that there is nothing to make an interval of."""
+        return self.mean == self.low == self.high == 0
 
 
 Scores = Mapping[str, Mapping[int, Sequence[float]]]

@@ -7,21 +7,26 @@ from collections.abc import Sequence
 from svdpeft.compare.statistics.paired import Difference
 
 
-def sentences(found: Sequence[Difference], metric: str) -> list[str]:
-    """Return what each comparison shows, in plain English: losses in nats, everything else in percentage points.
+def sentences(found: Sequence[Difference], metric: str, percent: bool = True) -> list[str]:
+    """Return what each comparison shows, in plain English.
+
+    Args:
+        found: what ``differences`` returned.
+        metric: its name; of losses, which are told in nats, less is better.
+        percent: whether any other metric is a share, told in percentage points, or as it is.
 
     Example:
         >>> print(*sentences([Difference("B", "A", 0.003, -0.011, 0.017, 0.5, 0.5, 1, 0.95, 3, 900)], "accuracy"))
         B and A cannot be told apart: B came out 0.3 points better (95 % CI −1.1 to 1.7, p = 0.50).
     """
-    return [_sentence(each, metric) for each in found]
+    return [_sentence(each, metric, percent) for each in found]
 
 
-def _sentence(each: Difference, metric: str) -> str:
+def _sentence(each: Difference, metric: str, percent: bool) -> str:
     label, baseline = each.label, each.baseline
     if not each.seeds:
         return f"{label} and {baseline} cannot be compared: {each.note}."
-    mean, low, high, unit = _amounts(each, metric)
+    mean, low, high, unit = _amounts(each, metric, percent)
     after = f" after Holm over {each.comparisons} comparisons" if each.comparisons > 1 else ""
     digits = 3 if each.p_corrected < 0.1 else 2
     p = f"p = {each.p_corrected:.{digits}f}" if each.p_corrected >= 0.001 else "p < 0.001"
@@ -31,7 +36,8 @@ def _sentence(each: Difference, metric: str) -> str:
         text = f"{label} is {word} than {baseline} by {mean} {unit} {bounds}"
     else:
         came = f"{label} came out {mean} {unit} {word}" if each.mean else "no difference was seen"
-        text = f"{label} and {baseline} cannot be told apart: {came} {bounds}"
+        seen = "the runs agree on every item" if each.same else f"{came} {bounds}"
+        text = f"{label} and {baseline} cannot be told apart: {seen}"
         if each.items_needed:
             text += (
                 f"; with these {each.items:,} test items no number of seeds would settle a difference of this size, "
@@ -94,10 +100,11 @@ def _better(each: Difference, metric: str) -> bool:
     return (each.mean > 0) == higher_is_better(metric)
 
 
-def _amounts(each: Difference, metric: str) -> tuple[str, str, str, str]:
+def _amounts(each: Difference, metric: str, percent: bool) -> tuple[str, str, str, str]:
     """The size of a difference, the bounds in the same direction, and their unit."""
     values = [each.mean, each.low, each.high] if each.mean >= 0 else [-each.mean, -each.high, -each.low]
-    if metric.endswith("loss"):
+    unit = "nats" if metric.endswith("loss") else "points" if percent else metric
+    if unit != "points":
         shown = [f"{value:.3g}" for value in values]
     else:
         values = [100 * value for value in values]
@@ -105,7 +112,7 @@ def _amounts(each: Difference, metric: str) -> tuple[str, str, str, str]:
         digits = next((n for n in (1, 2, 3) if all(round(value, n) for value in values if value)), 3)
         shown = [f"{value:.{digits}f}" for value in values]
     mean, low, high = (text.replace("-", "−") for text in shown)
-    return mean, low, high, "nats" if metric.endswith("loss") else "points"
+    return mean, low, high, unit
 
 
 def _about(count: int | None) -> str:

@@ -14,14 +14,14 @@ document.documentElement.classList.add("script");
 
 const named = (row) => (row.label + " " + row.method).toLowerCase();
 const visible = (row) =>
-  !state.off.has(row.label) && (!state.budget || row.budget === state.budget) && named(row).includes(state.filter);
+  !state.off.has(row.label) && (!state.budget || !row.budget || row.budget === state.budget) && named(row).includes(state.filter);
 const shownRows = () => data.rows.filter(visible);
 const rowOf = new Map(data.rows.map((row) => [row.label + "\n" + row.budget, row]));
 const shownAt = (entry) => {
-  const row = rowOf.get(entry.label + "\n" + entry.budget);
-  return row ? visible(row) : !state.off.has(entry.label) && (!state.budget || entry.budget === state.budget);
+  const row = rowOf.get(entry.label + "\n" + entry.budget) ?? rowOf.get(entry.label + "\n");
+  const there = !state.budget || !entry.budget || entry.budget === state.budget;
+  return there && (row ? visible(row) : !state.off.has(entry.label));
 };
-const nameOf = (entry) => rowOf.get(entry.label + "\n" + entry.budget)?.name ?? entry.label;
 const digits = (value, count = 4) => (value == null ? "–" : +value.toPrecision(count) + "").replace("-", "−");
 
 function make(tag, attributes = {}, ...children) {
@@ -193,7 +193,7 @@ $("#budget").addEventListener("change", (event) => {
 });
 $("#all").addEventListener("click", () => every(true));
 $("#none").addEventListener("click", () => every(false));
-choices($("#budget"), [["", "all"], ...data.budgets.filter(Boolean).map((budget) => [budget, budget])]);
+choices($("#budget"), [["", "all"], ...data.budgets.map((budget) => [budget, budget])]);
 choices($("#axis"), data.columns.filter((column) => column.axis).map((column) => [column.key, column.meaning]));
 choices($("#view"), [["", "means over sites"], ...(data.sites ?? []).map((entry, i) => [i, `sites of ${data.rows[entry.row].name}`])]);
 for (const id of ["axis", "smooth", "log", "view", "match"]) $("#" + id).addEventListener("change", redraw);

@@ -56,11 +56,27 @@ const marked = (points, x, y, s, more = {}) => Plot.dot(points, { x, y, fill: s.
 const interval = (row) => (row.low == null ? "" : ` (${digits(row.low)} to ${digits(row.high)})`);
 const list = (names) => (names.length > 12 ? `${names.slice(0, 12).join(", ")} and ${names.length - 12} more` : names.join(", "));
 
-/** Where values may lie in the picture: wide intervals do not press the means together. */
+/** Where values may lie in the picture: whole intervals, unless they would press the means into a quarter of it. */
 function span(rows) {
   const [low, high] = d3.extent(rows, (row) => row.mean);
-  const room = (high - low || Math.abs(high) * 0.05 || 1) * 0.75;
-  return [Math.max(d3.min(rows, (r) => r.low ?? r.mean), low - room), Math.min(d3.max(rows, (r) => r.high ?? r.mean), high + room)];
+  const room = (high - low || Math.abs(high) * 0.05 || 1) * 1.5;
+  const ends = [Math.max(d3.min(rows, (r) => r.low ?? r.mean), low - room), Math.min(d3.max(rows, (r) => r.high ?? r.mean), high + room)];
+  return d3.scaleLinear(ends).nice().domain();
+}
+/** Intervals as lines; an arrow where one goes on outside of the picture. */
+function intervals(rows, [low, high], line) {
+  const known = rows.filter((row) => row.low != null);
+  const up = line === Plot.ruleX;
+  const at = up ? "x" : "name";
+  const place = (end) => (up ? { x: "x", y: () => end } : { y: "name", x: () => end });
+  const arrow = (row, end, turn) => Plot.dot([row], { ...place(end), symbol: "triangle", rotate: turn, r: 4, fill: style(row.label).stroke,
+    className: "cut", ariaLabel: () => row.label });
+  return known.flatMap((row) => [
+    line([row], { [up ? "x" : "y"]: at, [up ? "y1" : "x1"]: Math.max(row.low, low), [up ? "y2" : "x2"]: Math.min(row.high, high), stroke: style(row.label).stroke,
+      strokeWidth: up ? 1.5 : 2.5, strokeOpacity: !up || style(row.label).coloured ? 0.85 : 0.35, ariaLabel: () => row.label }),
+    ...(row.low < low ? [arrow(row, low, up ? 180 : -90)] : []),
+    ...(row.high > high ? [arrow(row, high, up ? 0 : 90)] : []),
+  ]);
 }
 
 function front(rows, key) {
@@ -87,23 +103,21 @@ function drawCost(width) {
     (left.length ? ` Without a place on this axis, at 0: ${list(left.map((row) => row.name))}.` : "");
   const points = rows.map((row) => ({ ...row, x: row[key], y: row.mean,
     title: `${row.name}\n${data.metric} ${digits(row.mean)}${interval(row)}\n${heading} ${digits(row[key])}` }));
+  const domain = span(rows);
   const big = d3.max(points, (p) => p.x) >= 1e4;
   const svg = plot(width, {
     height: Math.min(460, Math.max(320, width * 0.6)), marginLeft: 48, marginRight: 20,
     label: `${data.metric} against ${heading}`,
     description: `Scatter plot of ${points.length} methods. On the Pareto front: ${best.map((row) => row.name).join(", ")}.`,
     x: { type: log ? "log" : "linear", label: `${width < 500 ? heading : meaning} →`, labelAnchor: "center", tickFormat: big ? "~s" : "~g", nice: !log, inset: 14, ticks: width < 500 ? 4 : 7 },
-    y: { label: `↑ ${data.metric}`, domain: span(rows), nice: true, inset: 8 },
+    y: { label: `↑ ${data.metric}`, domain, inset: 8 },
     marks: [
       Plot.gridY({ strokeOpacity: 0.12 }), Plot.gridX({ strokeOpacity: 0.08 }),
       Plot.line(best, { x: key, y: "mean", curve: dearer(key) > 0 ? "step-after" : "step-before", stroke: "var(--edge)", strokeWidth: 1.5, strokeOpacity: 0.6 }),
       ...d3.groups(points, (p) => p.label).filter(([, of]) => of.length > 1).map(([label, of]) =>
         Plot.line(of, { x: "x", y: "y", sort: "x", stroke: style(label).stroke, strokeDasharray: style(label).dash, ariaLabel: () => label })),
-      ...points.flatMap((p) => [
-        ...(p.low == null ? [] : [Plot.ruleX([p], { x: "x", y1: "low", y2: "high", stroke: style(p.label).stroke, strokeWidth: 1.5,
-          strokeOpacity: style(p.label).coloured ? 0.75 : 0.35, clip: true, ariaLabel: () => p.label })]),
-        marked([p], "x", "y", style(p.label)),
-      ]),
+      ...intervals(points, domain, Plot.ruleX),
+      ...points.map((p) => marked([p], "x", "y", style(p.label))),
       pointed(points, "x", "y"),
     ],
   });
@@ -140,8 +154,8 @@ function costNumbers(section) {
 }
 
 function drawDifferences(width) {
-  const found = data.differences.filter((d) => shownAt(d) && d.mean != null).map((d) => ({ ...d, name: nameOf(d), title:
-    `${nameOf(d)}\n${digits(d.mean)} (${digits(d.low)} to ${digits(d.high)})\n${d.real ? "real" : "not settled at this sample size"}` }));
+  const found = data.differences.filter((d) => shownAt(d) && d.mean != null).map((d) => ({ ...d, title:
+    `${d.name}\n${digits(d.mean)}${interval(d) || ", equal on every item"}\n${d.real ? "real" : "not settled at this sample size"}` }));
   if (!found.length) return null;
   const short = (name) => (name.length > 24 ? name.slice(0, 23) + "…" : name);
   const margin = Math.min(190, width * 0.42, 16 + 6.8 * d3.max(found, (d) => short(d.name).length));
@@ -156,8 +170,7 @@ function drawDifferences(width) {
     y: { type: "band", domain: found.map((d) => d.name), label: null, tickFormat: short, tickSize: 0 },
     marks: [
       Plot.gridX({ strokeOpacity: 0.12 }), Plot.ruleX([0], { stroke: "currentColor", strokeWidth: 1.5 }),
-      ...found.filter((d) => d.low != null).map((d) => Plot.ruleY([d], { y: "name", x1: "low", x2: "high", stroke: style(d.label).stroke,
-        strokeWidth: 2.5, clip: true, ariaLabel: () => d.label })),
+      ...intervals(found, [low, high], Plot.ruleY),
       ...found.map((d) => marked([d], "mean", "name", style(d.label), { fill: d.real ? style(d.label).stroke : "var(--paper)", strokeWidth: 2, r: 5 })),
       pointed(found, "mean", "name"),
     ],
@@ -208,21 +221,31 @@ function lossNumbers(section) {
     }));
 }
 
+/** The tried rates that have room for their names on a logarithmic axis. */
+function ticks(rates, width) {
+  const sorted = d3.sort(new Set(rates));
+  const [low, high] = d3.extent(sorted, Math.log);
+  const apart = (54 * (high - low)) / width;
+  const found = [];
+  for (const rate of sorted) if (!found.length || Math.log(rate) - Math.log(found.at(-1)) >= apart) found.push(rate);
+  return found;
+}
 function drawSearch(width) {
   const found = data.searches.filter(shownAt);
-  const points = found.flatMap((s) => s.points.map(([x, rung, y]) => ({ x, y, rung, label: s.label, name: nameOf(s), chosen: x === s.chosen,
-    last: rung === d3.max(s.points, (p) => p[1]), title: `${nameOf(s)}\nlearning rate ${digits(x, 3)}: ${y == null ? "failed" : digits(y)}` +
-    (x === s.chosen ? `\nchosen${s.edge ? `, the ${s.edge} of its grid` : ""}` : "") })));
+  const points = found.flatMap((s) => s.points.map((p) => ({ ...p, label: s.label, name: s.name, chosen: p.x === s.chosen,
+    title: `${s.name}\nlearning rate ${digits(p.x, 3)}: ${p.y == null ? p.why : digits(p.y)}` +
+    (p.share < 1 ? `\nstopped after ${digits(100 * p.share, 3)} % of the epochs` : "") +
+    (p.x === s.chosen ? `\nchosen${s.edge ? `, the ${s.edge} of its grid` : ""}` : "") })));
   const good = points.filter((p) => p.y != null);
   if (!good.length) return null;
-  const rates = [...new Set(points.map((p) => p.x))];
+  const rates = ticks(points.map((p) => p.x), width - 100);
   const rate = (value) => (value < 0.01 ? (+value.toPrecision(2)).toExponential().replace("-", "−") : digits(value, 2));
   const groups = d3.sort(d3.groups(good, (p) => p.name), ([, [first]]) => style(first.label).coloured);
   return plot(width, {
     height: Math.min(440, Math.max(320, width * 0.5)), marginLeft: 48, marginRight: 20,
     label: `Validation ${found[0].metric} by learning rate`,
-    description: found.map((s) => `${nameOf(s)}: ${s.chosen == null ? "none" : digits(s.chosen, 3)} chosen${s.edge ? ", at the edge" : ""}`).join("; "),
-    x: { type: "log", label: "learning rate →", labelAnchor: "center", tickFormat: rate, ticks: rates.length > 9 ? 5 : rates, inset: 12 },
+    description: found.map((s) => `${s.name}: ${s.chosen == null ? "none" : digits(s.chosen, 3)} chosen${s.edge ? ", at the edge" : ""}`).join("; "),
+    x: { type: "log", label: "learning rate →", labelAnchor: "center", tickFormat: rate, ticks: rates, inset: 12 },
     y: { label: `↑ validation ${found[0].metric}`, nice: true, inset: 8 },
     marks: [
       Plot.gridY({ strokeOpacity: 0.12 }),
@@ -230,12 +253,12 @@ function drawSearch(width) {
         const s = style(of[0].label);
         return [
           Plot.line(of, { x: "x", y: "y", stroke: s.stroke, strokeWidth: s.coloured ? 1.8 : 1, strokeDasharray: s.dash, strokeOpacity: s.coloured ? 0.9 : 0.5, ariaLabel: (d) => d.label }),
-          marked(of.filter((p) => p.last), "x", "y", s, { r: s.coloured ? 4 : 2.5 }),
-          marked(of.filter((p) => !p.last), "x", "y", s, { r: s.coloured ? 4 : 2.5, fill: "var(--paper)" }),
+          marked(of.filter((p) => p.share === 1), "x", "y", s, { r: s.coloured ? 4 : 2.5 }),
+          marked(of.filter((p) => p.share < 1), "x", "y", s, { r: s.coloured ? 4 : 2.5, fill: "var(--paper)" }),
           Plot.dot(of.filter((p) => p.chosen), { x: "x", y: "y", r: s.coloured ? 9 : 5, stroke: s.stroke, strokeWidth: s.coloured ? 2 : 1, ariaLabel: (d) => d.label }),
         ];
       }),
-      Plot.text(points.filter((p) => p.y == null), { x: "x", frameAnchor: "bottom", text: fixed("✕").value, fill: "currentColor", ariaLabel: (d) => d.label }),
+      Plot.text(points.filter((p) => p.y == null && p.why !== "not defined"), { x: "x", frameAnchor: "bottom", text: fixed("✕").value, fill: "currentColor", ariaLabel: (d) => d.label }),
       pointed(good, "x", "y"),
     ],
   });
