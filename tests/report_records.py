@@ -73,6 +73,8 @@ def comparison(
     runs, tried = [], []
     for b, budget in enumerate(budgets):
         for m, (label, method, skill, factors, ms) in enumerate(chosen):
+            if b and not factors:
+                continue  # no budget holds it: it is run once
             best = RATES[4 if label == "LoRA" else 1 + m % 3]
             identity = {
                 "model": "dinov2-vits14",
@@ -82,7 +84,7 @@ def comparison(
                 "head_lr": 0.01,
                 "targets": ["all-linear"],
                 "exclude": [],
-                "budget": budget,
+                "budget": budget if factors else None,
                 "epochs": 1.0,
                 "batch_size": 8,
                 "image_size": None,
@@ -152,8 +154,8 @@ def comparison(
         "image_size": None,
         "task_options": {"train_size": 1000},
         "search": {"kind": "grid", "trials": 5, "factor": 10**0.5, "metric": None, "seed": 1000} if trials else None,
-        "baseline": next((label for label, method, *_ in chosen if method["name"] == "lora"), chosen[0][0]),
-        "confidence": 0.95 if seeds > 1 else None,
+        "baseline": None,
+        "confidence": None,
         "snapshots": 10 if spectra else 0,
     }
     return {"spec": spec, "svdpeft": "0.1.0"}, runs, tried

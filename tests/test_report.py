@@ -16,6 +16,7 @@ from svdpeft.cli import app
 from svdpeft.compare import report
 from svdpeft.compare.report.limits import limits, shown
 from svdpeft.compare.report.payload import payload
+from svdpeft.compare.report.records import newest
 from svdpeft.compare.report.specification import bibtex, toml
 from svdpeft.compare.spec import read_spec
 
@@ -28,7 +29,8 @@ def results(change=None, **options):
     if change:
         parts = change(*parts) or parts
     head, runs, trials = parts
-    return report.Results(runs, trials, head)
+    records, older = newest(runs)
+    return report.Results(records, trials, head, older=older)
 
 
 def runs_of(runs, label):
@@ -84,15 +86,151 @@ def test_each_budget_has_its_own_rows_and_tests():
     assert [text[:21] for text in shown(found)[1:3]] == ["At a budget of 0.5%: ", "At a budget of 1%: Wi"]
 
 
+def test_methods_without_factors_stand_once_beside_every_budget():
+    found = results(budgets=["0.5%", "1%"], count=9)
+    assert [(row.label, row.budget) for row in found.rows if row.label in ("Full", "HeadOnly")] == [
+        ("Full", None),
+        ("HeadOnly", None),
+    ]
+    assert found.budgets == ["0.5%", "1%"]
+    for budget in found.budgets:  # they are in the family of each
+        assert {d.label for d in found.differences[budget]} >= {"Full", "HeadOnly", "SORSA"}
+        assert found.differences[budget][0].comparisons == 8
+    assert found.name("Full", None) == "Full"
+    assert found.name("Full", "1%") == "Full against 1%"
+    full = next(row for row in found.rows if row.label == "Full")
+    assert found.baseline_of(full) is None  # there are two
+    data = payload(found)
+    assert [row["budget"] for row in data["rows"] if row["label"] == "Full"] == [""]
+    assert len({d["name"] for d in data["differences"]}) == len(data["differences"]) == 16
+    assert not any("not there yet" in text for text in limits(found))
+    assert "| Full | – |" in report.markdown(found)
+    one = results(count=9)
+    assert one.title.startswith("dinov2-vits14 on mnist5k, budget 0.5%, 3 seeds")
+    assert one.baseline_of(next(row for row in one.rows if row.label == "Full")).label == "LoRA"
+
+
+@pytest.mark.parametrize("budgets", [[None], [None, "1%"]])
+def test_methods_as_they_are_given_are_a_budget_of_their_own(budgets):
+    found = results(budgets=budgets, count=9)
+    assert found.budgets == budgets
+    assert [len(found.differences[budget]) for budget in budgets] == [8] * len(budgets)
+    assert any("as they have no factors" in text for text in limits(found)) == (len(budgets) > 1)
+
+
 def test_of_two_runs_with_one_seed_the_newer_counts():
     def change(head, runs, trials):
         again = copy.deepcopy(runs_of(runs, "LoRA")[0])
         again["metric"]["value"], again["date"] = 0.123, "2027-01-01T00:00:00+00:00"
         runs.insert(0, again)
 
-    row = next(row for row in results(change).rows if row.label == "LoRA")
+    found = results(change)
+    row = next(row for row in found.rows if row.label == "LoRA")
     assert row.seeds == (0, 1, 2)
     assert row.values[0] == 0.123
+    assert "1 older run of LoRA, done again, is left out." in limits(found)
+
+
+def test_a_row_has_one_learning_rate_that_of_the_newest_run():
+    """A trial failed, was tried again when the comparison went on, and won."""
+
+    def change(head, runs, trials):
+        old = copy.deepcopy(runs_of(runs, "LoRA"))
+        old[2] = failed(old[2])
+        for run in old:
+            run["identity"]["lr"] = 3e-4
+        del runs[runs.index(runs_of(runs, "LoRA")[-1])]  # the last seed has not been run at the new rate yet
+        for run in runs_of(runs, "LoRA"):
+            run["date"] = "2026-12-01T00:00:00+00:00"
+        runs += old
+
+    found = results(change)
+    row = next(row for row in found.rows if row.label == "LoRA")
+    assert row.seeds == (0, 1)
+    assert {run["identity"]["lr"] for run in row.runs} == {1e-2}
+    texts = limits(found)
+    assert "3 older runs of LoRA at another learning rate (0.0003) are left out." in texts
+    assert "1 of 12 runs are not there yet." in texts
+    assert not any("failed" in text for text in texts)  # the old failure is not told as one of these runs
+    assert len(report.table_csv(found).splitlines()) == 1 + 11
+
+
+def test_the_baseline_is_what_was_asked_for_else_the_first_lora_else_the_first():
+    def asked(label):
+        return lambda head, runs, trials: head["spec"].update(baseline=label)
+
+    def without_lora(head, runs, trials):
+        head["spec"]["methods"] = [entry for entry in head["spec"]["methods"] if entry["label"] != "LoRA"]
+
+    assert results().spec["baseline"] is None
+    assert results().baseline == "LoRA"
+    assert results(asked("PiSSA")).baseline == "PiSSA"
+    assert results(without_lora).baseline == "SORSA"
+    assert {d.baseline for d in results(asked("PiSSA")).differences["0.5%"]} == {"PiSSA"}
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+
+def _of(trials, label):
+    return [trial for trial in trials if trial["label"] == label]
+
+
+def _search_failed(head, runs, trials):
+    for trial in _of(trials, "LoRA"):
+        del trial["value"], trial["metric"]
+        trial["error"] = "RuntimeError: out of\nmemory"
+
+
+def _search_undefined(head, runs, trials):
+    for trial in _of(trials, "LoRA"):
+        del trial["value"], trial["metric"]
+        trial["undefined"] = "no attention here"
+
+
+def _search_diverged(head, runs, trials):
+    for trial in _of(trials, "LoRA"):
+        trial["value"] = None
+
+
+def _halved(head, runs, trials):
+    head["spec"]["search"]["kind"] = "halving"
+    for trial, share in zip(_of(trials, "LoRA"), (0.25, 0.25, 0.5, 1.0, 1.0), strict=True):
+        trial["rung"] = {0.25: 0, 0.5: 1, 1.0: 2}[share]
+        trial["identity"]["epochs"] = share * 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "cell"),
+    [
+        (_search_failed, "RuntimeError: out of memory", "failed"),
+        (_search_diverged, "no trial gave a number", "not a number"),
+    ],
+)
+def test_a_search_without_a_value_chose_nothing(change, reason, cell):
+    found = results(change)
+    search = next(s for s in found.searches if s.label == "LoRA")
+    assert search.chosen is None
+    assert search.edge == ""
+    assert f"The search of LoRA failed ({reason}); its own rate was used." in limits(found)
+    assert f"| LoRA | – |  | {cell} |" in report.markdown(found)
+    assert next(s for s in payload(found)["searches"] if s["label"] == "LoRA")["chosen"] is None
+
+
+def test_a_method_that_is_not_defined_did_not_fail():
+    found = results(_search_undefined)
+    assert "| LoRA | – |  | not defined |" in report.markdown(found)
+    assert not any("search of LoRA failed" in text for text in limits(found))
+
+
+def test_a_rate_that_stopped_early_is_marked():
+    plain, found = results(), results(_halved)
+    for write in (report.markdown, report.page):
+        assert "(25 %), " in write(found)
+        assert "share of the epochs" in write(found)
+        assert "share of the epochs" not in write(plain)
+    (search,) = (s for s in payload(found)["searches"] if s["label"] == "LoRA")
+    assert [point["share"] for point in search["points"]] == [0.25, 0.25, 0.5, 1, 1]
 
 
 # -- what is not shown, said only where it is so ----------------------------------------------------------------------
@@ -145,7 +283,8 @@ def _no_baseline(head, runs, trials):
         ("The best rate lies at the edge of its grid", {"change": _at_the_edge}),
         ("PiSSA (lowest, 0.0001)", {"change": _at_the_edge}),
         ("LoRA (72 %)", {}),
-        ("Not held to the budget, as they train parameters of the base: Full, HeadOnly", {"count": 9}),
+        ("Not held to the budget, as they have no factors: Full, HeadOnly", {"count": 9}),
+        ("On a CPU, allocators make peak memory differ by a few percent", {}),
         ("The runs come from 2 machines", {"change": _another_machine}),
         ("more than one version", {"change": _another_version}),
         ("1 run of 12 was made from sources with uncommitted changes", {"change": _dirty}),
@@ -168,9 +307,10 @@ def test_nothing_is_held_against_a_clean_comparison():
             run["parameters"] = {**run["parameters"], "factors": 100_000}
 
     texts = limits(results(settled, seeds=6))
-    assert len(texts) == 2, texts  # how a rate was judged, and that one task is one task
+    assert len(texts) == 3, texts  # how a rate was judged, how memory is measured, and that one task is one task
     assert texts[0].startswith("A learning rate was judged")
-    assert texts[1].startswith("One model on one task")
+    assert texts[1].startswith("On a CPU, allocators")
+    assert texts[2].startswith("One model on one task")
 
 
 def test_the_best_mean_the_tests_and_the_front_are_what_is_shown():
@@ -178,10 +318,41 @@ def test_the_best_mean_the_tests_and_the_front_are_what_is_shown():
     best, tested, front = shown(found)
     row = found.rows[0]
     assert best.startswith(f"{row.label} has the highest mean accuracy, {100 * row.mean:.1f} ±")
-    assert "; LoRA, the baseline, has " in best
+    assert "; LoRA (the baseline) has " in best
     assert "LoRA" in tested
     least = min(found.rows, key=lambda row: row.trainable)
     assert f"these: {least.label}, " in front
+
+
+def test_equal_methods_are_called_equal():
+    def tie(head, runs, trials):
+        for seed in range(3):
+            best, base = runs_of(runs, "SVFT topk")[seed], runs_of(runs, "LoRA")[seed]
+            base["metric"], base["items"] = best["metric"], best["items"]
+
+    found = results(tie)
+    mean = f"{100 * found.rows[0].mean:.1f} %"
+    assert shown(found)[0] == f"The highest mean accuracy, {mean}, is shared by LoRA (the baseline), SVFT topk."
+    for text in (report.markdown(found), report.page(found)):
+        assert "SVFT topk and LoRA cannot be told apart: the runs agree on every item." in text
+        assert "equal on every item" in text
+        assert "0.0 to 0.0" not in text
+    assert [d["low"] for d in payload(found)["differences"] if d["label"] == "SVFT topk"] == [None]
+
+
+def test_sentences_and_tables_have_one_rule_for_percent():
+    def large(head, runs, trials):
+        for run in runs:
+            run["metric"] = {"name": "bleu", "value": 100 * run["metric"]["value"]}
+            run["items"] = {"bleu": [100 * value for value in run["items"]["accuracy"]]}
+
+    found = results(large)
+    assert not found.percent
+    text = report.markdown(found)
+    mean = next(d.mean for d in found.differences["0.5%"] if d.label == "SORSA")
+    assert f"| SORSA | {mean:.3f} |" in text
+    assert f"by {mean:.3g} bleu" in text or f"came out {mean:.3g} bleu" in text
+    assert " points" not in text
 
 
 # -- text, CSV, TOML, BibTeX ------------------------------------------------------------------------------------------
@@ -226,17 +397,20 @@ def test_the_csv_has_every_run_with_its_numbers():
 
 
 @pytest.mark.parametrize("trials", [True, False])
-def test_the_specification_reads_back_as_it_was(trials, tmp_path):
-    options = {"model": "efficientnet-lite0", "seeds": [3, 4], "budgets": ["0.5%", 9000], "confidence": 0.9}
+@pytest.mark.parametrize("budgets", [["0.5%", 9000], ["none", 9000], ["none"]], ids=str)
+def test_the_specification_reads_back_as_it_was(trials, budgets, tmp_path):
+    options = {"model": "efficientnet-lite0", "seeds": [3, 4], "budgets": budgets}
     methods = [
-        "lora:rank=2",
-        {"name": "dora", "inner": {"name": "sorsa", "rank": 3, "gamma": 0.0}, "label": 'a "b" \\ γ'},
+        "lora",
+        {"name": "dora", "inner": {"name": "sorsa", "gamma": 0.0}, "label": 'a "b" \\ γ'},
     ]
-    methods.append({"name": "sorsa", "rank": {r"features\.0": 8, ".*": 4}, "lr": 3e-5})
+    rank = {"rank": {r"features\.0": 8, ".*": 4}} if budgets == ["none"] else {}  # else the budget decides it
+    methods.append({"name": "sorsa", "lr": 3e-5, **rank})
     spec = read_spec(methods=methods, search={"trials": 3} if trials else False, **options)
     found = report.Results([], (), {"spec": json.loads(json.dumps(spec.to_json()))})
     file = tmp_path / "specification.toml"
     file.write_text(toml(found))
+    assert "null" not in file.read_text()
     assert read_spec(file).to_json() == spec.to_json()
 
 
@@ -278,7 +452,6 @@ def test_damaged_files_are_named_and_left_out(tmp_path):
     old = json.loads(other.read_text())
     del old["reload_error"]
     other.write_text(json.dumps(old))
-    (tmp_path / "comparison.json").write_text("[")
     read = report.write(found)
     assert {(row.label, len(row.runs)) for row in read.rows} == {
         ("SORSA", 3),
@@ -288,12 +461,115 @@ def test_damaged_files_are_named_and_left_out(tmp_path):
     }
     for text in ((tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()):
         assert f"runs/{broken.name}: no valid JSON" in text
-        assert "PiSSA, seed 1: has no " in text
-        assert "reload_error" in text
-        assert "comparison.json: no valid JSON" in text
-        assert "3 damaged files are left out" in text
-        assert "no baseline is named" in text
+        assert f"runs/{other.name}: has no reload_error" in text
+        assert "2 damaged files are left out" in text
         assert str(tmp_path) not in text
+
+
+def _put(place, value):
+    """A change of one field of a record, named by its path; ``...`` deletes it."""
+
+    def change(record):
+        *path, last = place.split(".")
+        for part in path:
+            record = record[part]
+        if value is ...:
+            del record[last]
+        else:
+            record[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "reason"),
+    [
+        ("runs", "metric", None, "metric is null, not an object"),
+        ("runs", "metric.value", "0.9", 'metric.value is "0.9", not a number'),
+        ("runs", "metric.name", "f1", "has no items.f1"),
+        ("runs", "items", {}, "has no items.accuracy"),
+        ("runs", "items.accuracy", [1, True], "items.accuracy[1] is true, not a number"),
+        ("runs", "parameters", {}, "has no parameters.base"),
+        ("runs", "parameters.trainable", 1.5, "parameters.trainable is 1.5, not a whole number"),
+        ("runs", "loss", None, "loss is null, not a list"),
+        ("runs", "loss", [[1]], "loss[0] has 1 values, not 2"),
+        ("runs", "loss", [[None, 1.0]], "loss[0][0] is null, not a number"),
+        ("runs", "versions", None, "versions is null, not an object"),
+        ("runs", "versions", {"torch": 2}, "versions.torch is 2, not text"),
+        ("runs", "git", {}, "has no git.revision"),
+        ("runs", "machine", {}, "has no machine.device"),
+        ("runs", "date", 5, "date is 5, not text"),
+        ("runs", "forgetting", {"name": "loss"}, "has no forgetting.before"),
+        ("runs", "forgetting", ..., "has no forgetting"),
+        ("runs", "spectra", {"steps": [1], "sites": ["a"]}, "has no spectra.delta_sigma"),
+        ("runs", "spectra.delta_d", [[0.1]], "spectra.delta_d is not a table of 11 steps and 12 sites"),
+        ("runs", "throughput", 3, "throughput is 3, not an object"),
+        ("runs", "label", 7, "label is 7, not text"),
+        ("runs", "identity.seed", "0", 'identity.seed is "0", not a whole number'),
+        ("runs", "identity.lr", None, "identity.lr is null, not a number"),
+        ("runs", "identity.lr", 0, "identity.lr is 0, not above 0"),
+        ("runs", "identity.method", "lora", 'identity.method is "lora", not an object'),
+        ("runs", "identity.budget", "much", "budget 'much' is neither"),
+        ("runs", "identity.budget", 0.5, "identity.budget is 0.5, not text or a whole number"),
+        ("runs", "identity.task.train_size", "1k", 'identity.task.train_size is "1k", not'),
+        ("runs", "error", ["x"], 'error is ["x"], not text'),
+        ("trials", "identity.lr", None, "identity.lr is null, not a number"),
+        ("trials", "value", "x", 'value is "x", not a number'),
+        ("trials", "value", ..., "has no value"),
+        ("trials", "rung", ..., "has no rung"),
+    ],
+)
+def test_a_record_with_a_wrong_inside_is_left_out_and_its_file_named(kind, place, value, reason, tmp_path):
+    found = store(tmp_path, comparison(count=2, items=8, steps=3))
+    file = sorted((tmp_path / kind).iterdir())[0]
+    wrong = json.loads(file.read_text())
+    _put(place, value)(wrong)
+    file.write_text(json.dumps(wrong))
+    read = report.read(found)
+    assert [damage.path for damage in read.damaged] == [f"{kind}/{file.name}"]
+    assert read.damaged[0].reason.startswith(reason), read.damaged
+    assert f"{kind}/{file.name}: {reason}".replace("|", "\\|") in report.markdown(read)
+    assert report.page(read)
+    assert report.table_csv(read)
+
+
+def test_what_may_be_null_is_no_damage(tmp_path):
+    """What was not finite is null in JSON, and a part that does not apply is."""
+    head, runs, trials = comparison(**SMALL)
+    for place in ("attach_seconds", "attach_warm_seconds", "step_seconds", "merge_error", "distance", "spectra", "git"):
+        _put(place, None)(runs[0])
+    for place in ("metric.value", "throughput.per_second", "forgetting.after"):
+        _put(place, None)(runs[0])
+    runs[0]["loss"][0][1] = runs[0]["items"]["accuracy"][0] = trials[0]["value"] = None
+    read = report.write(store(tmp_path, (head, runs, trials)))
+    assert read.damaged == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[", "no valid JSON"),
+        ("{}", "has no 'spec'"),
+        ('{"spec": {}}', "has no spec.methods"),
+        ('{"spec": {"methods": [{"label": "A"}]}}', "has no spec.methods[0].method"),
+        ('{"spec": {"methods": [], "seeds": [], "budgets": [], "confidence": 95}}', "spec.confidence is 95"),
+    ],
+)
+def test_a_damaged_comparison_is_named(text, reason, tmp_path):
+    found = store(tmp_path, comparison(**SMALL))
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(ValueError, match="comparison") as caught:
+        report.write(found)
+    assert str(caught.value).startswith(f"{found.address}/comparison.json: {reason}")
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+
+
+def test_runs_with_different_metrics_are_no_comparison(tmp_path):
+    head, runs, trials = comparison(**SMALL)
+    runs[0]["metric"]["name"] = "loss"
+    with pytest.raises(ValueError, match="different metrics: accuracy, loss"):
+        report.read(store(tmp_path, (head, runs, trials)))
 
 
 def test_the_command_writes_everything_and_says_what_is_wrong(tmp_path):

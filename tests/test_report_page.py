@@ -193,6 +193,107 @@ def test_budgets_are_chosen_one_by_one(opened):
     assert page.locator("#cost details tbody th").all_inner_texts()[0].endswith(" at 1%")
 
 
+def test_methods_without_factors_are_shown_at_every_budget(opened):
+    page = opened(budgets=("0.5%", "1%"))
+    assert len(shown(page)) == 16
+    show(page, "differences")
+    assert page.locator("#differences .plot circle, #differences .plot path[data-label]").count() >= 16
+    for budget in ("0.5%", "1%"):
+        page.locator("#budget").select_option(budget)
+        assert len(shown(page)) == 9
+        assert set(shown(page)) >= {"Full", "HeadOnly"}
+        redrawn(page)
+        assert marks(page, "differences") == set(shown(page)) - {"LoRA"}
+        names = page.locator("#differences tbody tr:visible th").all_inner_texts()
+        assert len(names) == 8
+        assert f"Full, compared at {budget}" in names
+        assert page.locator("#search tbody tr:visible").count() == 9
+
+
+def test_methods_as_given_can_be_chosen(opened):
+    page = opened(count=4, budgets=(None, "1%"))
+    page.locator("#budget").select_option("none")
+    assert len(shown(page)) == 4
+
+
+def _wide(head, runs, trials):
+    for run, value in zip([run for run in runs if run["label"] == "PiSSA"], (0.60, 0.93, 0.95), strict=True):
+        run["metric"]["value"] = value
+    return head, runs, trials
+
+
+def test_an_interval_that_leaves_the_picture_has_an_arrow(opened):
+    page = opened(_wide)
+    show(page, "cost")
+    lines = "all => all.map((line) => [+line.getAttribute('y1'), +line.getAttribute('y2')])"
+    cut = page.locator("#cost .plot .cut")
+    assert cut.count() == 2  # above and below
+    ends = page.eval_on_selector_all('#cost .plot line[data-label="PiSSA"]', lines)
+    low, high = page.locator("#cost .plot svg").evaluate("svg => svg.scale('y').domain.map(svg.scale('y').apply)")
+    assert sorted(*ends) == pytest.approx([high, low])
+    bars = page.locator("#runs tr:has(th[data-v='PiSSA']) .bar .cut")
+    assert bars.count() == 2
+    others = page.locator("#runs tr:has(th[data-v='SVFT plain']) .bar")
+    line = others.locator("line:not(.ref)")
+    whole = 4 <= float(line.get_attribute("x1")) and float(line.get_attribute("x2")) <= 126
+    assert whole == (others.locator(".cut").count() == 0)
+
+
+def test_intervals_that_have_room_are_whole(opened):
+    page = opened(_narrow)
+    show(page, "cost")
+    show(page, "differences")
+    assert page.locator(".plot line[data-label]").count() > 8
+    assert page.locator("#cost .cut").count() == 0
+
+
+def _narrow(head, runs, trials):
+    for i, run in enumerate(runs):
+        run["metric"]["value"] = 0.5 + 0.05 * (i // 3) + 0.002 * (i % 3)
+    return head, runs, trials
+
+
+def _two_grids(head, runs, trials):
+    for trial in trials:
+        if trial["label"] == "PiSSA":
+            trial["identity"]["lr"] *= 1.2
+    return head, runs, trials
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_names_of_learning_rates_do_not_overlap(opened, width):
+    page = opened(_two_grids, width=width)
+    show(page, "search")
+    boxes = page.eval_on_selector_all(
+        "#search .plot g[text-anchor='middle'] text",
+        "all => all.map((text) => { const box = text.getBoundingClientRect(); return [box.left, box.right, box.top] })",
+    )
+    ticks = sorted(box for box in boxes if box[2] == boxes[0][2])
+    assert len(ticks) >= 3
+    assert all(a[1] < b[0] for a, b in pairwise(ticks)), ticks
+
+
+def _search_gave_nothing(head, runs, trials):
+    for trial in trials:
+        if trial["label"] in ("PiSSA", "LoRA"):
+            del trial["value"], trial["metric"]
+            trial["error" if trial["label"] == "LoRA" else "undefined"] = "RuntimeError: out of memory"
+    return head, runs, trials
+
+
+def test_a_search_that_failed_has_no_chosen_mark_and_what_is_not_defined_no_cross(opened):
+    page = opened(_search_gave_nothing, count=4)
+    show(page, "search")
+    cells = {
+        row.locator("th").inner_text(): row.locator("td").all_inner_texts()
+        for row in page.locator("#search tbody tr").all()
+    }
+    assert cells["LoRA"] == ["–", "", "failed"]
+    assert cells["PiSSA"] == ["–", "", "not defined"]
+    assert marks(page, "search") == {"SORSA", "SVFT topk", "LoRA"}
+    assert page.locator("#search .plot text", has_text="✕").count() == 5
+
+
 def test_the_axis_of_cost_can_be_changed_and_the_front_follows(opened):
     page = opened()
     show(page, "cost")

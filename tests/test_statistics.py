@@ -78,8 +78,6 @@ def test_one_seed_has_no_interval():
     one = interval([0.5])
     assert (one.mean, one.n) == (0.5, 1)
     assert all(math.isnan(value) for value in (one.std, one.low, one.high))
-    with pytest.raises(ValueError, match="at least 2 seeds, and there is 1"):
-        interval([0.5], required=True)
     with pytest.raises(ValueError, match="no value"):
         interval([])
     for confidence in (0, 1, 95):
@@ -378,9 +376,18 @@ def test_nothing_differs():
     assert numbers(found) == (0, 0, 0, 1, 1)
     assert not found.real
     assert found.seeds_needed is found.items_needed is None
-    assert sentences([found], "accuracy") == [
-        "B and A cannot be told apart: no difference was seen (95 % CI 0.0 to 0.0, p = 1.00)."
-    ]
+    assert sentences([found], "accuracy") == ["B and A cannot be told apart: the runs agree on every item."]
+    (one,) = differences({"A": {0: [1, 0]}, "B": {0: [1, 0]}}, "A")
+    assert sentences([one], "loss")[0].startswith(
+        "B and A cannot be told apart: the runs agree on every item; seeds were"
+    )
+
+
+def test_a_mean_of_zero_is_not_agreement():
+    (found,) = differences({"A": runs([1, 0, 1, 0], [0, 1, 1, 0]), "B": runs([0, 1, 0, 1], [1, 0, 1, 0])}, "A")
+    assert found.mean == 0
+    assert not found.same
+    assert "no difference was seen (95 % CI −" in sentences([found], "accuracy")[0]
 
 
 def test_every_difference_is_the_same():
@@ -491,6 +498,12 @@ def test_of_a_loss_less_is_better():
         "OFT is better than LoRA by 0.0213 nats (95 % CI 0.00471 to 0.0379, p < 0.001 after Holm over 8 comparisons).",
     ]
     assert "OFT is better than LoRA; SORSA is worse than LoRA" in conclusion([REAL, WORSE], "validation_loss")
+
+
+def test_a_metric_that_is_no_share_is_told_as_it_is():
+    assert sentences([REAL], "bleu", percent=False)[0].startswith(
+        "SORSA is better than LoRA by 0.018 bleu (95 % CI 0.004"
+    )
 
 
 def test_a_bound_is_never_rounded_onto_zero():

@@ -130,6 +130,18 @@ def test_a_damaged_file_is_named_and_skipped_and_its_run_done_again(store, data,
     assert store.read("runs")[1] == []
 
 
+def test_a_record_that_a_reader_has_no_use_for_is_named_by_its_file(store):
+    def check(found):
+        if found["identity"]["seed"] == 1:
+            raise ValueError("is of no use")
+
+    for seed in range(3):
+        store.write("runs", f"r{seed}", record(seed))
+    records, damaged = store.read("runs", check)
+    assert [each["identity"]["seed"] for each in records] == [0, 2]
+    assert damaged == [Damaged(store.path("runs", "r1"), "is of no use")]
+
+
 def test_what_is_no_record_is_left_alone(tmp_path):
     store = Store(tmp_path)
     store.write("runs", "a", record())
@@ -277,6 +289,12 @@ def test_what_only_the_report_reads_may_change(store):
     store.claim(comparison(baseline="SORSA", methods=[LORA, SORSA], confidence=0.9))
     assert store.comparison()["spec"]["baseline"] == "SORSA"
     assert store.comparison()["spec"]["confidence"] == 0.9
+
+
+def test_what_was_not_given_again_stays(store):
+    store.claim(comparison(confidence=0.9))
+    store.claim(comparison(baseline=None, confidence=None, seeds=[2]))
+    assert store.comparison() == comparison(confidence=0.9, seeds=[0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from rich.table import Table
 from svdpeft.cli.app import Json, app, console, fail
 
 Split = Literal["train", "validation", "test"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command("eval")
@@ -24,19 +26,30 @@ def evaluate(
         str | None, typer.Option(help="mnist5k, cifar100, …, wordproblems, gsm8k, math, humaneval.")
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
-    split: Annotated[Split, typer.Option(help="Part of the task's data.")] = "test",
+    split: Annotated[Split | None, typer.Option(help="Part of the task's data; test unless said.")] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness instead: names or YAML files, with commas.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task of the harness.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Examples of each task of the harness; of a --task: --option test_size=.", min=1)
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the harness's prompts.", min=0)] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests of the harness at once.", min=1)] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Requests of the harness at once, 8; of a --task: --option decode_batch=.", min=1)
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels (vision).")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; an adapter needs the one it was trained in.")
+    ] = "float32",
     merged: Annotated[
         bool, typer.Option("--merged", help="Evaluate with the adapter merged into the weights.")
     ] = False,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run programs that the model writes.")
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run programs that the model writes: in a sandbox with --task, WITHOUT a sandbox with --harness.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,29 +58,31 @@ def evaluate(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    about = {"model": model, "adapter": str(adapter) if adapter else None, "merged": merged}
+    about = {"model": model, "adapter": str(adapter) if adapter else None, "merged": merged, "dtype": dtype}
     try:
         if (task is None) == (harness is None):
             raise ValueError("give one of --task and --harness")
+        instead = {"--limit": ": give --option test_size=", "--batch-size": ": give --option decode_batch="}
         other = (
-            {"--option": option, "--image-size": image_size}
+            {"--option": option, "--split": split, "--image-size": image_size}
             if harness
-            else {"--limit": limit, "--num-fewshot": num_fewshot}
+            else {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size}
         )
         if given := [name for name, value in other.items() if value not in (None, [])]:
-            raise ValueError(f"{given[0]} goes with {'--task' if harness else '--harness'}")
+            goes = "--task" if harness else f"--harness{instead.get(given[0], '')}"
+            raise ValueError(f"{given[0]} goes with {goes}")
         if merged and adapter is None:
             raise ValueError("--merged merges an adapter: give its folder with --adapter")
         if harness is not None:
             from svdpeft.interop.harness import harness as run
 
-            loaded = _load(model, adapter, merged, None, image_size)
+            loaded = _load(model, adapter, merged, None, image_size, dtype)
             found = run(
                 loaded,
                 [name.strip() for name in harness.split(",")],
                 limit=limit,
                 num_fewshot=num_fewshot,
-                batch_size=batch_size,
+                batch_size=batch_size or 8,
                 allow_code_execution=allow_code_execution,
             )
             _print_harness(about, found, as_json)
@@ -82,9 +97,11 @@ def evaluate(
                     f"task {task!r} puts a new head of {chosen.num_classes} classes on {model!r}, "
                     "which only an adapter has trained: give its folder with --adapter"
                 )
-            data = chosen.prepare(loaded := _load(model, adapter, merged, chosen.num_classes, image_size))
-            items = data.evaluate(loaded.model, getattr(data, split))
-            _print_task({**about, "task": {"name": task, **options}, "split": split}, items, as_json)
+            part = split or "test"
+            loaded = _load(model, adapter, merged, chosen.num_classes, image_size, dtype)
+            data = chosen.prepare(loaded, splits=(part,))
+            items = data.evaluate(loaded.model, getattr(data, part))
+            _print_task({**about, "task": {"name": task, **options}, "split": part}, items, as_json)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         fail(error)
 
@@ -118,15 +135,23 @@ def bounds(values: Sequence[float], confidence: float = 0.95) -> tuple[float, fl
     return ends.low, ends.high
 
 
-def _load(model: str, adapter: Path | None, merged: bool, num_classes: int | None, image_size: int | None) -> Any:
+def _load(
+    model: str, adapter: Path | None, merged: bool, num_classes: int | None, image_size: int | None, dtype: Dtype
+) -> Any:
     import torch
 
     import svdpeft
+    from svdpeft.checkpoint import CheckpointError
     from svdpeft.models import load
 
-    loaded: Any = load(model, num_classes=num_classes, image_size=image_size)
+    loaded: Any = load(model, num_classes=num_classes, image_size=image_size, dtype=getattr(torch, dtype))
     if adapter is not None:
-        attached = svdpeft.load(loaded.model, adapter)
+        try:
+            attached = svdpeft.load(loaded.model, adapter)
+        except CheckpointError as error:
+            if saved := re.search(r"saved for torch\.(\w+), here", str(error)):
+                raise ValueError(f"{adapter} was made for weights in {saved[1]}: give --dtype {saved[1]}") from error
+            raise
         trained = {id(parameter) for parameter in attached.parameters()}
         if num_classes is not None and not trained & {
             id(p) for p in loaded.model.get_submodule(loaded.head).parameters()

@@ -242,7 +242,7 @@ def run(
             "search": job.search,
             **_sizes(training),
             "attach_seconds": attach_seconds,
-            **_speed(training, {row["step"] for row in tracker.table} if tracker else set()),
+            **_speed(training, {row["step"] for row in tracker.table} | {1} if tracker else set()),
             "peak_memory_bytes": peak,
             "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
             "forgetting": {"name": known.name, "before": before, "after": known.measure(model)} if known else None,
@@ -276,7 +276,7 @@ def _sizes(training: Training) -> dict[str, Any]:
 
 
 def _speed(training: Training, tracked: set[int]) -> dict[str, Any]:
-    """Seconds per step, of steps whose spectra were not looked at; examples of a full batch per second."""
+    """Seconds per step, of steps in whose time no spectra were looked at; examples of a full batch per second."""
     logs = _logs(training)
     plain = [entry for entry in logs if entry["step"] not in tracked] or logs
     seconds = statistics.median(entry["step_time"] for entry in plain)

@@ -79,18 +79,18 @@ def _best(results: Results) -> str:
     unit = " %" if results.percent else ""
 
     def named(row: Row) -> str:
-        return results.name(row.label, row.budget) + (", the baseline" if row.label == results.baseline else "")
+        return results.name(row.label, row.budget) + (" (the baseline)" if row.label == results.baseline else "")
 
     best, *others = [row for row in results.rows if not math.isnan(row.mean)]
     mean = f"the {'highest' if results.higher else 'lowest'} mean {results.metric}"
     tied = [row for row in others if metric_text(row.mean, results) == metric_text(best.mean, results)]
     if tied:
         names = _listed(named(row) for row in (best, *tied))
-        text = f"{mean[:1].upper()}{mean[1:]}, {metric_text(best.mean, results)}{unit}, is shared by: {names}"
+        text = f"{mean[:1].upper()}{mean[1:]}, {metric_text(best.mean, results)}{unit}, is shared by {names}"
     else:
         text = f"{named(best)} has {mean}, {spread_text(best, results)}{unit}"
     base = [row for row in others if row.label == results.baseline and row not in tied]
-    return text + "".join(f"; {named(row)}, has {spread_text(row, results)}{unit}" for row in base) + "."
+    return text + "".join(f"; {named(row)} has {spread_text(row, results)}{unit}" for row in base) + "."
 
 
 def _seeds(results: Results) -> Iterator[str]:
@@ -138,9 +138,9 @@ def _missing(results: Results) -> Iterator[str]:
     rates = {(r["label"], r["identity"]["budget"]): r["identity"]["lr"] for r in results.records}
     old = Counter((r["label"], r["identity"]["budget"], r["identity"]["lr"]) for r in results.older)
     for (label, budget, lr), count in old.items():
-        why = f"at another learning rate ({lr:g})" if lr != rates[label, budget] else "that were done again"
+        why = f" at another learning rate ({lr:g})" if lr != rates[label, budget] else ", done again,"
         runs, are = ("run", "is") if count == 1 else ("runs", "are")
-        yield f"{count} older {runs} of {results.name(label, budget)} {why} {are} left out."
+        yield f"{count} older {runs} of {results.name(label, budget)}{why} {are} left out."
     if results.damaged:
         count = len(results.damaged)
         yield f"{count} damaged file{'s are' if count > 1 else ' is'} left out."

@@ -276,7 +276,7 @@ class Results:
         if len(self.budgets) == 1:
             return label
         if label in self._free:
-            return label if budget is None else f"{label}, compared at {budget}"
+            return label if budget is None else f"{label} against {budget}"
         return f"{label} at {budget or 'no budget'}"
 
     @cached_property

@@ -61,7 +61,7 @@ function span(rows) {
   const [low, high] = d3.extent(rows, (row) => row.mean);
   const room = (high - low || Math.abs(high) * 0.05 || 1) * 1.5;
   const ends = [Math.max(d3.min(rows, (r) => r.low ?? r.mean), low - room), Math.min(d3.max(rows, (r) => r.high ?? r.mean), high + room)];
-  return d3.scaleLinear(ends).nice().domain();
+  return d3.scaleLinear().domain(ends).nice().domain();
 }
 /** Intervals as lines; an arrow where one goes on outside of the picture. */
 function intervals(rows, [low, high], line) {
