@@ -347,7 +347,9 @@ def _place(
     if layer not in modules or modules[layer]._parameters.get(parameter) is None:
         missing = f"{layer}.{parameter}" if layer in modules else layer
         known = modules if layer not in modules else [f"{layer}.{key}" for key in modules[layer]._parameters]
-        raise CheckpointError(f"{path} adapts {site}, which this model does not have: {near_miss(missing, filter(None, known))}")
+        raise CheckpointError(
+            f"{path} adapts {site}, which this model does not have: {near_miss(missing, filter(None, known))}"
+        )
     module, cls = modules[layer], _known(KINDS, entry["kind"], path)
     if cls is not Raw and cls.match(module, parameter) is None:
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")

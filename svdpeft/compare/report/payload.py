@@ -29,6 +29,7 @@ def payload(results: Results) -> dict[str, Any]:
     return {
         "title": results.title,
         "metric": metric_heading(results),
+        "percent": results.percent,
         "higher": results.higher,
         "baseline": results.baseline,
         "confidence": results.confidence,

@@ -56,12 +56,13 @@ const marked = (points, x, y, s, more = {}) => Plot.dot(points, { x, y, fill: s.
 const interval = (row) => (row.low == null ? "" : ` (${digits(row.low)} to ${digits(row.high)})`);
 const list = (names) => (names.length > 12 ? `${names.slice(0, 12).join(", ")} and ${names.length - 12} more` : names.join(", "));
 
-/** Where values may lie in the picture: whole intervals, unless they would press the means into a quarter of it. */
+/** Where values may lie in the picture: whole intervals, unless they would press the means into a third of it. */
 function span(rows) {
   const [low, high] = d3.extent(rows, (row) => row.mean);
-  const room = (high - low || Math.abs(high) * 0.05 || 1) * 1.5;
+  const room = (high - low || Math.abs(high) * 0.05 || 1);
   const ends = [Math.max(d3.min(rows, (r) => r.low ?? r.mean), low - room), Math.min(d3.max(rows, (r) => r.high ?? r.mean), high + room)];
-  return d3.scaleLinear().domain(ends).nice().domain();
+  const nice = d3.scaleLinear().domain(ends).nice().domain();
+  return data.percent ? [Math.max(0, nice[0]), Math.min(100, nice[1])] : nice;
 }
 /** Intervals as lines; an arrow where one goes on outside of the picture. */
 function intervals(rows, [low, high], line) {
