@@ -207,7 +207,7 @@ def _run(program: str, timeout: float, memory: int) -> Outcome:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError), process.stdin as pipe:  # broken: bwrap has failed, and says why below
-            pipe.write(text + token)
+            _tell(pipe.fileno(), text + token, start + CLOCK * timeout)
         said, ended = _listen(process.stdout.fileno(), start + CLOCK * timeout)
         status = process.wait() if ended else None
     begin, started, verdict = said.partition(b"started:")

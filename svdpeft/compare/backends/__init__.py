@@ -75,7 +75,7 @@ def in_process(backend: str, workers: int | None) -> bool:
     """
     from svdpeft.compare.backends import processes
 
-    # One worker beside several GPUs is a process too: it must see one GPU only, else the batch would be spread over all.
+    # One worker beside several GPUs is a process too: it must see one of them, else the batch is spread over all.
     return backend == "local" and max(workers or 0, len(processes.visible_gpus())) <= 1
 
 
