@@ -77,7 +77,9 @@ size seen takes about 14 seeds for C.
         text.append(f"With {size}, {'; '.join(said) or f'no difference from {baseline} is real'}.")
     if 1 in seeds:
         text.append("Where there is one seed, seeds were not sampled: nothing is said about other seeds.")
-    if apart := [each.label for each in tested if not each.real]:
+    if once := [each.label for each in tested if each.found and not each.real]:
+        text.append(f"Different from {baseline} in this one run: {_listed(once)}.")
+    if apart := [each.label for each in tested if not each.found]:
         text.append(f"Not told apart from {baseline}: {_listed(apart)}.")
     more = [f"{_about(e.seeds_needed)} seeds for {e.label}" for e in tested if e.seeds_needed and not e.items_needed]
     if more:
