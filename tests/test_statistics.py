@@ -534,6 +534,6 @@ def test_a_difference_within_one_run_is_not_called_none():
     found = Difference("B", "A", 0.3, 0.2, 0.4, 1e-9, 1e-9, 2, 0.95, 1, 900)
     open_ = Difference("C", "A", 0.01, -0.02, 0.04, 0.5, 0.5, 2, 0.95, 1, 900)
     assert conclusion([found, open_], "accuracy") == (
-        "With 1 seed and 900 test items, no difference from A is real. Where there is one seed, seeds were not sampled: "
-        "nothing is said about other seeds. Different from A in this one run: B. Not told apart from A: C."
+        "With 1 seed and 900 test items, no difference from A is real. Where there is one seed, seeds were not "
+        "sampled: nothing is said about other seeds. Different from A in this one run: B. Not told apart from A: C."
     )
