@@ -92,7 +92,9 @@ def remembered(
     file = folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
     try:
         return _read(file, rank, w.device)
-    except (FileNotFoundError, SafetensorError):  # not there, or damaged: it is written again
+    except (OSError, SafetensorError, RuntimeError):
+        # Not there, damaged, or deleted by another process while safe_open, which opens it twice, was at it (torch's
+        # RuntimeError): it is written again.
         found = compute()
         _write(file, *found)
         return _first(rank, *found)
