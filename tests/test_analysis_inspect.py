@@ -280,6 +280,13 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_
     assert words in " ".join(result.output.split())
 
 
+def test_a_picture_does_not_write_over_the_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("work before the check"))
+    result = call("--csv", tmp_path / "a.csv", "--picture", tmp_path / "a.png")
+    assert result.exit_code == 2, result.output
+    assert "give --csv another name" in " ".join(result.output.split())
+
+
 def test_an_adapter_of_another_dtype_is_pointed_to_the_option(monkeypatch, tmp_path):
     monkeypatch.setattr(
         models, "load", lambda name, dtype, **options: models.Loaded(net().to(dtype), name, None, "vision", "head")

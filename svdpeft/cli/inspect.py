@@ -62,6 +62,8 @@ def inspect(
             check_file(csv)
         if picture is not None:
             check_picture(picture)
+            if csv is not None and csv.resolve() == picture.with_suffix(".csv").resolve():
+                raise ValueError(f"{csv} is where the numbers of {picture} go: give --csv another name")
         loaded = models.load(model, num_classes=num_classes, dtype=getattr(torch, dtype))
         what = loaded.model if adapter is None else _attached(loaded, adapter, num_classes)
         found = analysis.inspect(what, targets, energy, progress)
