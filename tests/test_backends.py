@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from svdpeft.compare.backends import map_jobs
 from svdpeft.compare.store import Store
@@ -39,8 +40,9 @@ def do(folder: Path, job: dict) -> dict:
     if name.startswith("waits"):
         time.sleep(300)
     time.sleep(0.1)
-    ended, threads = time.monotonic(), torch.get_num_threads()
-    return {"begun": begun, "ended": ended, "pid": os.getpid(), "tries": tries, "threads": threads}
+    threads, bars = torch.get_num_threads(), transformers.logging.is_progress_bar_enabled()
+    ended = time.monotonic()
+    return {"begun": begun, "ended": ended, "pid": os.getpid(), "tries": tries, "threads": threads, "bars": bars}
 
 
 def named(*names: str) -> list[dict]:
@@ -188,6 +190,11 @@ def test_gpus_and_threads_are_shared(done):
         {pid for pid, _ in begun.values()}
     )  # each keeps its own
     assert {outcome.result["threads"] for outcome in outcomes.values() if outcome.result} == {2}
+
+
+def test_workers_draw_no_bars_over_the_callers(done):
+    outcomes, _, _ = done
+    assert {outcome.result["bars"] for outcome in outcomes.values() if outcome.result} == {False}
 
 
 HERE = [str(folder) for folder in Path(__file__).parents[:2]]  # where workers find this module and the package

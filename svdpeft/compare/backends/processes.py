@@ -25,6 +25,7 @@ import torch
 from svdpeft.compare.backends.outcome import TRIES, Outcome, attempt, failed
 
 GRACE = 5.0  # seconds that a process has to end when it is asked to
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # they would run over the caller's bar
 
 
 def outcomes(
@@ -35,7 +36,8 @@ def outcomes(
     on_start: Callable[[Any], None],
 ) -> Iterator[Outcome]:
     """Do jobs in ``workers`` processes, which share ``gpus`` in turn."""
-    environments = [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))} for _ in range(workers)]
+    threads = str(max(1, torch.get_num_threads() // max(1, workers)))
+    environments = [{"OMP_NUM_THREADS": threads, **QUIET} for _ in range(workers)]
     for i, environment in enumerate(environments if gpus else ()):
         environment["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
     crew = [_Worker(function, environment) for environment in environments]
