@@ -524,6 +524,19 @@ def test_conclusion():
     )
 
 
+def test_the_conclusion_names_what_only_the_correction_leaves_open():
+    alone = [
+        dataclasses.replace(OPEN, label=label, mean=mean, p=0.01, p_corrected=0.08, seeds_needed=seeds)
+        for label, mean, seeds in (("SVF", 0.2, 6), ("OFT", -0.2, 31), ("KaSA", 0.2, 6))
+    ]
+    assert conclusion([OPEN, *alone], "accuracy") == (
+        "With 5 seeds and 1,319 test items, no difference from LoRA is real. Not told apart from LoRA: PiSSA, SVF, OFT "
+        "and KaSA. Had it been the only comparison, each of these would count: SVF and KaSA are better than LoRA; OFT "
+        "is worse than LoRA. Of 8 comparisons up to 0.4 come out so by chance. To settle a difference of the size seen "
+        "takes about 6 seeds for SVF and KaSA, 14 seeds for PiSSA and 31 seeds for OFT."
+    )
+
+
 def test_importing_is_light():
     code = "import sys, svdpeft.compare.statistics; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -65,24 +65,29 @@ size seen takes about 14 seeds for C.
     if not found:
         return "There is one method alone: nothing to compare."
     baseline, tested = found[0].baseline, [each for each in found if each.seeds]
-    said = []
-    for word in ("better", "worse"):
-        names = [each.label for each in tested if each.real and _better(each, metric) == (word == "better")]
-        if names:
-            said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {word} than {baseline}")
+    said = _sides([each for each in tested if each.real], metric)
     seeds, items = sorted({each.seeds for each in tested}), sorted({each.items for each in tested})
     text = []
     if tested:
         size = f"{_span(seeds)} seed{'' if seeds == [1] else 's'} and {_span(items)} test items"
-        text.append(f"With {size}, {'; '.join(said) or f'no difference from {baseline} is real'}.")
+        text.append(f"With {size}, {said or f'no difference from {baseline} is real'}.")
     if 1 in seeds:
         text.append("Where there is one seed, seeds were not sampled: nothing is said about other seeds.")
     if once := [each.label for each in tested if each.found and not each.real]:
         text.append(f"Different from {baseline} in this one run: {_listed(once)}.")
     if apart := [each.label for each in tested if not each.found]:
         text.append(f"Not told apart from {baseline}: {_listed(apart)}.")
-    more = [f"{_about(e.seeds_needed)} seeds for {e.label}" for e in tested if e.seeds_needed and not e.items_needed]
-    if more:
+    if alone := [each for each in tested if not each.found and each.seeds > 1 and each.p <= 1 - each.confidence]:
+        count = alone[0].comparisons
+        text.append(
+            f"Had it been the only comparison, each of these would count: {_sides(alone, metric)}. Of {count} "
+            f"comparisons up to {(1 - alone[0].confidence) * count:.1f} come out so by chance."
+        )
+    needed: dict[str, list[str]] = {}
+    for each in sorted(tested, key=lambda each: each.seeds_needed or 0):
+        if each.seeds_needed and not each.items_needed:
+            needed.setdefault(_about(each.seeds_needed), []).append(each.label)
+    if more := [f"{seeds} seeds for {_listed(labels)}" for seeds, labels in needed.items()]:
         text.append(f"To settle a difference of the size seen takes about {_listed(more)}.")
     more = [
         f"{e.label} (about {_about(e.items_needed)} with {_about(e.seeds_needed)} seeds)"
@@ -94,6 +99,15 @@ size seen takes about 14 seeds for C.
     if without := [each.label for each in found if not each.seeds]:
         text.append(f"Could not be compared: {_listed(without)}.")
     return " ".join(text)
+
+
+def _sides(found: Sequence[Difference], metric: str) -> str:
+    """Which are better than the baseline, and which are worse."""
+    said = []
+    for word in ("better", "worse"):
+        if names := [each.label for each in found if _better(each, metric) == (word == "better")]:
+            said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {word} than {found[0].baseline}")
+    return "; ".join(said)
 
 
 def _better(each: Difference, metric: str) -> bool:
