@@ -82,13 +82,17 @@ class Registry(Generic[T]):
         """Build an entry from its options.
 
         Raises:
-            ValueError: no entry, or none of its options, has the name; with the near miss.
+            ValueError: no entry, or none of its options, has the name, with the near miss; an option without a default
+                is not given.
         """
         cls = self[name]
-        known = list(inspect.signature(cls).parameters)
+        known = inspect.signature(cls).parameters
         for option in options:
             if option not in known:
                 raise ValueError(f"{name} has no hyper-parameter {option!r}: {near_miss(option, known)}")
+        needed = [option for option in known if known[option].default is inspect.Parameter.empty]
+        if missing := [option for option in needed if option not in options]:
+            raise ValueError(f"{self.what} {name!r} needs {', '.join(missing)}")
         return cls(**options)
 
     def __iter__(self) -> Iterator[str]:

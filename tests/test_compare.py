@@ -39,6 +39,16 @@ def test_a_comparison_runs_reports_and_is_not_run_again(tiny, tmp_path, monkeypa
     assert runner.compare(spec, tmp_path) == records
 
 
+def test_a_record_that_lacks_something_is_made_again(tiny, tmp_path):
+    spec = read_spec(**tiny, methods="lora:rank=2")
+    first = runner.compare(spec, tmp_path)
+    file = sorted((tmp_path / "runs").iterdir())[0]
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "items"}))
+    assert [damage.reason for damage in report.read(Store(tmp_path)).damaged] == ["has no items"]
+    again = runner.compare(spec, tmp_path)
+    assert [record["items"] for record in again] == [record["items"] for record in first]
+
+
 def test_runs_are_reproducible_and_seeds_differ(tiny, tmp_path):
     spec = read_spec(**tiny, methods="sorsa:rank=2")
     first = runner.compare(spec, tmp_path / "a")
@@ -192,7 +202,10 @@ def test_a_specification_file(tmp_path):
         ({"methods": [{"label": "x"}]}, "has no name="),
         ({"search": 5}, "search = 5 is neither a table"),
         ({"search": {"factor": "3"}}, "search factor '3' is not a number above 1"),
-        ({"search": {"metric": "acuracy"}}, "no metric 'acuracy', the search's: did you mean 'accuracy'"),
+        (
+            {"search": {"metric": "acuracy"}},
+            "no metric 'acuracy', the search's, on its validation split: did you mean 'accuracy'",
+        ),
         ({"task_options": [1]}, "is not a table"),
         ({"epochs": "two"}, "epochs 'two' is not a number"),
         ({"epochs": 0}, "epochs 0 is not a number above 0"),
@@ -201,6 +214,17 @@ def test_a_specification_file(tmp_path):
         ({"seeds": 3}, r"seeds = 3 is not a list: write \[3\]"),
         ({"seeds": ["3-5"]}, "a seed '3-5' is not a whole number"),
         ({"targets": []}, "targets is empty"),
+        ({"targets": [3]}, "targets, a pattern: 3 is not a text"),
+        ({"budgets": [1e5]}, "a budget that is no share such as '0.5%', 100000.0 is not a whole number"),
+        ({"budgets": [True]}, "a budget that is no share such as '0.5%', True is not a whole number"),
+        ({"image_size": 64.5}, "image_size 64.5 is not a whole number of at least 1"),
+        ({"model": 3}, "model 3 is not a text"),
+        ({"task": 3}, "task 3 is not a text"),
+        ({"methods": 5}, "methods = 5 is not a list"),
+        (
+            {"model": "smollm2-135m", "task": "humaneval", "search": {"metric": "accuracy"}},
+            "no metric 'accuracy', the search's, on its validation split: Known: loss",
+        ),
     ],
 )
 def test_a_wrong_specification_names_the_near_miss(options, message):

@@ -323,12 +323,15 @@ def test_steps_whose_spectra_were_measured_are_not_timed(tiny, tmp_path, monkeyp
         ({"search": {"kind": "halving"}}, "for 0.25 epochs are 1 step"),
         ({"targets": ["bodi"]}, "no method can adapt this model: .*'bodi'"),
         ({"model": "efficientnet-lite"}, "did you mean 'efficientnet-lite0'"),
+        ({"probe": "nowhere"}, "nowhere is no folder with pictures"),
+        ({"task": "images"}, "task 'images' needs data"),
     ],
 )
 def test_what_would_make_every_run_fail_is_refused_first(tiny, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
-    if "model" in change:
+    if {"model", "probe"} & change.keys():
         monkeypatch.setattr(run, "load", load)
+        change = {"model": "efficientnet-lite0", **change}
     with pytest.raises(ValueError, match=message):
         runner.compare(read_spec(**{**tiny, "methods": "lora", **change}), tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -166,14 +166,18 @@ def test_what_may_be_null_is_no_damage(tmp_path):
         ('{"spec": {"methods": [], "seeds": [], "budgets": [], "confidence": 95}}', "spec.confidence is 95"),
     ],
 )
-def test_a_damaged_comparison_is_named(text, reason, tmp_path):
+def test_a_damaged_comparison_is_named_and_the_runs_are_reported(text, reason, tmp_path):
     found = store(tmp_path, comparison(**SMALL))
+    rows = len(report.read(found).rows)
     (tmp_path / "comparison.json").write_text(text)
-    with pytest.raises(ValueError, match="comparison") as caught:
-        report.write(found)
-    assert str(caught.value).startswith(f"{found.address}/comparison.json: {reason}")
+    read = report.write(found)
+    assert [file.path for file in read.damaged] == ["comparison.json"]
+    assert read.damaged[0].reason.startswith(reason)
+    assert len(read.rows) == rows
+    assert "1 damaged file is left out." in (tmp_path / "report.md").read_text()
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert done.exit_code == 2
+    assert done.exit_code == 0
+    assert "damaged: comparison.json: " in done.output
 
 
 def test_runs_with_different_metrics_are_no_comparison(tmp_path):

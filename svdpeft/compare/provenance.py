@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ import torch
 
 import svdpeft
 
+PACKAGES = (
+    *("torchvision", "transformers", "timm", "accelerate", "safetensors", "tokenizers", "numpy"),
+    *("datasets", "math-verify", "vllm", "rwkv7-hf", "ray"),  # extras, where they are installed
+)
+
 
 def provenance() -> dict[str, Any]:
     """Return what a reader needs to run it again: revision, versions, machine."""
-    packages = ("torchvision", "transformers", "timm", "accelerate", "safetensors", "numpy")
     return {
         "svdpeft": svdpeft.__version__,
         "git": _git(),
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, **{name: version(name) for name in packages}},
+        "versions": dict(_versions()),
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),
@@ -30,6 +36,13 @@ def provenance() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "torch", torch.__version__
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _processor() -> str:

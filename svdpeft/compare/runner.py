@@ -17,6 +17,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from svdpeft.compare import records
 from svdpeft.compare.backends import in_process, map_jobs
 from svdpeft.compare.provenance import provenance
 from svdpeft.compare.run import Job, Training, run, trial
@@ -26,6 +27,7 @@ from svdpeft.methods.base import PerSite
 from svdpeft.registry import near_miss
 from svdpeft.targets import NotDefined
 from svdpeft.tasks.base import higher_is_better
+from svdpeft.tasks.probes import probe
 
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
@@ -158,10 +160,12 @@ def check(spec: Spec) -> None:
     """Refuse what would make every run fail, before anything is trained.
 
     Raises:
-        ValueError: the model, the task's sizes, a training of less than two steps (the first has a rate of zero), a
-            budget or targets with which no method can do anything.
+        ValueError: the model, the task's sizes, what forgetting is measured on, a training of less than two steps (the
+            first has a rate of zero), a budget or targets with which no method can do anything.
     """
     training = Training(Job(spec, spec.methods[0], None, 0))
+    if spec.probe is not None:
+        probe(training.loaded, spec.probe)
     shares = [1.0, *(share for _, share in spec.search.rungs())] if spec.search else [1.0]
     if (steps := training.steps(min(shares))) < 2:
         raise ValueError(
@@ -195,9 +199,14 @@ def _name(job: Job, store: Store) -> str:
     return store.name(job.entry.label, job.identity())
 
 
+def _done(job: Job, store: Store) -> bool:
+    """Whether there is a record that a report can read; else the job is done (again)."""
+    return store.done(job.kind, _name(job, store), partial(records.check, job.kind))
+
+
 def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | None = None) -> None:
     """Do one job, in whatever process, and write its record."""
-    if store.done(job.kind, _name(job, store)):  # by a worker that died afterwards, or by another comparison's process
+    if _done(job, store):  # by a worker that died afterwards, or by another comparison's process
         return
     record = _head(job)
     started = time.perf_counter()
@@ -224,7 +233,7 @@ def _head(job: Job) -> dict[str, Any]:
 
 def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
     """Do the jobs that have no result yet, under a progress bar."""
-    missing = [job for job in jobs if not store.done(job.kind, _name(job, store))]
+    missing = [job for job in jobs if not _done(job, store)]
     alone = in_process(engine.backend, engine.workers)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:  # stdout is for the result
         bar = progress.add_task(what, total=len(jobs), completed=len(jobs) - len(missing))

@@ -30,6 +30,11 @@ def _whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} {value!r} is not a whole number of at least {least}")
 
 
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} {value!r} is not a text")
+
+
 def _number(name: str, value: Any, above: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
         raise ValueError(f"{name} {value!r} is not a number above {above:g}")
@@ -156,13 +161,20 @@ class Spec:
                 raise ValueError(f"a comparison needs at least one of {name}")
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
-        for name, least in (("batch_size", 1), ("snapshots", 0)):
-            _whole(name, getattr(self, name), least)
-        for name in ("epochs", "head_lr", "image_size", "confidence"):
+        for name, least in (("batch_size", 1), ("snapshots", 0), ("image_size", 1)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least)
+        for name in ("epochs", "head_lr", "confidence"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0)
         for seed in self.seeds:
             _whole("a seed", seed, 0)
+        for limit in self.budgets:
+            if limit is not None and not isinstance(limit, str):
+                _whole("a budget that is no share such as '0.5%',", limit, 1)
+        for name in ("targets", "exclude"):
+            for pattern in getattr(self, name):
+                _text(f"{name}, a pattern:", pattern)
         if not self.targets:
             raise ValueError("targets is empty: no factored method would adapt anything")
         if self.dtype not in DTYPES:
@@ -184,16 +196,19 @@ class Spec:
             for entry in self.methods:
                 _check_knob(entry, limit)
         if self.search is not None and self.search.metric is not None:
-            known = TASKS[self.task].metrics
+            known = TASKS[self.task].on_validation()
             if self.search.metric not in known:
                 near = near_miss(self.search.metric, known)
-                raise ValueError(f"task {self.task!r} has no metric {self.search.metric!r}, the search's: {near}")
+                raise ValueError(
+                    f"task {self.task!r} has no metric {self.search.metric!r}, the search's, on its validation split: "
+                    f"{near}"
+                )
         if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(f"seed {self.search.seed} is the search's: its run would be judged by its own choice")
 
     def make_task(self):
         """Build the task."""
-        return TASKS[self.task](**self.task_options)
+        return TASKS.make(self.task, self.task_options)
 
     def to_json(self) -> dict[str, Any]:
         """Return the specification as plain values; ``read_spec`` takes them back."""
@@ -233,6 +248,9 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     for name in given:
         _check(name, {f.name for f in dataclasses.fields(Spec)}, "a comparison")
     model = given.get("model", defaults["all"]["model"])
+    for name in ("model", "task", "baseline", "probe"):
+        if name in given:
+            _text(name, given[name])
     modality = _modality(model, given.get("task"))
     merged = {**defaults["all"], **defaults[modality], **defaults.get(model, {}), **given, "model": model}
     for table in (merged.get("task_options", {}), task_options or {}):
@@ -267,6 +285,8 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
         'no regulariser'
     """
     words = methods.split(",") if isinstance(methods, str) else methods
+    if not isinstance(words, Sequence):
+        raise ValueError(f"methods = {methods!r} is not a list")
     entries = []
     for word in words:
         if not isinstance(word, str | Mapping):

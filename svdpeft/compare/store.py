@@ -93,12 +93,18 @@ class Store:
         """Return where a record lies, for people."""
         return f"{self.address}/{kind}/{name}.json"
 
-    def done(self, kind: Kind, name: str) -> bool:
-        """Whether the record is there, whole and without an error; else the run is to be done (again)."""
+    def done(self, kind: Kind, name: str, check: Callable[[Record], None] = lambda record: None) -> bool:
+        """Whether the record is there, whole and without an error; else the run is to be done (again).
+
+        Args:
+            kind, name: of the record.
+            check: raises ``ValueError`` for a record that is not whole.
+        """
         try:
-            return "error" not in self.load(kind, name)
+            check(record := self.load(kind, name))
         except (FileNotFoundError, ValueError):
             return False
+        return "error" not in record
 
     def load(self, kind: Kind, name: str) -> Record:
         """Read one record.

@@ -103,6 +103,11 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]  # all that ``evaluate`` gives, ``metric`` among them
     num_classes: ClassVar[int | None] = None  # size of a new classification head; None keeps the model's own
 
+    @classmethod
+    def on_validation(cls) -> tuple[str, ...]:
+        """The metrics that the validation split gives: fewer where it has no answers to check."""
+        return cls.metrics
+
     @abstractmethod
     def prepare(self, loaded: Loaded, seed: int = 0, splits: Collection[SplitName] = SPLITS) -> TaskData:
         """Build the data for this model. Validation and test split never depend on ``seed``.

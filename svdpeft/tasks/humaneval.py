@@ -137,6 +137,10 @@ class HumanEval(LanguageTask):
         if self.allow_code_execution not in (True, False):  # "no" must not be taken for a permission
             raise ValueError(f"allow_code_execution {self.allow_code_execution!r} is neither true nor false")
 
+    @classmethod
+    def on_validation(cls) -> tuple[str, ...]:
+        return ("loss",)
+
     def decodes(self, examples: Sequence[Example]) -> bool:
         """Whether these are problems, and pass@1 is wanted."""
         return self.metric == "accuracy" and super().decodes(examples)
@@ -200,7 +204,7 @@ class HumanEval(LanguageTask):
         def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
             assert isinstance(examples, Tokenised)
             tests = self.decodes(examples.examples)
-            known = self.metrics if tests else ("loss",)
+            known = self.metrics if tests else self.on_validation()
             for name in metrics:
                 if name not in known:
                     raise ValueError(f"task {self.name!r} has no metric {name!r} here: {near_miss(name, known)}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from svdpeft.compare.records import finished
 from svdpeft.compare.report.page import page
 from svdpeft.compare.report.pictures import curves, picture
-from svdpeft.compare.report.records import finished
 from svdpeft.compare.report.results import Results, Row, read
 from svdpeft.compare.report.tables import table_csv
 from svdpeft.compare.report.text import markdown, terminal

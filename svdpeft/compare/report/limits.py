@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from svdpeft.compare import budget as budgets
+from svdpeft.compare.records import finished, without_factors
 from svdpeft.compare.report.columns import metric_text, spread_text
-from svdpeft.compare.report.records import finished, without_factors
 from svdpeft.compare.report.results import Results, Row
 from svdpeft.compare.statistics import conclusion
 from svdpeft.compare.store import Record

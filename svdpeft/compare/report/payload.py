@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from svdpeft.compare.records import DRIFTS
 from svdpeft.compare.report.columns import columns, metric_heading
-from svdpeft.compare.report.records import DRIFTS
 from svdpeft.compare.report.results import Results, Row, number
 from svdpeft.compare.report.tables import table_csv
 from svdpeft.compare.store import Record

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from svdpeft.compare.report.records import check, check_comparison, finished, newest, without_factors
+from svdpeft.compare.records import check, check_comparison, finished, newest, without_factors
 from svdpeft.compare.statistics import Difference, Interval, differences, interval
 from svdpeft.compare.store import Damaged, Record, Store
 from svdpeft.tasks.base import higher_is_better
@@ -297,16 +297,18 @@ def read(store: Store) -> Results:
     """Read a comparison; damaged files, and runs that newer ones took the place of, are left out and named.
 
     Raises:
-        ValueError: the store holds no run that could be read, or its ``comparison.json`` is damaged.
+        ValueError: the store holds no run that could be read.
     """
     runs, damaged = store.read("runs", partial(check, "runs"))
     trials, more = store.read("trials", partial(check, "trials"))
     damaged = [Damaged(file.path.removeprefix(f"{store.address}/"), file.reason) for file in [*damaged, *more]]
-    if (comparison := store.comparison()) is not None:
-        try:
+    comparison = None
+    try:
+        if (comparison := store.comparison()) is not None:
             check_comparison(comparison)
-        except ValueError as error:
-            raise ValueError(f"{store.address}/comparison.json: {error}") from error
+    except ValueError as error:  # the runs say what was run; what was to be run is not known
+        comparison = None
+        damaged.append(Damaged("comparison.json", str(error).removeprefix(f"{store.address}/comparison.json: ")))
     if not runs:
         named = "".join(f"; {file.path}: {file.reason}" for file in damaged)
         raise ValueError(f"{store.address} is not a comparison: it holds no run{named}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from svdpeft.compare.report.records import finished
+from svdpeft.compare.records import finished
 from svdpeft.compare.report.results import Results
 from svdpeft.compare.store import Record
 
