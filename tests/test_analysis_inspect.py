@@ -18,11 +18,12 @@ from svdpeft.analysis import (
     COLUMNS,
     DriftTracker,
     inspect,
-    plot_condition,
+    plot_course,
     plot_drift,
     plot_energy,
     plot_spectrum,
 )
+from svdpeft.analysis.plots import COURSES
 from svdpeft.cli import app
 
 
@@ -184,7 +185,7 @@ def test_several_runs_in_one_picture_and_records_as_they_are_kept(tmp_path):
     assert text.startswith("<?xml")
     assert {row["run"] for row in numbers(tmp_path / "drift.csv")} == {"SORSA", "other"}
     with pytest.raises(KeyError, match="condition_principal"):
-        plot_condition(runs, tmp_path / "condition.png")
+        plot_course(runs, tmp_path / "condition.png")
 
 
 def test_the_lines_of_a_drift_start_at_zero_and_the_thick_one_is_the_mean(monkeypatch, tmp_path):
@@ -206,9 +207,23 @@ def test_the_lines_of_a_drift_start_at_zero_and_the_thick_one_is_the_mean(monkey
             assert mean.get_xydata()[-1].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_column_has_a_picture_of_its_own(column, tmp_path):
+    plot_course(table().table, tmp_path / "c.svg", column)
+    assert column in numbers(tmp_path / "c.csv")[0]
+    assert set(COURSES) == set(COLUMNS)
+    assert len(set(COURSES.values())) == len(COLUMNS)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no column is called 'intruder': did you mean 'intruders'"):
+        plot_course(table().table, tmp_path / "c.png", "intruder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_picture_of_a_condition_number(tmp_path):
-    plot_condition(table().table, tmp_path / "c.png")
-    plot_condition(table().table, tmp_path / "f.png", "condition_factors")
+    plot_course(table().table, tmp_path / "c.png")
+    plot_course(table().table, tmp_path / "f.png", "condition_factors")
     assert list(numbers(tmp_path / "c.csv")[0]) == ["run", "site", "step", "condition_principal"]
     assert float(numbers(tmp_path / "f.csv")[-1]["condition_factors"]) > 1
 

@@ -7,7 +7,7 @@ from typing import Any
 from svdpeft.analysis.drift import Drift, Overlap, assign, drift, intruders, subspace_drift, update_overlap
 from svdpeft.analysis.inspection import Inspection, inspect
 from svdpeft.analysis.measures import COLUMNS
-from svdpeft.analysis.plots import plot_condition, plot_drift, plot_energy, plot_spectrum
+from svdpeft.analysis.plots import plot_course, plot_drift, plot_energy, plot_spectrum
 from svdpeft.analysis.spectra import condition_number, effective_rank, energy, energy_rank, stable_rank
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "energy_rank",
     "inspect",
     "intruders",
-    "plot_condition",
+    "plot_course",
     "plot_drift",
     "plot_energy",
     "plot_spectrum",

@@ -17,6 +17,7 @@ from svdpeft.analysis.inspection import Inspection
 from svdpeft.analysis.spectra import energy as energy_of
 from svdpeft.analysis.spectra import energy_rank
 from svdpeft.analysis.tables import Row, Table, check_file, to_rows, write_csv
+from svdpeft.registry import near_miss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,24 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 POINTS = 201  # of a curve over r / K
+COURSES = {  # what the columns of a tracker are called on an axis
+    "delta_sigma": "ΔΣ: mean change of the singular values",
+    "delta_d": "ΔD: mean turn of the singular vectors",
+    "delta_sigma_assigned": "ΔΣ, matched by assignment",
+    "delta_d_assigned": "ΔD, matched by assignment",
+    "delta_subspace": "what has left the r leading directions",
+    "distance": "‖ΔW‖ / ‖W0‖",
+    "condition_principal": "σ₁ / σᵣ of the leading r triplets of W'",
+    "effective_rank": "effective rank of W'",
+    "stable_rank": "stable rank of W'",
+    "energy": "share of ‖W'‖² in its r leading triplets",
+    "intruders": "intruders among the 10 leading vectors of W'",
+    "overlap_left": "overlap of ΔW with the leading left vectors of W0",
+    "overlap_right": "overlap of ΔW with the leading right vectors of W0",
+    "amplification": "amplification of ΔW's directions",
+    "condition_factors": "σ₁ / σᵣ of the factors, s L C A",
+    "orthonormality": "‖LᵀL − I‖ + ‖AAᵀ − I‖",
+}
 
 
 def plot_drift(table: Table | Mapping[str, Table], path: str | os.PathLike[str]) -> None:
@@ -61,27 +80,33 @@ def plot_drift(table: Table | Mapping[str, Table], path: str | os.PathLike[str])
         every[0].set_ylabel("ΔD: mean turn of the singular vectors")
 
 
-def plot_condition(
+def plot_course(
     table: Table | Mapping[str, Table], path: str | os.PathLike[str], column: str = "condition_principal"
 ) -> None:
-    """Draw a condition number over the steps of a training: thin lines are sites, thick ones their geometric mean.
+    """Draw one column of a tracker over the steps of a training: thin lines are sites, thick ones their mean.
 
     Args:
         table: as for ``plot_drift``.
         path: of the picture.
-        column: ``"condition_principal"``, of the r leading triplets of W'; ``"condition_factors"``, of s L C A.
+        column: of the table: ``"condition_principal"``, ``"condition_factors"`` (their mean is the geometric one),
+            ``"orthonormality"``, ``"effective_rank"``, ``"intruders"``, ``"overlap_left"``, …
+
+    Raises:
+        ValueError: no such column; the near miss is named.
     """
+    if column not in COURSES:
+        raise ValueError(f"no column is called {column!r}: {near_miss(column, COURSES)}")
     rows, by = _runs(table)
+    middle = _geometric if column.startswith("condition") else _mean
     with _picture(path, rows, ("run", "site", "step", column)) as (axes,):
         for name, look, lines in _lines(rows, by, ("step", column)):
             for line in lines:
                 axes.plot(*zip(*line, strict=True), **look, linewidth=0.7, alpha=0.3)
-            mean = [(points[0][0], _geometric([y for _, y in points])) for points in zip(*lines, strict=True)]
+            mean = [(points[0][0], middle([y for _, y in points])) for points in zip(*lines, strict=True)]
             axes.plot(*zip(*mean, strict=True), **look, linewidth=2.4, zorder=3, marker="o", markersize=4, label=name)
-        what = "leading r triplets of W'" if column == "condition_principal" else "factors, s L C A"
-        axes.set(xlabel="optimizer step", ylabel=f"σ₁ / σᵣ of the {what}")
+        axes.set(xlabel="optimizer step", ylabel=COURSES[column])
         known = [row[column] for row in rows if row[column] is not None]
-        if known and max(known) > 30 * min(known):
+        if known and max(known) > 30 * min(known) > 0:
             axes.set_yscale("log")
 
 

@@ -16,7 +16,11 @@ def compare(
     spec: Annotated[Path | None, typer.Argument(help="TOML file; what it leaves out has defaults.")] = None,
     model: Annotated[str | None, typer.Option(help="Embedded name, timm:NAME, hf:NAME or a local folder.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="mnist5k, cifar100, …, wordproblems, gsm8k, math, humaneval.")
+        str | None,
+        typer.Option(
+            help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, "
+            "gsm8k, math, humaneval."
+        ),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
     methods: Annotated[str | None, typer.Option(help="lora,sorsa:gamma=0,svft:pattern=banded")] = None,

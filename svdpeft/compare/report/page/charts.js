@@ -201,10 +201,10 @@ function drawLoss(width) {
   const means = order.map((row) => [row, line(row, row.loss.mean)]);
   return plot(width, {
     height: Math.min(460, Math.max(320, width * 0.55)), marginLeft: 48, marginRight: 16,
-    label: "Training loss by optimizer step",
+    label: "Training loss by optimizer step, penalties of methods included",
     description: `${rows.length} lines, the mean over seeds of: ${list(rows.map((row) => row.name))}.`,
     x: { label: "optimizer step →", labelAnchor: "center", ticks: width < 500 ? 4 : 8 },
-    y: { label: "↑ training loss", type: log ? "log" : "linear", nice: true, tickFormat: "~g" },
+    y: { label: "↑ training loss, penalties included", type: log ? "log" : "linear", nice: true, tickFormat: "~g" },
     marks: [
       Plot.gridY({ strokeOpacity: 0.12 }), ...thin,
       ...means.map(([row, points]) => Plot.line(points, { x: "x", y: "y", stroke: style(row.label).stroke, ariaLabel: () => row.label,
