@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 from svdpeft.cli import app
 from svdpeft.compare import measures, run, runner
 from svdpeft.compare.run import Job
-from svdpeft.compare.spec import Search, read_spec, read_values
+from svdpeft.compare.spec import Search, read_spec, read_values, tomllib
 from svdpeft.compare.store import Store
 from svdpeft.models import load
+from svdpeft.registry import METHODS
 
 
 def searched(tiny, **search):
@@ -364,3 +366,20 @@ def test_mistakes_on_the_command_line_are_one_line(call, tmp_path):
     assert result.exit_code == 2
     assert result.stderr.startswith("svdpeft: ")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("modality", ["vision", "language"])
+def test_every_method_has_a_rate_around_which_it_is_searched(modality):
+    defaults = tomllib.loads((Path(runner.__file__).parent / "defaults.toml").read_text())
+    ours = {name for name in METHODS if METHODS[name].__module__.startswith("svdpeft.")}
+    assert ours <= set(defaults["lr"][modality])
+
+
+@pytest.mark.parametrize("model", ["efficientnet-lite0", "dinov2-vits14", "smollm2-135m"])
+def test_the_methods_own_rate_is_the_middle_of_its_grid(model):
+    defaults = tomllib.loads((Path(runner.__file__).parent / "defaults.toml").read_text())["lr"]
+    spec = read_spec(model=model, methods="lora,pissa,dora,svft:pattern=banded,sorsa:gamma=0:label=mine")
+    rates = defaults["language" if model == "smollm2-135m" else "vision"] | defaults[model]
+    for entry, name in zip(spec.methods, ("lora", "pissa", "dora", "svft", "sorsa"), strict=True):
+        grid = spec.search.rates(entry.lr)
+        assert grid[len(grid) // 2] == pytest.approx(rates[name])
