@@ -18,7 +18,9 @@ import pytest
 import torch
 import transformers
 
+from svdpeft.compare import runner
 from svdpeft.compare.backends import map_jobs
+from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
 
 
@@ -368,3 +370,25 @@ class TestRay:
         worker = pid_of(tmp_path, "waits")
         outcomes.close()
         soon(lambda: not alive(worker))
+
+    def test_a_comparison_is_the_one_of_a_single_process(self, cluster, done_on_ray, tmp_path):
+        """After a node has died: the cluster that is left trains whole runs, and they are those of this process."""
+        spec = read_spec(
+            model="efficientnet-lite0",
+            methods="head-only,lora",
+            seeds=[0],
+            epochs=1,
+            batch_size=8,
+            search={"trials": 3},
+            task_options={"train_size": 16, "validation_size": 8, "test_size": 8},
+        )
+        there = runner.compare(spec, tmp_path / "ray", runner.Engine("ray", 1, cluster.address))
+        assert [record.get("error") for record in there] == [None, None]
+        assert len(list((tmp_path / "ray" / "trials").iterdir())) == 6
+        threads = torch.get_num_threads()
+        torch.set_num_threads(there[0]["machine"]["threads"])  # sums depend on how many threads share them
+        try:
+            here = runner.compare(spec, tmp_path / "here")
+        finally:
+            torch.set_num_threads(threads)
+        assert [(r["search"]["lr"], r["loss"]) for r in there] == [(r["search"]["lr"], r["loss"]) for r in here]

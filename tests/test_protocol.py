@@ -11,10 +11,12 @@ from comparison import Net, Signs
 from typer.testing import CliRunner
 
 from svdpeft.cli import app
-from svdpeft.compare import measures, run, runner
+from svdpeft.compare import measures, report, run, runner
+from svdpeft.compare.backends.outcome import Outcome
 from svdpeft.compare.run import Job
 from svdpeft.compare.spec import Search, read_spec, read_values, tomllib
 from svdpeft.compare.store import Store
+from svdpeft.decomposition import svd as truncated
 from svdpeft.models import load
 from svdpeft.registry import METHODS
 
@@ -158,6 +160,35 @@ def test_what_is_measured(tiny, tmp_path):
     assert len(spectra["delta_sigma"]) == len(spectra["steps"])
     assert len(spectra["delta_d"][0]) == len(spectra["sites"]) == record["sites"]
     assert max(spectra["delta_d"][-1]) > 0
+
+
+def test_the_warm_start_reads_every_svd(tiny, tmp_path, monkeypatch):
+    """Three times a method is attached: to train, to fill the cache, and from it."""
+    found, really, attach = [], truncated._exact, run.Training.attach
+    monkeypatch.setattr(truncated, "_exact", lambda *args: found.append(args) or really(*args))
+    counts = []
+
+    def counted(self, model):
+        before = len(found)
+        result = attach(self, model)
+        counts.append(len(found) - before)
+        return result
+
+    monkeypatch.setattr(run.Training, "attach", counted)
+    (record,) = runner.compare(read_spec(**{**tiny, "seeds": [0]}, methods="pissa:rank=2"), tmp_path)
+    assert "error" not in record
+    assert counts == [2, 2, 0]
+
+
+def test_a_worker_that_is_gone_is_a_failed_run_and_done_again(tiny, tmp_path, monkeypatch):
+    spec = read_spec(**{**tiny, "seeds": [0]}, methods="lora:rank=2")
+    with monkeypatch.context() as patch:
+        gone = "WorkerDied: the worker was killed by SIGKILL (out of memory?) at try 2 of 2"
+        patch.setattr(runner, "map_jobs", lambda work, jobs, **options: (Outcome(job, None, gone) for job in jobs))
+        (record,) = runner.compare(spec, tmp_path)
+    assert record["error"] == gone
+    assert gone in report.markdown(report.write(Store(tmp_path)))
+    assert "error" not in runner.compare(spec, tmp_path)[0]
 
 
 def test_the_distance_is_that_of_the_weights_without_a_new_head():
