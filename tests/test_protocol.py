@@ -306,12 +306,14 @@ def test_a_job_is_named_for_people(tiny):
 def test_the_command_line_passes_everything_on(tiny, tmp_path):
     call = "compare --model tiny --task signs --methods lora:rank=2,full --seeds 0,1 --trials 3 --search grid"
     call += f" --option train_size=32 --test-size 20 --baseline Full --confidence 0.9 --out {tmp_path}"
+    call += " --targets body --targets wide"
     result = CliRunner().invoke(app, call.split())
     assert result.exit_code == 0, result.output
     spec = Store(tmp_path).comparison()["spec"]
     assert spec["search"]["trials"] == 3
     assert spec["task_options"] == {"train_size": 32, "test_size": 20}
     assert (spec["baseline"], spec["confidence"]) == ("Full", 0.9)
+    assert spec["targets"] == ["body", "wide"]
     wrong = CliRunner().invoke(app, [*call.split(), "--backend", "rai"])
     assert wrong.exit_code == 2
     assert "did you mean 'ray'" in wrong.stderr

@@ -23,6 +23,9 @@ def compare(
         ),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers that factored methods adapt: all-linear; as often as needed.")
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="lora,sorsa:gamma=0,svft:pattern=banded")] = None,
     baseline: Annotated[str | None, typer.Option(help="Label that the others are tested against.")] = None,
     seeds: Annotated[str | None, typer.Option(help="0,1,2")] = None,
@@ -68,6 +71,7 @@ def compare(
     chosen = {
         "model": model,
         "task": task,
+        "targets": targets or None,
         "methods": methods,
         "baseline": baseline,
         "seeds": [as_number(seed) for seed in seeds.split(",")] if seeds else None,
