@@ -1,4 +1,4 @@
-"""The committed comparisons: their files are valid, their results can be read, and the README prints what was measured."""
+"""The committed comparisons: valid files, results that can be read, and a README that prints what was measured."""
 
 import re
 from pathlib import Path
