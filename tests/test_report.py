@@ -444,3 +444,29 @@ def test_missing_parts_are_no_obstacle(options):
 
 def test_labels_are_no_mathematics_in_the_pictures():
     report.picture(results(labels={"LoRA": "costs $5 {and} \\frac"}))
+
+
+def test_another_metric_ranks_and_tests(tmp_path):
+    """Every metric of the test split has a column, and may take the place of the task's own."""
+    head, runs, trials = comparison(**SMALL)
+    found = store(tmp_path, (head, runs, trials))
+    by_loss = report.write(found, "loss")
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["label"], []).append(statistics.fmean(run["items"]["loss"]))
+    means = {label: statistics.fmean(values) for label, values in groups.items()}
+    assert [row.mean for row in by_loss.rows] == pytest.approx(sorted(means.values()))
+    assert all(row.mean == pytest.approx(means[row.label]) for row in by_loss.rows)
+    text = (tmp_path / "report.md").read_text()
+    assert "the lowest mean loss" in text
+    assert "| accuracy |" in text
+    own = report.read(found)
+    assert own.metric == "accuracy"
+    assert own.rows[0].mean_of("loss") == pytest.approx(means[own.rows[0].label])
+    assert own.rows[0].mean_of("bleu") is None
+    assert "| test loss |" in report.markdown(own)
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "--metric", "los"])
+    assert done.exit_code == 2
+    assert "no run was judged by 'los': did you mean 'loss'?" in " ".join(done.stderr.split())
+    assert CliRunner().invoke(app, ["report", str(tmp_path), "--metric", "loss"]).exit_code == 0
+    assert (tmp_path / "report.md").read_text() == text

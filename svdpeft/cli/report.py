@@ -12,13 +12,16 @@ from svdpeft.cli.app import app, console, fail
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="Folder of a comparison, or any address that fsspec opens.")],
+    metric: Annotated[
+        str | None, typer.Option(help="Rank and test by another metric of the test split, such as loss.")
+    ] = None,
 ) -> None:
     """Write the report of a comparison again from its runs: a page, a text, a table, pictures."""
     from svdpeft.compare import report as writer
     from svdpeft.compare.store import Store
 
     try:
-        results = writer.write(Store(folder))
+        results = writer.write(Store(folder), metric)
     except (ImportError, ValueError, OSError) as error:
         fail(error)
     console.print(writer.terminal(results))

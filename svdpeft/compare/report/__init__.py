@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def write(store: Store) -> Results:
+def write(store: Store, metric: str | None = None) -> Results:
     """Write the report of a comparison beside its runs, and return what it was made from.
 
     ``report.md``, ``report.html``, ``results.csv`` and, where a run ended well, ``report.png`` and ``loss.png``. The
@@ -33,11 +33,12 @@ def write(store: Store) -> Results:
 
     Args:
         store: of the comparison.
+        metric: that methods are ranked by; ``None`` is the task's own.
 
     Raises:
-        ValueError: the store holds no run.
+        ValueError: the store holds no run, or none was judged by the metric.
     """
-    results = read(store)
+    results = read(store, metric)
     store.write_text("results.csv", table_csv(results))
     store.write_text("report.md", markdown(results))
     store.write_text("report.html", page(results))

@@ -37,7 +37,10 @@ class Column:
 def columns(results: Results) -> list[Column]:
     """Return the columns after the metric; those that no row has are left out."""
     forgotten = next((f["name"] for row in results.rows for run in row.runs if (f := run["forgetting"])), "")
+    others = dict.fromkeys(name for row in results.rows for run in row.runs for name in run["items"])
+    others.pop(results.metric, None)
     every = [
+        *(_other(name) for name in others),
         Column("trainable", "trainable", "values that train, new head included", lambda r: r.trainable, ",d"),
         Column("factors", "in factors", "values that train in factors, held to the budget", lambda r: r.factors, ",d"),
         Column("attach", "attach s", "seconds to attach the method (median)", _times("attach_seconds"), ".2f"),
@@ -83,6 +86,13 @@ def columns(results: Results) -> list[Column]:
         ),
     ]
     return [column for column in every if any(column.value(row) is not None for row in results.rows)]
+
+
+def _other(metric: str) -> Column:
+    """Another metric of the test split than the one that ranks."""
+    heading = f"test {metric}" if metric.endswith("loss") else metric
+    meaning = "on the test split, mean over seeds"
+    return Column(f"other_{metric}", heading, meaning, lambda row: row.mean_of(metric), ".3f", axis=False)
 
 
 def metric_text(value: float, results: Results) -> str:

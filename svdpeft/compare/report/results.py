@@ -12,6 +12,7 @@ from typing import Any
 from svdpeft.compare.records import check, check_comparison, finished, newest, without_factors
 from svdpeft.compare.statistics import Difference, Interval, differences, interval
 from svdpeft.compare.store import Damaged, Record, Store
+from svdpeft.registry import near_miss
 from svdpeft.tasks.base import higher_is_better
 
 
@@ -80,6 +81,10 @@ class Row:
 
     def median(self, key: str) -> float | None:
         return _over(statistics.median, (run[key] for run in self.runs))
+
+    def mean_of(self, metric: str) -> float | None:
+        """The mean over seeds of any metric of the test split."""
+        return _over(statistics.fmean, (_mean(run, metric) for run in self.runs if metric in run["items"]))
 
     def largest(self, key: str) -> float | None:
         return _over(max, (run[key] for run in self.runs))
@@ -293,11 +298,15 @@ class Results:
         return f"{identity['model']} on {identity['task']['name']}{budget}, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
-def read(store: Store) -> Results:
+def read(store: Store, metric: str | None = None) -> Results:
     """Read a comparison; damaged files, and runs that newer ones took the place of, are left out and named.
 
+    Args:
+        store: of the comparison.
+        metric: that methods are ranked by, any that the test split gave; ``None`` is the task's own.
+
     Raises:
-        ValueError: the store holds no run that could be read.
+        ValueError: the store holds no run that could be read, or no such metric; the near miss is named.
     """
     runs, damaged = store.read("runs", partial(check, "runs"))
     trials, more = store.read("trials", partial(check, "trials"))
@@ -312,10 +321,23 @@ def read(store: Store) -> Results:
     if not runs:
         named = "".join(f"; {file.path}: {file.reason}" for file in damaged)
         raise ValueError(f"{store.address} is not a comparison: it holds no run{named}")
+    if metric is not None:
+        _rank_by(metric, list(filter(finished, runs)))
     if len(metrics := sorted({run["metric"]["name"] for run in runs if finished(run)})) > 1:
         raise ValueError(f"{store.address} holds runs with different metrics: {', '.join(metrics)}")
     records, older = newest(runs)
     return Results(records, trials, comparison, damaged, older)
+
+
+def _rank_by(metric: str, runs: Sequence[Record]) -> None:
+    for run in runs:
+        if metric not in run["items"]:
+            raise ValueError(f"no run was judged by {metric!r}: {near_miss(metric, run['items'])}")
+        run["metric"] = {"name": metric, "value": _mean(run, metric)}
+
+
+def _mean(run: Record, metric: str) -> float:
+    return statistics.fmean(map(number, run["items"][metric]))
 
 
 def _free(record: Record) -> bool:
