@@ -1,10 +1,12 @@
-"""The committed comparisons: valid files, and results that can be read and are whole."""
+"""The committed comparisons: valid files, results that can be read, and a README that prints what was measured."""
 
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from svdpeft.compare.report import read
+from svdpeft.compare.report import read, terminal
 from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
 
@@ -31,3 +33,13 @@ def test_committed_results_are_whole(folder):
     assert all(not run["git"]["dirty"] for row in results.rows for run in row.runs)
     for name in ("report.md", "report.html", "report.png", "loss.png", "results.csv"):
         assert (folder / name).stat().st_size
+
+
+def test_the_table_of_the_readme_is_what_was_measured():
+    (printed,) = re.findall(r"```\n(efficientnet-lite0 on .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(terminal(read(Store(ROOT / "benchmarks" / "results" / "demo"))))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    table = lines[: lines.index("")]
+    assert printed.splitlines() == table
