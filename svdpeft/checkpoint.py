@@ -41,7 +41,16 @@ PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
 
 
 class CheckpointError(ValueError):
-    """The folder is not an adapter for this model; the model is as it was."""
+    """The folder is not an adapter for this model; the model is as it was.
+
+    Args:
+        message: what is wrong.
+        dtype: of the weights that the adapter was made for, such as ``"bfloat16"``, where these have another.
+    """
+
+    def __init__(self, message: str, dtype: str | None = None) -> None:
+        super().__init__(message)
+        self.dtype = dtype
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -370,10 +379,12 @@ def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, st
             f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
         )
     if strict and digest(weight) != entry["hash"]:
-        dtype = "" if str(weight.dtype) == entry["dtype"] else f" (saved for {entry['dtype']}, here {weight.dtype})"
+        other = str(weight.dtype) != entry["dtype"]
+        dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
         raise CheckpointError(
-            f"{path} was made for another base: the first weight that differs is {site}{dtype}; check_base=False loads "
-            "it all the same"
+            f"{path} was made for another base: the first weight that differs is {site}{dtypes}; check_base=False loads "
+            "it all the same",
+            entry["dtype"].removeprefix("torch.") if other else None,
         )
 
 

@@ -83,7 +83,7 @@ def humaneval(folder: Path) -> dict[str, Any]:
     return {**SIZES, "test_size": 2, "train_data": str(folder / "train.jsonl")}
 
 
-def command(name: str, model: Path, options: dict[str, Any], *words: str) -> Any:
+def command(name: str, options: dict[str, Any], *words: str) -> Any:
     given = [word for key, value in options.items() for word in ("--option", f"{key}={value}")]
     return CliRunner().invoke(app, [name, *map(str, words), "--task", "humaneval", *given, "--json"])
 
@@ -92,7 +92,7 @@ def command(name: str, model: Path, options: dict[str, Any], *words: str) -> Any
 def test_no_program_is_run_unless_it_is_allowed(name, place, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_run", lambda *args: pytest.fail("a program was run"))
     model = (place / "model",) if name == "eval" else ("--model", place / "model", "--out", tmp_path / "out")
-    result = command(name, place / "model", humaneval(tmp_path), *model)
+    result = command(name, humaneval(tmp_path), *model)
     assert result.exit_code == 2
     assert "--allow-code-execution" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -106,6 +106,6 @@ def test_programs_are_run_where_it_is_allowed(name, place, tmp_path, monkeypatch
     monkeypatch.setattr(sandbox, "_run", lambda *args: ran.append(args[0]) or really(*args))
     words = ("--methods", "lora", "--seeds", "0", "--batch-size", "4", "--budget", "10%", "--no-search")
     model = (place / "model",) if name == "eval" else ("--model", place / "model", "--out", tmp_path / "out", *words)
-    result = command(name, place / "model", humaneval(tmp_path), *model, "--allow-code-execution")
+    result = command(name, humaneval(tmp_path), *model, "--allow-code-execution")
     assert result.exit_code == 0, result.output
     assert len([program for program in ran if "check(candidate)" in program]) == 2

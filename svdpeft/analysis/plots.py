@@ -74,10 +74,10 @@ def plot_drift(table: Table | Mapping[str, Table], path: str | os.PathLike[str])
                     markersize=4,
                     label=name,
                 )
-            axes.set(title=title, xlabel="ΔΣ: mean change of the singular values")
+            axes.set(title=title, xlabel=COURSES["delta_sigma"])
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
-        every[0].set_ylabel("ΔD: mean turn of the singular vectors")
+        every[0].set_ylabel(COURSES["delta_d"])
 
 
 def plot_course(

@@ -11,6 +11,14 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 console = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, gsm8k, "
+        "math, humaneval."
+    ),
+]
+TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 
 @app.callback()

@@ -8,21 +8,15 @@ from typing import Annotated
 
 import typer
 
-from svdpeft.cli.app import Json, app, console, fail
+from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail
 
 
 @app.command()
 def compare(
     spec: Annotated[Path | None, typer.Argument(help="TOML file; what it leaves out has defaults.")] = None,
     model: Annotated[str | None, typer.Option(help="Embedded name, timm:NAME, hf:NAME or a local folder.")] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, "
-            "gsm8k, math, humaneval."
-        ),
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
+    task: TaskName = None,
+    option: TaskOptions = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers that factored methods adapt: all-linear; as often as needed.")
     ] = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from svdpeft.cli.app import Json, app, console, fail
+from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail
 
 Split = Literal["train", "validation", "test"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -22,10 +21,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def evaluate(
     model: Annotated[str, typer.Argument(help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved adapter.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="mnist5k, cifar100, …, wordproblems, gsm8k, math, humaneval.")
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")] = None,
+    task: TaskName = None,
+    option: TaskOptions = None,
     split: Annotated[Split | None, typer.Option(help="Part of the task's data; test unless said.")] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness instead: names or YAML files, with commas.")
@@ -149,8 +146,10 @@ def _load(
         try:
             attached = svdpeft.load(loaded.model, adapter)
         except CheckpointError as error:
-            if saved := re.search(r"saved for torch\.(\w+), here", str(error)):
-                raise ValueError(f"{adapter} was made for weights in {saved[1]}: give --dtype {saved[1]}") from error
+            if error.dtype:
+                raise ValueError(
+                    f"{adapter} was made for weights in {error.dtype}: give --dtype {error.dtype}"
+                ) from error
             raise
         trained = {id(parameter) for parameter in attached.parameters()}
         if num_classes is not None and not trained & {

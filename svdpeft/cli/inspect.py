@@ -90,8 +90,8 @@ def _attached(loaded: Loaded, adapter: Path, num_classes: int | None) -> Adapter
         return svdpeft.load(loaded.model, adapter)
     except CheckpointError as error:
         text = str(error)
-        if saved := re.search(r"saved for torch\.(\w+), here", text):
-            raise ValueError(f"give --dtype {saved[1]}, which {adapter} was made on: {text}") from error
+        if error.dtype:
+            raise ValueError(f"give --dtype {error.dtype}, which {adapter} was made on: {text}") from error
         other = re.search(r" trains \S+, which this model does not have| there, .* in this model$", text)
         if other and num_classes is None and loaded.modality == "vision":
             what = text[: other.end()]  # without all the names that the model has

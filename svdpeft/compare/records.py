@@ -1,4 +1,4 @@
-"""What a record must hold to be reported, checked once, where it is read; and which records of a method count."""
+"""What a record must hold to be reported, checked where it is read; and which records of a method count."""
 
 from __future__ import annotations
 
