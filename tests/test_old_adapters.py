@@ -1,0 +1,42 @@
+"""Adapters that an earlier revision wrote load with the same bits, compute the same, and are written the same again."""
+
+import json
+
+import pytest
+import torch
+from helpers import close, equal_bits
+from old_adapters import CASES, FIXTURES
+from safetensors.torch import load_file
+
+import svdpeft
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
+    model, x = CASES[name][0]()
+    base = model(x)
+    adapter = svdpeft.load(model, FIXTURES / name)
+    close(model(x).detach(), load_file(FIXTURES / f"{name}.safetensors")["out"])
+    assert not torch.allclose(model(x), base)
+    adapter.save(tmp_path / name)
+    before, after = (json.loads((folder / name / "adapter.json").read_text()) for folder in (FIXTURES, tmp_path))
+    assert before == after
+    before, after = (load_file(folder / name / "adapter.safetensors") for folder in (FIXTURES, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(equal_bits(tensor, after[key]) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attaching_makes_the_adapter_that_an_earlier_revision_made(name):
+    """Sites, methods, names of tensors and what is drawn from the seed stay; only rounding may differ."""
+    (model, x), (other, _) = CASES[name][0](), CASES[name][0]()
+    there, here = svdpeft.load(model, FIXTURES / name), CASES[name][1](other)
+    assert str(there.methods) == str(here.methods)
+    assert there.skipped == here.skipped
+    assert {k: (s.shape, s.method) for k, s in there.sites.items()} == {
+        k: (s.shape, s.method) for k, s in here.sites.items()
+    }
+    for site, found in here.sites.items():
+        for role, tensor in found.factors.tensors().items():
+            if role not in found.method.trains:  # what trains was moved before it was written
+                torch.testing.assert_close(tensor, there.sites[site].factors.tensors()[role], rtol=1e-9, atol=1e-9)
