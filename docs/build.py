@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Factored, PerSite
 from svdpeft.registry import METHODS
-from svdpeft.weights import stored
+from svdpeft.sites.weights import stored
 from svdpeft.zoo import SIDE, Card, card
 
 FOLDER = Path(__file__).parent / "methods"

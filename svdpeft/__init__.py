@@ -9,15 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from svdpeft.adapter import Adapter, MergeReport
-from svdpeft.allocation import Budget
-from svdpeft.calibration import Calibration, calibrate
-from svdpeft.checkpoint import CheckpointError, load
+from svdpeft import methods
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.attach import attach
+from svdpeft.adapter.file import CheckpointError
+from svdpeft.adapter.loading import load
+from svdpeft.calibration.calibrate import calibrate
+from svdpeft.calibration.calibration import Calibration
 from svdpeft.decomposition import svd_cache
-from svdpeft.install import attach
 from svdpeft.methods.base import Method
+from svdpeft.methods.base.allocation import Budget
+from svdpeft.methods.base.schedules import Adaptive, Schedule
 from svdpeft.registry import METHODS
-from svdpeft.schedules import Adaptive, Schedule
+from svdpeft.sites.weights import MergeReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,16 +43,6 @@ __all__ = [
 ]
 
 _LATE = {"Trainer": "svdpeft.training.trainer", "AdapterCallback": "svdpeft.training.callback"}
-
-
-def methods() -> list[str]:
-    """Return the names of all methods.
-
-    Example:
-        >>> "sorsa" in methods()
-        True
-    """
-    return list(METHODS)
 
 
 def method(name: str) -> type[Method]:

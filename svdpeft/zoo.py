@@ -6,9 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from svdpeft.allocation import Budget
-from svdpeft.factors import Given
-from svdpeft.methods.base import Method, PerSite
+from svdpeft.methods.base import Given, Method, PerSite
+from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.dora import DoRA
 from svdpeft.methods.lora import LoRA
 from svdpeft.registry import KINDS, METHODS

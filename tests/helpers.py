@@ -13,20 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.attach import attach
 from svdpeft.decomposition import Product
-from svdpeft.factors import Statistics
-from svdpeft.install import attach
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.methods.base import Method, PerSite
+from svdpeft.methods.base import Method, PerSite, Statistics
 from svdpeft.methods.boft import BOFT
 from svdpeft.methods.dora import DoRA
 from svdpeft.methods.flora import FLoRA
 from svdpeft.methods.oft import OFT
 from svdpeft.registry import KINDS, METHODS
-from svdpeft.sites import Site
-from svdpeft.targets import select
-from svdpeft.weights import stored
+from svdpeft.sites.site import Site
+from svdpeft.sites.weights import stored
+from svdpeft.targets.select import select
 
 # The one bound of float64. No method and no layer kind has its own.
 RTOL, ATOL = 1e-10, 1e-12

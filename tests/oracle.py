@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 
 Array = NDArray[np.float64]
 SHAPES = [(6, 9), (9, 6), (7, 7)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, PiSSA, attach
-from svdpeft.weights import stored
+from svdpeft.sites.weights import stored
 
 
 class Tied(nn.Module):
@@ -93,7 +93,7 @@ def test_rank_by_pattern():
     adapter = attach(model, PiSSA(rank={"a": 2, ".*": 3}, alpha=6.0))
     assert [site.method.rank for site in adapter.sites.values()] == [2, 3]
     assert [site.method.scale for site in adapter.sites.values()] == [3.0, 2.0]
-    assert len(adapter._by_method()) == 1, "one method, whatever the ranks"
+    assert len(adapter._steps.groups) == 1, "one method, whatever the ranks"
 
 
 def test_a_layer_that_is_trained_whole_is_not_adapted():

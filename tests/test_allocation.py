@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import svdpeft
 from svdpeft import SORSA, SVFT, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA, attach
+from svdpeft.adapter.loading import restore
 from svdpeft.training.state import FILE, load_training_state, save_training_state
 
 LEFT_OUT = "has not done its own step"
@@ -133,7 +134,7 @@ def test_what_is_no_mistake_is_let_through(tmp_path):
     loop.model.load_state_dict(loop.model.state_dict())
     loop.model(loop.x)
     loop.adapter.save(tmp_path / "a")
-    svdpeft.checkpoint.restore(loop.adapter, tmp_path / "a")
+    restore(loop.adapter, tmp_path / "a")
     loop.model(loop.x)
     loop.model.double().float()
     loop.model(loop.x)
@@ -369,7 +370,7 @@ def test_a_loop_by_hand_goes_on_as_well(tmp_path):
     torch.save(first.optimizer.state_dict(), tmp_path / "optimizer.pt")
 
     second = Loop()
-    svdpeft.checkpoint.restore(second.adapter, tmp_path / "adapter")
+    restore(second.adapter, tmp_path / "adapter")
     load_training_state(second.adapter, tmp_path)
     second.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     for _ in range(4):

@@ -17,7 +17,7 @@ import svdpeft
 from svdpeft.analysis import COLUMNS, DriftTracker, inspect
 from svdpeft.analysis.matrices import Matrix, _copied
 from svdpeft.analysis.tables import to_rows
-from svdpeft.weights import stored
+from svdpeft.sites.weights import stored
 
 
 def read(model, adapter):

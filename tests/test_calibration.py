@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import svdpeft
 from svdpeft import EVA, Calibration, CorDA, LoRA, LoRAGA, LoRANull, attach, calibrate
-from svdpeft.calibration import FORMAT
+from svdpeft.adapter.loading import FORMAT
 from svdpeft.layers.base import CalledKind
 from svdpeft.registry import KINDS
 
@@ -528,7 +528,7 @@ def test_a_crash_leaves_the_old_file(tmp_path: Any, monkeypatch: pytest.MonkeyPa
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("svdpeft.calibration.save_file", crash)
+    monkeypatch.setattr("svdpeft.calibration.calibration.save_file", crash)
     with pytest.raises(OSError, match="disk full"):
         Calibration({}).save(path)
     assert path.read_bytes() == before

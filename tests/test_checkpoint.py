@@ -15,8 +15,10 @@ from helpers import Host, adapt, equal_bits, host, methods, perturb, refused, sn
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from svdpeft import SORSA, SVFT, CheckpointError, HeadOnly, LoRA, PiSSA, attach, checkpoint, load
-from svdpeft.checkpoint import HEADER, TENSORS, restore
+from svdpeft import SORSA, SVFT, CheckpointError, HeadOnly, LoRA, PiSSA, attach, load
+from svdpeft.adapter import saving
+from svdpeft.adapter.file import HEADER, TENSORS
+from svdpeft.adapter.loading import restore
 from svdpeft.decomposition import digest
 
 LINEAR = ("linear", 0)
@@ -336,7 +338,7 @@ def test_failure_while_writing_leaves_the_old_folder(
         raise error("the disk is full")
 
     if place == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(saving, "save_file", fail)
     elif place == "write_text":
         monkeypatch.setattr(Path, "write_text", fail)
     else:

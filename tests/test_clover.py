@@ -16,11 +16,11 @@ from oracle import Array, near
 from torch import Tensor, nn
 
 from svdpeft import CLOVER, LoRA, attach, load
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.interop.peft import export_lora
-from svdpeft.inventory import weights_of
-from svdpeft.pairs import Half, halves
 from svdpeft.registry import KINDS
+from svdpeft.targets.inventory import weights_of
+from svdpeft.targets.pairs import Half, halves
 
 
 class Attention(nn.Module):

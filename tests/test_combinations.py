@@ -10,8 +10,8 @@ from helpers import adapt, close, differs, host, perturb, refused
 from torch import nn
 
 from svdpeft import DoRA
-from svdpeft.allocation import Budget
 from svdpeft.methods.base import Factored, PerSite
+from svdpeft.methods.base.allocation import Budget
 from svdpeft.registry import METHODS
 from svdpeft.zoo import card
 

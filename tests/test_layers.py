@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft import LoRA, PiSSA, attach
-from svdpeft.inventory import kind_of
 from svdpeft.layers.base import POSITIONS, SMALL
 from svdpeft.layers.conv import Conv
 from svdpeft.layers.linear import Linear
-from svdpeft.weights import stored
+from svdpeft.sites.weights import stored
+from svdpeft.targets.inventory import kind_of
 
 
 class Renamed(nn.Linear):

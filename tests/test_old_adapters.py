@@ -29,7 +29,7 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_attaching_makes_the_adapter_that_an_earlier_revision_made(name):
     """Sites, methods, names of tensors and what is drawn from the seed stay; only rounding may differ."""
-    (model, x), (other, _) = CASES[name][0](), CASES[name][0]()
+    (model, _), (other, _) = CASES[name][0](), CASES[name][0]()
     there, here = svdpeft.load(model, FIXTURES / name), CASES[name][1](other)
     assert str(there.methods) == str(here.methods)
     assert there.skipped == here.skipped

@@ -13,7 +13,7 @@ from oracle import SHAPES, Array, every_shape, linear, near, output, tensors, tr
 from torch import nn
 
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, Partial, PiSSA, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.sorsa import orthonormality_error, orthonormality_gradient, polar
 
 # -- LoRA ----------------------------------------------------------------------------------------------------

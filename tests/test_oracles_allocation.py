@@ -12,7 +12,7 @@ from oracle import Array, every_shape, linear, near, output, tensors
 from torch import nn
 
 from svdpeft import SORSA, AdaLoRA, Budget, LoRA, PiSSA, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 
 AXES = {"L": 0, "A": 1}
 

@@ -13,7 +13,7 @@ from oracle import SHAPES, Array, every_shape, linear, near, output, tensors, tr
 from torch import nn
 
 from svdpeft import PSOFT, SSVD, SVF, SVFT, AntiPaSTO, LoRAXS, SVDiff, SVFit, SVFTransformer2, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Factored
 
 Shape = tuple[int, int]

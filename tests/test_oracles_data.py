@@ -12,8 +12,8 @@ from oracle import Array, every_shape, linear, near, output, tensors, triplets
 from torch import nn
 
 from svdpeft import EVA, CorDA, LoRAGA, LoRANull, attach, calibrate
-from svdpeft.adapter import Adapter
-from svdpeft.factors import Statistics
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.methods.base import Statistics
 
 
 def start(shape: tuple[int, int], method: Any) -> tuple[Adapter, nn.ModuleDict, Array, Array, Array, dict[str, Array]]:

@@ -13,7 +13,7 @@ from oracle import Array, every_shape, linear, near, output, tensors, triplets
 from torch import nn
 
 from svdpeft import AdaMSS, FRoD, PiCa, RandLoRA, TinyLoRA, VeRA, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.decomposition import kmeans
 
 SIZES = {"a": (6, 9), "b": (9, 6), "c": (7, 7), "d": (4, 11)}

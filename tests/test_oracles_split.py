@@ -13,7 +13,7 @@ from oracle import Array, every_shape, linear, near, output, tensors, triplets
 from torch import nn
 
 from svdpeft import OSF, Budget, KaSA, MiCA, MiLoRA, OLoRA, SpectralAdapter, SpectralAdapterR, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 
 SCALES = [({}, 1.0), ({"alpha": 6.0}, 2.0), ({"alpha": 6.0, "rs": True}, 6 / math.sqrt(3))]  # at rank 3
 every_scale = pytest.mark.parametrize(("options", "scale"), SCALES)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft import BOFT, OFT, SORSA, SVFT, DoRA, FLoRA, LoRA, PiSSA, attach
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Transform
 from svdpeft.registry import METHODS
 

@@ -214,7 +214,7 @@ def test_reload_and_merge_are_measured_for_methods_of_every_sort(tiny, tmp_path,
 
 
 def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monkeypatch):
-    real = run.checkpoint.load
+    real = run.reload
 
     def off(model, path):
         adapter = real(model, path)
@@ -222,7 +222,7 @@ def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monk
             for p in adapter.parameters():
                 p += 0.01
 
-    monkeypatch.setattr(run.checkpoint, "load", off)
+    monkeypatch.setattr(run, "reload", off)
     record = runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)[0]
     assert record["reload_error"] > 1e-3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import svdpeft.reads
+import svdpeft.sites.reads
 from svdpeft import SORSA, LoRA, PiSSA, attach, load
 from svdpeft.methods.base import Method
 
@@ -152,7 +152,7 @@ def test_asking_is_not_reading():
     adapter = attach(model, LoRA(rank=2))
     model(torch.randn(2, 6))
     assert adapter.sites["wo"].path == "factored"
-    assert not adapter.sites["wo"].places[0].reads
+    assert not adapter.sites["wo"].places[0].was_read
 
 
 def test_t5_builds_no_weight(monkeypatch: pytest.MonkeyPatch):
@@ -160,7 +160,7 @@ def test_t5_builds_no_weight(monkeypatch: pytest.MonkeyPatch):
 
     model = T5EncoderModel(T5Config(d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, vocab_size=20)).eval()
     attach(model, LoRA(rank=2))
-    monkeypatch.setattr(svdpeft.reads, "adapted", lambda *_: pytest.fail("a weight was built to be asked about"))
+    monkeypatch.setattr(svdpeft.sites.reads, "adapted", lambda *_: pytest.fail("a weight was built to be asked about"))
     model(torch.tensor([[1, 2, 3]]))
 
 
@@ -405,16 +405,16 @@ def test_a_weight_read_many_times_in_one_call_is_computed_once(monkeypatch: pyte
     adapter = attach(model, LoRA(rank=1))
     perturb(adapter)
     calls = []
-    real = svdpeft.reads.adapted
-    monkeypatch.setattr(svdpeft.reads, "adapted", lambda *a: calls.append(1) or real(*a))
+    real = svdpeft.sites.reads.adapted
+    monkeypatch.setattr(svdpeft.sites.reads, "adapted", lambda *a: calls.append(1) or real(*a))
     x = torch.randn(2, 3, dtype=torch.float64)
     out = model["experts"](x)
     assert len(calls) == 1
     out.sum().backward()
     model["experts"](x).sum().backward()  # the next call has a graph of its own
     assert len(calls) == 2
-    assert not svdpeft.reads._thread.calls
-    assert not svdpeft.reads._thread.forming
+    assert not svdpeft.sites.reads._thread.calls
+    assert not svdpeft.sites.reads._thread.forming
 
 
 def test_threads_do_not_see_each_others_calls():
@@ -456,4 +456,4 @@ def test_an_interrupted_call_leaves_nothing_behind():
         model(x)
     handle.remove()
     close(model(x), expected)
-    assert not svdpeft.reads._thread.calls
+    assert not svdpeft.sites.reads._thread.calls

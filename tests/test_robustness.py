@@ -11,7 +11,7 @@ from helpers import Both, adapt, assert_same, close, equal_bits, host, perturb, 
 from torch import Tensor, nn
 
 from svdpeft import SORSA, SVFT, LoRA, PiSSA, attach
-from svdpeft.weights import BaseWeight, stored
+from svdpeft.sites.weights import BaseWeight, stored
 
 
 def stack() -> tuple[nn.Sequential, Tensor]:
@@ -60,7 +60,7 @@ def test_an_interrupted_change_leaves_the_adapter_attached(change: str, method: 
 
 
 def test_an_interrupted_detach_can_be_repeated(monkeypatch: pytest.MonkeyPatch):
-    from svdpeft.sites import Site
+    from svdpeft.sites.site import Site
 
     model, _ = stack()
     before = snapshot(model)

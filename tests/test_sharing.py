@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import CheckpointError, FRoD, LoRA, PiCa, RandLoRA, TinyLoRA, VeRA, attach, load
-from svdpeft.adapter import Adapter
-from svdpeft.checkpoint import restore
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.loading import restore
 from svdpeft.compare import budget
-from svdpeft.factors import Given
-from svdpeft.methods.base import Method
+from svdpeft.methods.base import Given, Method
 
 METHODS = [
     VeRA(rank=3),

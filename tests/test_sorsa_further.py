@@ -15,6 +15,7 @@ import svdpeft
 from svdpeft import SORSA, Adaptive, LoRA, Schedule, attach
 from svdpeft.decomposition.orthonormality import orthonormality_error
 from svdpeft.methods.sorsa import errors, orthonormality_gradient
+from svdpeft.sites.weights import stored
 from svdpeft.training.callback import StepCallback
 
 
@@ -190,7 +191,7 @@ def test_dropout_acts_on_the_adapters_input_in_training_alone():
     torch.manual_seed(1)
     noisy = model(x)
     kept = (torch.manual_seed(1), nn.functional.dropout(torch.ones_like(x), 0.5))[1]
-    hidden = nn.functional.linear(x, svdpeft.weights.stored(model[0], "weight"), model[0].bias)
+    hidden = nn.functional.linear(x, stored(model[0], "weight"), model[0].bias)
     hidden = hidden + (kept * x) @ adapter.delta("0").mT
     adapter.sites["2"].active = False
     torch.testing.assert_close(noisy, model[2](torch.tanh(hidden)))
@@ -207,7 +208,7 @@ def test_in_sequence_first_sorsa_then_lora():
     train(model, first, x, y, steps=5)
     learned = model(x).detach()
     deltas = {name: first.delta(name) for name in first.sites}
-    weights = {name: svdpeft.weights.stored(model[int(name)], "weight").clone() for name in deltas}
+    weights = {name: stored(model[int(name)], "weight").clone() for name in deltas}
 
     first.merge(permanent=True)  # a plain model again, with W0 + ΔW for weights
     for name, delta in deltas.items():
@@ -256,7 +257,7 @@ def test_side_by_side_by_hand():
         assert all(not torch.equal(p, start[name]) for name, p in adapter.named_parameters())
 
     layer, together = model[0], pair[0].delta("0") + pair[1].delta("0")
-    weight = svdpeft.weights.stored(layer, "weight")
+    weight = stored(layer, "weight")
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight + together, layer.bias))
     with pair[0].disabled(), pair[1].disabled():
         assert torch.equal(model(x), base)

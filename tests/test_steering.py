@@ -15,7 +15,7 @@ from helpers import adapt, close, differs, equal_bits, frozen, host, methods, pe
 from torch import nn
 
 from svdpeft import PSOFT, AntiPaSTO, LoRA, SVDiff, attach, load
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Method
 
 LINEAR, READ = ("linear", 0), ("rwkv", 0)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import svdpeft
-from svdpeft.checkpoint import CheckpointError
+from svdpeft.adapter.loading import CheckpointError
 from svdpeft.methods.sorsa import orthonormality_gradient
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.analysis import tables
 from svdpeft.analysis.matrices import Matrix, Patterns, matrices_of
 from svdpeft.analysis.measures import change_of, factors_of, numbers, principal_rank, spectrum_of

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter import Adapter
-from svdpeft.inventory import Weight, weights_of
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.layers.base import LayerKind
-from svdpeft.layers.fused import Part, parts_of
+from svdpeft.layers.fused import parts_of
+from svdpeft.layers.part import Part
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factored
 from svdpeft.patterns import BRACKETS, matches
 from svdpeft.registry import near_miss
-from svdpeft.sites import Site
-from svdpeft.weights import stored
+from svdpeft.sites.site import Site
+from svdpeft.sites.weights import stored
+from svdpeft.targets.inventory import Weight, weights_of
 
 Patterns = str | Sequence[str]
 

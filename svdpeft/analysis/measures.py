@@ -13,7 +13,7 @@ from svdpeft.analysis.spectra import condition_number, effective_rank, energy, e
 from svdpeft.decomposition import SVD
 from svdpeft.decomposition.orthonormality import noise, orthonormality_error
 from svdpeft.methods.base import Factored
-from svdpeft.sites import Site
+from svdpeft.sites.site import Site
 
 DRIFT = ("delta_sigma", "delta_d", "delta_sigma_assigned", "delta_d_assigned", "delta_subspace", "distance")
 SHAPE = ("condition_principal", "effective_rank", "stable_rank", "energy", "intruders")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.analysis import tables
 from svdpeft.analysis.matrices import Matrix, Patterns, matrices_of
 from svdpeft.analysis.measures import COLUMNS, change_of, factors_of, numbers, principal_rank

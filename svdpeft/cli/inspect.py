@@ -17,7 +17,7 @@ from rich.text import Text
 from svdpeft.cli.app import Json, app, console, fail
 
 if TYPE_CHECKING:
-    from svdpeft.adapter import Adapter
+    from svdpeft.adapter.adapter import Adapter
     from svdpeft.analysis import Inspection
     from svdpeft.models import Loaded
 
@@ -84,7 +84,7 @@ def inspect(
 def _attached(loaded: Loaded, adapter: Path, num_classes: int | None) -> Adapter:
     """Load the adapter; where it does not fit, say first which option of this command makes it fit."""
     import svdpeft
-    from svdpeft.checkpoint import CheckpointError
+    from svdpeft.adapter.loading import CheckpointError
 
     try:
         return svdpeft.load(loaded.model, adapter)

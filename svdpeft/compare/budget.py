@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from svdpeft.factors import Given
-from svdpeft.install import given
-from svdpeft.methods.base import PerSite
-from svdpeft.targets import select
+from svdpeft.adapter.attach import given
+from svdpeft.methods.base import Given, PerSite
+from svdpeft.targets.select import select
 
 
 def sites_of(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svdpeft.adapter import Adapter
-from svdpeft.calibration import Calibration, calibrate
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.calibration.calibrate import calibrate
+from svdpeft.calibration.calibration import Calibration
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.tasks.base import TaskData
 from svdpeft.training.trainer import returns_loss

@@ -17,13 +17,13 @@ import torch
 import transformers
 from torch import nn
 
-from svdpeft import checkpoint
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.attach import attach
+from svdpeft.adapter.loading import load as reload
 from svdpeft.analysis import DriftTracker
 from svdpeft.compare import budget, measures
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.decomposition import svd_cache
-from svdpeft.install import attach
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
 from svdpeft.tasks.base import TaskData
@@ -264,7 +264,7 @@ def _exactness(training: Training, folder: Path) -> dict[str, Any]:
         training.attach(again)[0].detach()  # fills the cache
         warm, found["attach_warm_seconds"] = training.attach(again)
     warm.detach()
-    checkpoint.load(again, folder / "adapter")
+    reload(again, folder / "adapter")
     return {**found, "reload_error": measures.gap(measures.outputs(again, data), adapted)}
 
 

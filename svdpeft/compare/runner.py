@@ -25,7 +25,7 @@ from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store
 from svdpeft.methods.base import PerSite
 from svdpeft.registry import near_miss
-from svdpeft.targets import NotDefined
+from svdpeft.targets.choice import NotDefined
 from svdpeft.tasks.base import higher_is_better
 from svdpeft.tasks.probes import probe
 

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.decomposition import Product, exact_rank, recompress
-from svdpeft.sites import Site
+from svdpeft.sites.site import Site
 
 CONV = re.compile(r"conv|conv-same")
 WRITTEN = re.compile(r"linear|hf-conv1d|conv|conv-same")  # the kinds whose LoRA files PEFT can read back

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.base import Example, LayerKind, Rows
+from svdpeft.layers.base import Example, LayerKind, Ranges
 from svdpeft.registry import KINDS
 
 PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -28,7 +28,7 @@ class Attention(LayerKind):
     def match(cls, module: nn.Module, parameter: str) -> int | None:
         return super().match(module, cls.parameter) if parameter in PARAMETERS else None
 
-    def parts(self, module: nn.Module, parameter: str) -> dict[str, Rows]:
+    def parts(self, module: nn.Module, parameter: str) -> dict[str, Ranges]:
         if parameter != "in_proj_weight":
             return {}
         width: int = module.embed_dim  # type: ignore[assignment]

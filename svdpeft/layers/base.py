@@ -7,7 +7,8 @@ Every kind gives the matrix view; that is enough to adapt a weight where it is r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from svdpeft.decomposition import Product
 POSITIONS = 1024  # tokens or pixels in a batch, for the choice between the two paths
 SMALL = 2**18  # entries; a larger ΔW is never built, since autograd would keep a copy of the weight per site
 
-Rows = tuple[tuple[int, int, int], ...]  # rows of a matrix, as (start, stop, step) ranges
+Ranges = tuple[tuple[int, int, int], ...]  # rows of a matrix, as (start, stop, step) ranges
 
 
 class Example(NamedTuple):
@@ -52,6 +53,11 @@ class LayerKind(ABC):
         return next((i for i, c in enumerate(type(module).__mro__) if dotted(c) in cls.classes), None)
 
     @classmethod
+    def fits(cls, module: nn.Module, parameter: str) -> bool:
+        """Whether a weight that was saved as one of this kind can be this one."""
+        return cls.match(module, parameter) is not None
+
+    @classmethod
     def roles(cls, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Further names by which targets may call the weights of a model this kind knows: site name -> roles."""
         return {}
@@ -65,9 +71,18 @@ class LayerKind(ABC):
         """Whether the layer's own ``forward`` is one that this kind can add an update to."""
         return False
 
-    def parts(self, module: nn.Module, parameter: str) -> dict[str, Rows]:
+    def parts(self, module: nn.Module, parameter: str) -> dict[str, Ranges]:
         """Parts of the weight that this kind knows of, as rows of its matrix."""
         return {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what an adapter file says of the kind; ``from_json`` makes it again."""
+        return {"kind": self.name, "axes": []}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> LayerKind:
+        """Return the kind that ``to_json`` has written; most have nothing that differs from layer to layer."""
+        return cls()
 
     @abstractmethod
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.base import Example, LayerKind, Rows, dotted
+from svdpeft.layers.base import Example, LayerKind, Ranges, dotted
 from svdpeft.registry import KINDS
 
 PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,7 @@ class Experts(LayerKind):
         known |= any(dotted(type(module)) == name and parameter in names for name, names in TRANSPOSED)
         return 0 if known and module._parameters[parameter].ndim == 3 else None  # type: ignore[union-attr]
 
-    def parts(self, module: Any, parameter: str) -> dict[str, Rows]:
+    def parts(self, module: Any, parameter: str) -> dict[str, Ranges]:
         if parameter != "gate_up_proj":
             return {}
         rows = self.to_matrix(module, module._parameters[parameter]).shape[-2]

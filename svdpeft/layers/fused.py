@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from svdpeft.decomposition import Product
-from svdpeft.layers.base import CalledKind, Example, LayerKind, Rows, dotted
+from svdpeft.layers.base import LayerKind, Ranges, dotted
 
 STACKED = {  # name of the layer -> its parts, equally large and one after the other
     "qkv": ("q", "k", "v"),
@@ -36,7 +33,7 @@ HEADWISE_PARENTS = {
 }
 
 
-def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, parent: Any) -> dict[str, Rows]:
+def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, parent: Any) -> dict[str, Ranges]:
     """Return the parts of a fused weight as rows of its matrix; empty where the order of the rows is not known.
 
     Args:
@@ -70,7 +67,7 @@ def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, pare
     return {name: ((i * step, (i + 1) * step, 1),) for i, name in enumerate(names)}
 
 
-def _headwise(names: tuple[str, ...], m: int, sizes: Sequence[int]) -> dict[str, Rows]:
+def _headwise(names: tuple[str, ...], m: int, sizes: Sequence[int]) -> dict[str, Ranges]:
     group, found = sum(sizes), {}
     for i, name in enumerate(names):
         start = sum(sizes[:i])
@@ -78,100 +75,10 @@ def _headwise(names: tuple[str, ...], m: int, sizes: Sequence[int]) -> dict[str,
     return found
 
 
-def _grouped(parent: Any, m: int) -> dict[str, Rows]:
+def _grouped(parent: Any, m: int) -> dict[str, Ranges]:
     """Phi-3: all query heads, then the fewer key heads, then as many value heads."""
     size, heads = getattr(parent, "head_dim", None), getattr(parent, "num_key_value_heads", None)
     if type(parent).__name__ not in ("Phi3Attention", "Phi4MultimodalAttention") or size is None or heads is None:
         return {}
     q = m - 2 * heads * size
     return {"q": ((0, q, 1),), "k": ((q, q + heads * size, 1),), "v": ((q + heads * size, m, 1),)}
-
-
-class Part(CalledKind):
-    """Some rows of the matrices of another kind.
-
-    Args:
-        whole: the kind of the layer.
-        rows: which rows.
-        total: number of rows of the whole matrix.
-    """
-
-    def __init__(self, whole: LayerKind, rows: Sequence[Sequence[int]], total: int) -> None:
-        self.whole, self.total = whole, total
-        self.rows: Rows = tuple((start, stop, step) for start, stop, step in rows)
-        self.name = whole.name  # type: ignore[misc]
-        self.multiplies = False  # type: ignore[misc]
-        self.linear = whole.linear  # type: ignore[misc]
-        self.sees = whole.sees  # type: ignore[misc]
-
-    def called(self, module: nn.Module) -> bool:
-        return self.whole.called(module)
-
-    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
-        w = self.whole.to_matrix(module, w)
-        if len(self.rows) == 1:  # a view
-            start, stop, step = self.rows[0]
-            return w[..., start:stop:step, :]
-        return torch.cat([w[..., start:stop:step, :] for start, stop, step in self.rows], -2)
-
-    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return self.whole.from_matrix(module, self._among_zeros(matrix))
-
-    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        return self._layer.apply(module, x, self._widen(product))
-
-    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-        return self._layer.run(module, x, w)
-
-    def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
-        return self._layer.run_like(module, x, w, out)
-
-    def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-        out = self._layer.run_whole(module, x, w)
-        mine = self.per_row(module, x, out.new_ones(sum(len(range(*rows)) for rows in self.rows)))
-        return out if mine is None else out * mine
-
-    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
-        return self._layer.per_row(module, x, self._among_zeros(values.unsqueeze(-1)).squeeze(-1))
-
-    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
-        return self._layer.add_bias(module, out)
-
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
-        return self._layer.inputs(module, x)
-
-    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return self._layer.add(module, x, out, self._widen(product))
-
-    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return self._layer.add_dense(module, x, out, self._widen(product))
-
-    def spread(self, out: Tensor) -> Tensor:
-        """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
-        return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
-
-    @property
-    def _layer(self) -> CalledKind:
-        assert isinstance(self.whole, CalledKind), "only a layer that is called has an output to add to"
-        return self.whole
-
-    def _widen(self, product: Product) -> Product:
-        # L of the whole layer, zero in the other rows: one thin product more per token than a slice of the output
-        # would cost, and right for every kind.
-        return product._replace(L=self._among_zeros(product.L))
-
-    def _among_zeros(self, part: Tensor) -> Tensor:
-        """(*b, rows, n) -> (*b, total, n)."""
-        if len(self.rows) == 1 and self.rows[0][2] == 1:
-            start, stop, _ = self.rows[0]
-            return F.pad(part, (0, 0, start, self.total - stop))
-        whole = part.new_zeros(*part.shape[:-2], self.total, part.shape[-1])
-        at = 0
-        for start, stop, step in self.rows:
-            count = len(range(start, stop, step))
-            whole[..., start:stop:step, :] = part[..., at : at + count, :]
-            at += count
-        return whole
-
-    def examples(self) -> list[Example]:
-        return []  # of the kinds that it is a part of

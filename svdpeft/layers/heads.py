@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import CalledKind, Example, LayerKind
-from svdpeft.layers.fused import Part
+from svdpeft.layers.base import LayerKind
+from svdpeft.layers.part import Part
+from svdpeft.layers.view import View
 
 
-class Heads(CalledKind):
+class Heads(View):
     """The matrices of a linear kind, one per head.
 
     Args:
@@ -22,13 +24,19 @@ class Heads(CalledKind):
         axis: ``"rows"``: (H·d, n) is (H, d, n), a query; ``"columns"``: (m, H·d) is (H, m, d), an output projection.
     """
 
-    def __init__(self, whole: LayerKind, heads: int, axis: Literal["rows", "columns"]) -> None:
-        self.whole, self.heads, self.axis = whole, heads, axis
-        self.name = f"{whole.name} heads"  # type: ignore[misc]
-        self.multiplies = False  # type: ignore[misc]
+    word = "heads"
 
-    def called(self, module: nn.Module) -> bool:
-        return self.whole.called(module)
+    def __init__(self, whole: LayerKind, heads: int, axis: Literal["rows", "columns"]) -> None:
+        super().__init__(whole)
+        self.heads, self.axis = heads, axis
+        self.name = f"{whole.name} heads"  # type: ignore[misc]
+
+    def fields(self) -> dict[str, Any]:
+        return {"count": self.heads, "axis": self.axis}
+
+    @classmethod
+    def of(cls, whole: LayerKind, fields: Mapping[str, Any]) -> Heads:
+        return cls(whole, fields["count"], fields["axis"])
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         w = self.whole.to_matrix(module, w)
@@ -52,17 +60,3 @@ class Heads(CalledKind):
             return F.linear(z.flatten(-2), left.movedim(0, 1).flatten(1)) * product.scale
         out = torch.einsum("...hr,hmr->...hm", z, left).flatten(-2) * product.scale
         return self.whole.spread(out) if isinstance(self.whole, Part) else out
-
-    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-        return self._layer.run(module, x, w)
-
-    def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
-        return self._layer.add_bias(module, out)
-
-    @property
-    def _layer(self) -> CalledKind:
-        assert isinstance(self.whole, CalledKind), "only a layer that is called has an output to add to"
-        return self.whole
-
-    def examples(self) -> list[Example]:
-        return []  # of the kinds that it is a view of

@@ -6,6 +6,9 @@ every axis with another name is a batch of matrices: ``"spectral[in,out,mode]"``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,10 @@ class Raw(LayerKind):
     def match(cls, module: nn.Module, parameter: str) -> int | None:
         return None  # never of itself: whether a parameter is a matrix is for the user to say
 
+    @classmethod
+    def fits(cls, module: nn.Module, parameter: str) -> bool:
+        return True
+
     def check_axes(self, w: Tensor, name: str) -> None:
         """Raise ``ValueError`` where the axes do not fit the parameter."""
         if self.axes and (len(self.axes) != w.ndim or len(set(self.axes)) != w.ndim):
@@ -35,6 +42,13 @@ class Raw(LayerKind):
                 f"{name} has {w.ndim} axes, {list(w.shape)}: [{','.join(self.axes)}] must give each of them a name of "
                 "its own"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.name, "axes": list(self.axes)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Raw:
+        return cls(tuple(entry["axes"]))
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         return w.permute(self._order()) if self.axes else w

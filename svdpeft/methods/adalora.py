@@ -19,9 +19,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.allocation import Budget
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Factored, Reference, generator
+from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.sorsa import errors
 from svdpeft.registry import METHODS
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product, canonical_signs, kmeans
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

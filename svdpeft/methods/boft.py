@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import check_matrix, skew_count
-from svdpeft.factors import Call, Factors, Given, Tensors
-from svdpeft.methods.base import Reference, Transform
+from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform
 from svdpeft.methods.oft import block_sizes, blockwise, check_block_size, fitting, turns
 from svdpeft.registry import METHODS
 

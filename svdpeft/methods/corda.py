@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, minor_svd
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.factors import Call, Factors, Given, Tensors
-from svdpeft.methods.base import Factored, PerSite, Reference, Transform
+from svdpeft.methods.base import Call, Factored, Factors, Given, PerSite, Reference, Tensors, Transform
 from svdpeft.methods.lora import LoRA
 from svdpeft.registry import METHODS
 

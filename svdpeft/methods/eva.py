@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import canonical_signs
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Factored, PerSite, Reference
+from svdpeft.methods.base import Factored, Given, PerSite, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import check_matrix, check_rank
-from svdpeft.factors import Call, Factors, Given, Tensors
-from svdpeft.methods.base import Reference, Transform, generator
+from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform, generator
 from svdpeft.patterns import chosen
 from svdpeft.registry import METHODS
 

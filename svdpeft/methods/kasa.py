@@ -22,8 +22,7 @@ from torch import Tensor
 
 from svdpeft.decomposition import Product, minor_svd
 from svdpeft.decomposition.orthonormality import orthonormality_error
-from svdpeft.factors import Factors, Given, Tensors, by_shape
-from svdpeft.methods.base import Factored, Reference, generator
+from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, by_shape, generator
 from svdpeft.methods.sorsa import bases
 from svdpeft.registry import METHODS
 

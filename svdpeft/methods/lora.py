@@ -15,8 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Factored, Reference, generator
+from svdpeft.methods.base import Factored, Given, Reference, Tensors, generator
 from svdpeft.registry import METHODS
 
 

@@ -16,8 +16,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from svdpeft.decomposition import truncated_svd
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

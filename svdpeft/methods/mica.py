@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import minor_svd
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Factored, Reference
+from svdpeft.methods.base import Factored, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 BASES = ("thin", "full")

@@ -16,8 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from svdpeft.decomposition import minor_svd
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Factored, Reference
+from svdpeft.methods.base import Factored, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import cayley_neumann_offset, cayley_offset, check_matrix, skew, skew_count
-from svdpeft.factors import Call, Factors, Given, Progress, Tensors, by_shape
-from svdpeft.methods.base import Reference, Transform
+from svdpeft.methods.base import Call, Factors, Given, Progress, Reference, Tensors, Transform, by_shape
 from svdpeft.registry import METHODS
 
 

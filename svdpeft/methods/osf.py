@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import truncated_svd
-from svdpeft.factors import Factors, Given, Progress, Tensors, by_shape
-from svdpeft.methods.base import Factored, Reference
+from svdpeft.methods.base import Factored, Factors, Given, Progress, Reference, Tensors, by_shape
 from svdpeft.registry import METHODS
 
 PROJECTS = ("gradient", "factors")

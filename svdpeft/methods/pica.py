@@ -17,8 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

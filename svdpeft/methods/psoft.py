@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product, cayley_neumann_offset, cayley_offset, skew, skew_count
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 ROTATIONS = ("cayley", "neumann")

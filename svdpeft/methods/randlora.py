@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Factored, Reference, generator
+from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
 from svdpeft.registry import METHODS
 
 BASES = ("dense", "sparse", "very-sparse")

@@ -22,10 +22,9 @@ from svdpeft.decomposition.orthonormality import (
     orthonormality_step,
     polar,
 )
-from svdpeft.factors import Factors, Given, Progress, Tensors, by_shape
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Factors, Given, Progress, Reference, Tensors, by_shape
+from svdpeft.methods.base.schedules import Adaptive, Schedule, read_gamma
 from svdpeft.registry import METHODS
-from svdpeft.schedules import Adaptive, Schedule, read_gamma
 
 MODES = ("decoupled", "gradient", "loss", "retract")
 NORMS = ("frobenius", "squared")

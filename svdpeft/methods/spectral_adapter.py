@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, Product, cayley_offset, truncated_svd
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

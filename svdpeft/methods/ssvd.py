@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import cayley_offset, skew, skew_count
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Reference, generator
-from svdpeft.methods.frozen_bases import FrozenBases
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.frozen_bases import FrozenBases
 from svdpeft.registry import METHODS
 
 ROTATIONS = ("cayley", "first-order", "free")

@@ -16,8 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Given, Tensors
-from svdpeft.methods.base import Decomposed, PerSite, Reference
+from svdpeft.methods.base import Decomposed, Given, PerSite, Reference, Tensors
 from svdpeft.registry import METHODS
 
 

@@ -30,8 +30,7 @@ from svdpeft.decomposition import (
     scatter_core,
     top_index,
 )
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference, generator
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, generator
 from svdpeft.registry import METHODS
 
 PATTERNS = ("plain", "banded", "random", "topk")

@@ -18,8 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Decomposed, Reference, generator
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, generator
 from svdpeft.registry import METHODS
 
 

@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.factors import Factors, Given, Tensors
-from svdpeft.methods.base import Reference, generator
-from svdpeft.methods.frozen_bases import FrozenBases
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.frozen_bases import FrozenBases
 from svdpeft.registry import METHODS
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.registry import near_miss
-from svdpeft.sites import CHILD
+from svdpeft.sites.place import CHILD
 
 KEPT = "_svdpeft_rwkv"  # plain attribute of a model: the layout of the file that filled it
 PARTS = {  # of a name: the implementations' words for the official ones

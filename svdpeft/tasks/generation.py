@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdpeft.adapter import State, adapters_in
-from svdpeft.sites import CHILD
+from svdpeft.adapter.roster import adapters_in
+from svdpeft.sites.place import CHILD
 from svdpeft.tasks.base import evaluating
 
 ROUND = 128  # tokens after which finished rows leave their batch, and the others are packed anew
@@ -144,7 +144,7 @@ def _read(tokenizer: Any, continuations: list[list[int]]) -> list[str]:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Within the block every adapter that is switched on is in the weights; afterwards each is as it was."""
-    were = [(a, a.state) for a in adapters_in(model, State(model)) if a.state in ("attached", "folded")]
+    were = [(a, a.state) for a in adapters_in(model) if a.state in ("attached", "folded")]
     try:
         for adapter, _ in were:
             adapter.merge()

@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from svdpeft.adapter import Adapter
-from svdpeft.checkpoint import CheckpointError
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.loading import CheckpointError
 
 FILE = "training.safetensors"  # beside the folder of the adapter
 

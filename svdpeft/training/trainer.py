@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft import checkpoint
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.loading import restore
 from svdpeft.registry import near_miss
 from svdpeft.training.callback import FOLDER, StepCallback
 from svdpeft.training.memory import peak_memory
@@ -147,5 +147,5 @@ class Trainer(transformers.Trainer):
         self._restore(Path(self.state.best_model_checkpoint))
 
     def _restore(self, folder: Path) -> None:
-        checkpoint.restore(self.adapter, folder / FOLDER)
+        restore(self.adapter, folder / FOLDER)
         load_training_state(self.adapter, folder)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import svdpeft
-from svdpeft.factors import Given
 from svdpeft.methods import adamss
+from svdpeft.methods.base import Given
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

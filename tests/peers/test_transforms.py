@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import svdpeft
-from svdpeft.adapter import Adapter
+from svdpeft.adapter.adapter import Adapter
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

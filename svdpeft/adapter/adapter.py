@@ -1,0 +1,396 @@
+"""The adapter: everything attached to one model under one name. Written once, for every method and layer kind.
+
+The base weight is not touched unless the user merges or folds, and then every bit of it comes back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from svdpeft.adapter import steering
+from svdpeft.adapter.reach import run_once, unwatch
+from svdpeft.adapter.roster import ROSTER, Roster, adapters_in, set_requires_grad
+from svdpeft.adapter.routing import routed
+from svdpeft.adapter.saving import Contents, save
+from svdpeft.adapter.steps import Steps
+from svdpeft.adapter.summary import summarise
+from svdpeft.adapter.switching import check_foldable, check_no_transform_beside, go
+from svdpeft.methods.base import Method
+from svdpeft.registry import near_miss
+from svdpeft.sites.normalisation import Borrowed, Frozen, running_statistics
+from svdpeft.sites.rows import rows_of
+from svdpeft.sites.site import Site
+from svdpeft.sites.weights import MergeReport, stored
+
+Condition = Literal["attached", "merged", "folded", "disabled", "in a per_example block", "detached"]
+BatchNorm = Literal["train", "frozen"]
+
+
+class Adapter:
+    """Everything that was attached to one model under one name; made by ``attach`` and ``load``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        pairs: list[tuple[str, Method]],
+        sites: dict[str, Site],
+        whole: dict[str, tuple[nn.Module, str]],
+        skipped: dict[str, str],
+        batch_norm: BatchNorm,
+    ) -> None:
+        self.model, self.name = model, name
+        self.patterns = [pattern for pattern, _ in pairs]
+        self.methods = [method for _, method in pairs]
+        self.sites: Mapping[str, Site] = sites
+        self.whole = whole
+        self.skipped: Mapping[str, str] = skipped
+        self.state: Condition = "attached"
+        taken = {n for a in getattr(model, ROSTER).adapters.values() for n in a.borrowed.places}
+        statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
+        self.borrowed = Borrowed({**whole, **statistics})
+        self.batch_norm: BatchNorm = batch_norm
+        self.frozen = Frozen(model) if batch_norm == "frozen" else None
+        self._steps = Steps(sites.values())
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains: ``("blocks.0.attn.qkv/L", …)`` for factors, the base's own name for whole parameters.
+
+        A parameter that several sites share goes by the name of the first.
+        """
+        seen: set[int] = set()
+        for name, site in self.sites.items():
+            for role, parameter in site.factors.named_parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{name}/{role}", parameter
+        for name, (owner, attribute) in self.whole.items():
+            yield name, cast(nn.Parameter, stored(owner, attribute))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        """What trains by role: ``"L"``, ``"C"``, ``"A"``, what else a method trains, and ``"whole"``."""
+        roles: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            roles.setdefault(name.rpartition("/")[2] if "/" in name else "whole", []).append(parameter)
+        return roles
+
+    @property
+    def trainable_count(self) -> int:
+        """Number of trained values, factors and whole parameters together."""
+        return sum(p.numel() for p in self.parameters())
+
+    def site(self, name: str) -> Site:
+        """Return one site by name."""
+        if name not in self.sites:
+            raise ValueError(f"no site is called {name!r}: {near_miss(name, self.sites)}")
+        return self.sites[name]
+
+    def delta(self, name: str) -> Tensor:
+        """Return ΔW of one site, dense, in the weight's own layout and at least float32."""
+        return self.site(name).delta()
+
+    @property
+    def unreached(self) -> list[str]:
+        """The sites that no eager forward of the model has touched so far; what trains there gets no gradient."""
+        return [name for name, site in self.sites.items() if not site.reached]
+
+    def check_reach(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Run the model once on a sample batch, in evaluation mode, and see which sites it touches.
+
+        The first batch of a training loop does the same by itself, and warns.
+
+        Args:
+            args: what the model is called with.
+            kwargs: what the model is called with.
+
+        Returns:
+            The sites that it did not touch.
+        """
+        self._must_be("attached", "merged", "folded")
+        run_once(self.model, self.sites.values(), args, kwargs)
+        return self.unreached
+
+    def summary(self) -> str:
+        """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
+        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(map(str, self.methods)))
+        return (
+            f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, "
+            f"{self.trainable_count:,} trainable, {self.state})"
+        )
+
+    def set(self, **values: float) -> None:
+        """Turn what the methods let be turned while the model runs, at every site whose method has it.
+
+        Args:
+            values: by name, such as ``coefficient=-1.0`` of AntiPaSTO or ``strength=0.5`` of SVDiff.
+
+        Raises:
+            ValueError: a name that no method has, or a value that is not a finite number. Nothing is set then.
+        """
+        if self.state not in ("attached", "folded"):
+            how = {"merged": "unmerge() it first, and merge() again afterwards", "detached": "attach or load it again"}
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}: {how.get(self.state, 'leave the block first')}")
+        steering.write(self.sites.values(), values)
+
+    # -- switching ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes as if this adapter were not there, bit for bit."""
+        if self.state == "disabled":  # a block within a block
+            yield
+            return
+        with self.unwritten():
+            self.borrowed.swap()
+            self._activate(False)
+            if self.frozen:
+                self.frozen.release()
+            self.state = "disabled"
+            try:
+                yield
+            finally:
+                self.state = "attached"
+                self.borrowed.swap()
+                self._activate(True)
+                if self.frozen:
+                    self.frozen.hold()
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Within the block nothing of this adapter is written in the base weights; afterwards again what was."""
+        self._must_be("attached", "merged", "folded")
+        state = self.state
+        self._to("attached")
+        try:
+            yield
+        finally:
+            self._to(state)
+
+    @contextmanager
+    def per_example(self, names: Sequence[str | None], flattened: bool = False) -> Iterator[None]:
+        """Within the block every row of a batch is computed with an adapter of its own: ``model(x)`` as ever.
+
+        The base is computed once for all rows. Each adapter that is named adds one low-rank pass over its own rows, and
+        a copy of their inputs and outputs, at each of its layers; adapters that are not named cost nothing, and add
+        nothing. Every adapter gets the gradient of its own rows. A batch whose rows are all of one adapter gives that
+        adapter's outputs. Where activations are checkpointed, ``backward`` belongs in the block too.
+
+        Rows are indices of the first axis of what a layer is called with. If a model puts time first, a batch of as
+        many examples as time steps cannot be told from one that is right. In training mode batch normalisation
+        mixes rows, as always.
+
+        Args:
+            names: of an adapter of the same model for every row of the batch; ``None`` or ``"base"`` for none. Any
+                adapter of the model may be asked, and any may be named.
+            flattened: layers may see several rows for each example (windows, tokens), all of the first example, then
+                all of the second, and so on. Without it such a layer is refused.
+
+        Raises:
+            ValueError: a name that no adapter has; parameters or statistics that an adapter has changed whole, since
+                they are one for the whole batch; in the forward, a layer that does not see one row per example.
+            RuntimeError: an adapter that is merged or folded, one that is named and disabled, a weight that is read
+                instead of called, a block within a block.
+
+        Example:
+            >>> from svdpeft import LoRA, attach
+            >>> model = nn.Linear(4, 3)
+            >>> a, b = attach(model, LoRA(rank=1), name="a"), attach(model, LoRA(rank=2), name="b")
+            >>> with a.per_example(["a", "b", None, "a"]):
+            ...     model(torch.zeros(4, 4)).shape
+            torch.Size([4, 3])
+        """
+        self._must_be("attached", "merged", "folded", "disabled")
+        roster: Roster[Adapter] = getattr(self.model, ROSTER)
+        adapters: list[Adapter] = adapters_in(self.model)
+        for adapter in adapters:
+            adapter._must_be("attached", "disabled")
+        rows = rows_of(names, roster.adapters, flattened)
+        for name in rows:
+            roster.adapters[name]._must_be("attached")
+        attached = [adapter for adapter in adapters if adapter.state == "attached"]
+        for adapter in attached:
+            adapter._check_one_per_batch()
+        with routed(self.model, {s: its for n, its in rows.items() for s in roster.adapters[n].sites.values()}):
+            try:
+                for adapter in attached:
+                    adapter.state = "in a per_example block"
+                yield
+            finally:
+                for adapter in attached:
+                    adapter.state = "attached"
+
+    def _check_one_per_batch(self) -> None:
+        """Refuse what the adapter changes of the base itself."""
+        if one := next(iter({**self.whole, **self.borrowed.changed()}), None):
+            raise ValueError(
+                f"adapter {self.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
+                "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
+            )
+
+    def merge(self, permanent: bool = False) -> MergeReport:
+        """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
+
+        A copy of each weight is kept for ``unmerge``.
+
+        Args:
+            permanent: keep no copy, and take the factors out of the model: what remains is a plain model with
+                merged weights, and this adapter is spent.
+
+        Returns:
+            The share of each site's update that was lost in rounding to the weight's dtype.
+        """
+        self._must_be("attached", "folded")
+        if permanent:
+            check_no_transform_beside(self.sites.values(), getattr(self.model, ROSTER).sites())
+        self._to("attached")
+        report = self._to("merged")
+        if permanent:
+            self._leave(restore=False)
+        return report
+
+    def unmerge(self) -> None:
+        """Give the base weights back, bit for bit, and add the update in the forward pass again."""
+        self._must_be("merged")
+        self._to("attached")
+
+    def fold(self) -> None:
+        """Write W0 − [L C A]start into the base weights: the papers' layout, one low-rank path less per layer.
+
+        Outputs agree with the unfolded model up to rounding. A full-rank SVFT layer is then computed from its factors
+        alone. Training goes on as before.
+        """
+        self._must_be("attached")
+        check_foldable(self.sites.values())
+        self._to("folded")
+
+    def unfold(self) -> None:
+        """Give the base weights back, bit for bit."""
+        self._must_be("folded")
+        self._to("attached")
+
+    def detach(self) -> None:
+        """Take everything out of the model again: parameters, buffers, hooks and flags are what they were."""
+        self._must_be("attached", "merged", "folded")
+        self._to("attached")
+        self._leave(restore=True)
+
+    def _to(self, state: Condition) -> MergeReport:
+        """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
+        if state == self.state:
+            return MergeReport({})
+        self.state = "attached"  # which is true of all sites if this is interrupted
+        report = go(list(self.sites.values()), state)
+        self.state = state
+        return report
+
+    def _activate(self, active: bool) -> None:
+        for site in self.sites.values():
+            site.active = active
+
+    @torch.no_grad()
+    def _leave(self, restore: bool) -> None:
+        roster: Roster[Adapter] = getattr(self.model, ROSTER)
+        for site in self.sites.values():
+            if not restore:
+                site.weight.keep(site.key)
+            site.remove()
+        if restore:
+            self.borrowed.swap()
+        if self.frozen:
+            self.frozen.release()
+        del roster.adapters[self.name]
+        self.state = "detached"
+        if roster.adapters:
+            heir = next(iter(roster.adapters.values()))
+            heir.borrowed.add({n: place for n, place in self.borrowed.places.items() if n not in self.whole})
+            set_requires_grad(self.model, roster)
+            return
+        unwatch(self.model)
+        delattr(self.model, ROSTER)
+        parameters = dict(self.model.named_parameters())
+        for name, required in roster.required_grad.items():
+            if name in parameters:  # the user may have replaced a head since
+                parameters[name].requires_grad_(required)
+
+    def _must_be(self, *states: str) -> None:
+        if self.state not in states:
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}; this needs it to be {' or '.join(states)}")
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, of this training."""
+        return self._steps.taken
+
+    @steps.setter
+    def steps(self, taken: int) -> None:
+        self._steps.taken = taken
+
+    def penalty(self) -> Tensor | None:
+        """Return what the methods add to the loss, a differentiable scalar, or ``None`` where there is nothing."""
+        return self._steps.penalty()
+
+    def before_step(self, peak_lr: float, total_steps: int | None = None) -> None:
+        """Let the methods change the gradients: after clipping, before the optimizer's step.
+
+        Args:
+            peak_lr: the largest learning rate of the schedule.
+            total_steps: optimizer steps of the whole training, for methods with a schedule of their own.
+        """
+        self._steps.before(peak_lr, total_steps)
+
+    def after_step(self, lr_scale: float = 1.0, total_steps: int | None = None) -> None:
+        """Let the methods change the factors after the optimizer's step, before the gradients are cleared.
+
+        Args:
+            lr_scale: lr_t / lr_peak, where the schedule is now.
+            total_steps: as in ``before_step``; default what it was told there.
+
+        Raises:
+            RuntimeError: a method needs ``before_step`` and it was not called.
+        """
+        self._steps.after(lr_scale, total_steps)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def contents(self) -> Contents:
+        """Return what is written of the adapter.
+
+        Raises:
+            RuntimeError: the model holds the base's values, not the trained ones.
+        """
+        if self.state in ("disabled", "detached"):
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}: it cannot be saved now")
+        values = self.borrowed.changed()
+        values |= {name: self.borrowed[name] for name in self.whole}
+        rules = list(zip(self.patterns, self.methods, strict=True))
+        return Contents(
+            self.name, self.model, rules, self.sites, list(self.whole), values, self.skipped, self.batch_norm
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter into the folder ``path``, replacing an adapter that is there.
+
+        What is saved does not depend on whether it is merged or folded. A crash leaves the old folder or the new one.
+
+        Raises:
+            FileExistsError: ``path`` exists and is not an adapter folder.
+            RuntimeError: the adapter is disabled or detached.
+        """
+        save(self.contents(), path)

@@ -1,0 +1,229 @@
+"""Attaching: from words to sites to factors, and the one step that puts them into a model."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svdpeft.adapter.adapter import Adapter, BatchNorm
+from svdpeft.adapter.reach import watch
+from svdpeft.adapter.roster import ROSTER, Roster, set_requires_grad
+from svdpeft.decomposition import check_matrix
+from svdpeft.methods.base import Factors, Given, Method, Partner, PerSite, Statistics, grouped, share
+from svdpeft.registry import near_miss
+from svdpeft.sites.place import CHILD
+from svdpeft.sites.site import Site, base_weight
+from svdpeft.sites.weights import BaseWeight, stored
+from svdpeft.targets.choice import Choice, Selection
+from svdpeft.targets.rules import Targets, rules
+from svdpeft.targets.select import select
+from svdpeft.targets.whole import trained_whole
+
+
+def attach(
+    model: nn.Module,
+    method: Method | None = None,
+    targets: Targets = "all-linear",
+    exclude: Sequence[str] = (),
+    train: Sequence[str] = (),
+    name: str = "default",
+    seed: int = 0,
+    clip_rank: bool = False,
+    batch_norm: BatchNorm = "train",
+    calibration: Mapping[str, Statistics] | None = None,
+) -> Adapter:
+    """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
+
+    Args:
+        model: any module with its weights loaded. Bad input raises before anything of it changes.
+        method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
+        targets: ``"all-linear"`` (every weight that multiplies the features of its input, but the output head),
+            ``"all"`` (every weight of a known kind but the head), patterns, or a mapping from pattern to method. A
+            pattern is a name, a suffix of whole dotted parts, or a regular expression for the whole name; of RWKV also
+            ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
+            weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
+        exclude: patterns of what is left alone: layers, or parts of a fused one.
+        train: patterns of modules or parameters of the base that are trained whole, such as a new head.
+        name: of the adapter; several of different names add up.
+        seed: of every random draw; each site's own depends on this and on its name only.
+        clip_rank: lower a rank that is too large for a small matrix instead of raising.
+        batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
+            changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
+        calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
+
+    Returns:
+        The adapter. The model's outputs are the base model's.
+
+    Raises:
+        ValueError: nothing to train; no layer matches; a rank, weight or name that cannot be.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> adapter = attach(model, SORSA(rank=2), targets=["0"])
+        >>> adapter.trainable_count  # 2 · (6 + 8 + 1)
+        30
+    """
+    roster = getattr(model, ROSTER, None) or Roster(model)
+    _check_name(name, roster)
+    if batch_norm not in ("train", "frozen"):
+        raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
+    pairs = rules(targets, method)
+    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole(model))])
+    _check_whole(whole, roster)
+    factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
+    trained = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
+    selection = select(model, factored, exclude, trained) if factored else Selection()
+    built = _build(selection.choices, seed, clip_rank, calibration or {})
+    if not built and not whole:
+        raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
+    return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
+
+
+def _build(
+    choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
+) -> list[tuple[Choice, PerSite, Factors]]:
+    """Make the factors of every site; nothing of the model changes."""
+    rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
+    known: dict[str, Given] = {}
+    for choice in choices:
+        sites = rules.setdefault(repr(choice.method), [])
+        known[choice.name] = given(choice, seed, calibration, len(sites))
+        sites.append(known[choice.name])
+    for choice in choices:
+        _check_seen(choice, known[choice.name], calibration)
+    methods = {repr(choice.method): choice.method for choice in choices}
+    resolved: dict[str, PerSite] = {}
+    shared: dict[str, dict[str, Tensor]] = {}
+    for rule, sites in rules.items():
+        found = methods[rule].resolve(sites, clip)
+        resolved |= {site.name: method for site, method in zip(sites, found, strict=True)}
+        for one, group in grouped(found, sites).values():
+            tied = share(one.share(group), one.trains)
+            shared |= {site.name: tied for site in group}
+    built = []
+    for choice in tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+        _check_dropout(choice)
+        site, method = known[choice.name], resolved[choice.name]
+        built.append((choice, method, method.factors(site.sharing(shared.get(choice.name, {})))))
+    return built
+
+
+def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics], position: int = 0) -> Given:
+    """What a method may know of a site. The weight is looked at when it is asked for, one at a time."""
+    place = choice.places[0]
+    raw = base_weight(place.module, place.parameter).original
+    check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
+    *batch, m, n = place.kind.to_matrix(place.module, raw).shape
+
+    def weight() -> Tensor:
+        return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+
+    partner = None
+    if (half := choice.half) is not None:
+        module, parameter, _, kind = half.partner
+        other = base_weight(module, parameter).original
+        check_matrix(other, f"the other weight of {choice.name}'s pair")
+        partner = Partner(
+            half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
+        )
+    site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
+    shape = (math.prod(batch), m, n)
+    dtype, seen = torch.promote_types(raw.dtype, torch.float32), calibration.get(choice.name)
+    return Given(
+        choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, raw.device, partner
+    )
+
+
+def install(
+    model: nn.Module,
+    pairs: Sequence[tuple[str, Method]],
+    built: Sequence[tuple[Choice, PerSite, Factors]],
+    whole: Mapping[str, tuple[nn.Module, str]],
+    skipped: Mapping[str, str],
+    name: str,
+    batch_norm: BatchNorm,
+) -> Adapter:
+    """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
+    roster: Roster = getattr(model, ROSTER, None) or Roster(model)
+    _check_name(name, roster)
+    _check_whole(whole, roster)
+    _check_free(built, whole, roster, name)
+    sites: dict[str, Site] = {}
+    weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
+    for choice, method, factors in built:
+        place = choice.places[0]
+        parameter = place.module._parameters[place.parameter]
+        weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter))
+        matrix = place.kind.to_matrix(place.module, weight.original)
+        shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
+        factors.to(matrix.device)
+        sites[choice.name] = Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
+    setattr(model, ROSTER, roster)
+    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
+    roster.adapters[name] = adapter
+    for site in sites.values():
+        site.install(name)
+    set_requires_grad(model, roster)
+    if sites:
+        watch(model, roster.sites)
+    return adapter
+
+
+def _check_free(
+    built: Sequence[tuple[Choice, PerSite, Factors]], whole: Mapping[str, Any], roster: Roster, name: str
+) -> None:
+    """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
+    adapted = {id(site.weight.stored): n for a in roster.adapters.values() for n, site in a.sites.items()}
+    for parameter, place in whole.items():
+        if (site := adapted.get(id(stored(*place)))) is not None:
+            raise ValueError(f"{parameter} cannot be trained whole: another adapter adapts it, as {site}")
+    trained = {id(stored(*place)): n for a in roster.adapters.values() for n, place in a.whole.items()}
+    for choice, _, _ in built:
+        for place in choice.places:
+            if (parameter := trained.get(id(stored(place.module, place.parameter)))) is not None:
+                raise ValueError(f"{choice.name} cannot be adapted: another adapter trains {parameter} whole")
+            if place.key_for(name, choice.part) in getattr(place.module, CHILD, {}):
+                raise ValueError(
+                    f"{choice.name} has an adapter named {name!r} already, attached to a part of this model or to a "
+                    "larger one: give this one another name"
+                )
+
+
+def _check_seen(choice: Choice, site: Given, calibration: Mapping[str, Statistics]) -> None:
+    needs = choice.method.needs
+    if needs and calibration and site.statistics is None:
+        raise ValueError(
+            f"the calibration saw nothing of {site.name}, whose {needs} {type(choice.method).__name__} starts from: "
+            f"{near_miss(site.name, calibration)}; calibrate with the same targets, and exclude what is never called"
+        )
+    if needs:
+        site.check_seen(needs, type(choice.method).__name__)
+
+
+def _check_dropout(choice: Choice) -> None:
+    method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
+    if method.dropout and place is not None:
+        raise ValueError(
+            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "
+            "has no input of its own to drop; set dropout=0, or leave it out"
+        )
+
+
+def _check_name(name: str, roster: Roster) -> None:
+    if any(adapter.state == "in a per_example block" for adapter in roster.adapters.values()):
+        raise RuntimeError(f"adapter {name!r} cannot be attached in a per_example block: no row would name it")
+    if name in roster.adapters:
+        raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
+
+
+def _check_whole(whole: Mapping[str, Any], roster: Roster) -> None:
+    if clash := {n for a in roster.adapters.values() for n in a.whole} & set(whole):
+        raise ValueError(f"{min(clash)} is trained whole by another adapter already")

@@ -1,0 +1,69 @@
+"""The adapter file: one folder with ``adapter.safetensors`` (tensors) and ``adapter.json`` (everything else).
+
+A file is complete: it holds frozen factors and start values too, so loading decomposes nothing and depends on no random
+state. It names the base it was made for by a hash of every adapted weight, and refuses another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdpeft.sites.site import Site
+
+FORMAT = 3
+TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+KEYS = {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"}  # of the header
+SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors", "tied"}
+PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
+
+
+class CheckpointError(ValueError):
+    """The folder is not an adapter for this model; the model is as it was.
+
+    Args:
+        message: what is wrong.
+        dtype: of the weights that the adapter was made for, such as ``"bfloat16"``, where these have another.
+    """
+
+    def __init__(self, message: str, dtype: str | None = None) -> None:
+        super().__init__(message)
+        self.dtype = dtype
+
+
+def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+    """Per site the tensors that are written under its name, and shared role -> the first site that has the tensor."""
+    holders: dict[int, str] = {}
+    found = {}
+    for name, site in sites.items():
+        factors = site.factors
+        tied = {role: holders.setdefault(id(getattr(factors, role)), name) for role in factors.tied}
+        found[name] = ({role: t for role, t in factors.tensors().items() if tied.get(role, name) == name}, tied)
+    return found
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors.
+
+    Raises:
+        CheckpointError: no adapter there, a cut-off file, another format version.
+    """
+    if not (path / HEADER).is_file() or not (path / TENSORS).is_file():
+        raise CheckpointError(f"{path} is not an adapter folder: it must hold {HEADER} and {TENSORS}")
+    try:
+        header = json.loads((path / HEADER).read_text())
+        tensors = load_file(path / TENSORS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        version = header.get("format") if isinstance(header, dict) else None
+        raise CheckpointError(f"{path / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
+    if missing := KEYS - header.keys():
+        raise CheckpointError(f"{path / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
+    return header, tensors

@@ -1,0 +1,53 @@
+"""What the methods of an adapter do around a training step: a term of the loss, before and after the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from svdpeft.methods.base import Factors, PerSite, Progress
+from svdpeft.sites.site import Site
+
+
+class Steps:
+    """The steps of one training, every method with all its sites: one batched call, whatever their ranks.
+
+    Args:
+        sites: of the adapter.
+    """
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        groups: dict[str, tuple[PerSite, list[Factors]]] = {}
+        for site in sites:
+            groups.setdefault(repr(site.method.general()), (site.method, []))[1].append(site.factors)
+        self.groups = list(groups.values())
+        self.taken = 0  # optimizer steps so far
+        self._begun = False  # ``before`` was called for the step that comes
+        self._total: int | None = None  # steps of the whole training, where somebody has said
+
+    def penalty(self) -> Tensor | None:
+        """Return what the methods add to the loss, or ``None``."""
+        terms = [term for method, factors in self.groups if (term := method.penalty(factors)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def before(self, peak_lr: float, total: int | None) -> None:
+        """Let the methods change the gradients."""
+        self._total = total
+        progress = Progress(self.taken + 1, total, peak_lr=peak_lr)
+        for method, factors in self.groups:
+            method.before_step(factors, progress)
+        self._begun = True
+
+    def after(self, lr_scale: float, total: int | None) -> None:
+        """Let the methods change the factors."""
+        progress = Progress(self.taken + 1, total or self._total, lr_scale=lr_scale)
+        for method, factors in self.groups:
+            if method.changes_gradients and not self._begun:
+                raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
+            method.after_step(factors, progress)
+            for f in factors:
+                f.settle()
+        self.taken += 1
+        self._begun = False

@@ -1,0 +1,96 @@
+"""The part of a layer kind that is some rows of its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svdpeft.decomposition import Product
+from svdpeft.layers.base import LayerKind, Ranges
+from svdpeft.layers.view import View
+
+
+class Part(View):
+    """Some rows of the matrices of another kind.
+
+    Args:
+        whole: the kind of the layer.
+        rows: which rows.
+        total: number of rows of the whole matrix.
+    """
+
+    word = "part"
+
+    def __init__(self, whole: LayerKind, rows: Sequence[Sequence[int]], total: int) -> None:
+        super().__init__(whole)
+        self.total = total
+        self.rows: Ranges = tuple((start, stop, step) for start, stop, step in rows)
+        self.name = whole.name  # type: ignore[misc]
+        self.linear = whole.linear  # type: ignore[misc]
+        self.sees = whole.sees  # type: ignore[misc]
+
+    def fields(self) -> dict[str, Any]:
+        return {"of": self.total, "ranges": [list(rows) for rows in self.rows]}
+
+    @classmethod
+    def of(cls, whole: LayerKind, fields: Mapping[str, Any]) -> Part:
+        return cls(whole, fields["ranges"], fields["of"])
+
+    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
+        w = self.whole.to_matrix(module, w)
+        if len(self.rows) == 1:  # a view
+            start, stop, step = self.rows[0]
+            return w[..., start:stop:step, :]
+        return torch.cat([w[..., start:stop:step, :] for start, stop, step in self.rows], -2)
+
+    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return self.whole.from_matrix(module, self._among_zeros(matrix))
+
+    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
+        return self._layer.apply(module, x, self._widen(product))
+
+    def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        return self._layer.run_like(module, x, w, out)
+
+    def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        out = self._layer.run_whole(module, x, w)
+        mine = self.per_row(module, x, out.new_ones(sum(len(range(*rows)) for rows in self.rows)))
+        return out if mine is None else out * mine
+
+    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
+        return self._layer.per_row(module, x, self._among_zeros(values.unsqueeze(-1)).squeeze(-1))
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        return self._layer.inputs(module, x)
+
+    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+        return self._layer.add(module, x, out, self._widen(product))
+
+    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+        return self._layer.add_dense(module, x, out, self._widen(product))
+
+    def spread(self, out: Tensor) -> Tensor:
+        """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
+        return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
+
+    def _widen(self, product: Product) -> Product:
+        # L of the whole layer, zero in the other rows: one thin product more per token than a slice of the output
+        # would cost, and right for every kind.
+        return product._replace(L=self._among_zeros(product.L))
+
+    def _among_zeros(self, part: Tensor) -> Tensor:
+        """(*b, rows, n) -> (*b, total, n)."""
+        if len(self.rows) == 1 and self.rows[0][2] == 1:
+            start, stop, _ = self.rows[0]
+            return F.pad(part, (0, 0, start, self.total - stop))
+        whole = part.new_zeros(*part.shape[:-2], self.total, part.shape[-1])
+        at = 0
+        for start, stop, step in self.rows:
+            count = len(range(start, stop, step))
+            whole[..., start:stop:step, :] = part[..., at : at + count, :]
+            at += count
+        return whole

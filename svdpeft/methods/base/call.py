@@ -1,0 +1,43 @@
+"""A layer in its own call, as a method outside the equation sees it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from svdpeft.decomposition import Product
+
+
+class Call(Protocol):
+    """A layer that is being called, as a method outside the equation sees it; what kind of layer it is stays hidden.
+
+    Outputs are without the bias, in the dtype that the layer computes in, and new tensors.
+    """
+
+    x: Tensor  # the layer's input
+
+    @property
+    def w0(self) -> Tensor:
+        """W0 as matrices, (*b, m, n), at least float32."""
+        ...
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return diag(values) W0 x, values (*b, m)."""
+        ...
+
+    def columns(self, values: Tensor) -> Tensor:
+        """Return W0 diag(values) x, values (*b, n)."""
+        ...
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """Return W0 x of another input; only where the layer multiplies the last axis of its input."""
+        ...
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Return one value per row, (m,), as what multiplies an output; only where ``frozen`` can be asked for."""
+        ...
+
+    def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
+        """Add s L C A x to ``out``, in place, with this dropout on x in training."""
+        ...

@@ -1,0 +1,33 @@
+"""The methods outside the equation: W' = T(W0)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from svdpeft.methods.base.call import Call
+from svdpeft.methods.base.factors import Factors
+from svdpeft.methods.base.method import PerSite
+
+
+@dataclass(frozen=True)
+class Transform(PerSite):
+    """A method outside the equation: W' is another function of W0 and of the site's tensors.
+
+    ``delta`` is enough for every kind of layer. Where ``acts`` says so, ``act`` gives a called layer the same change
+    without building ΔW.
+    """
+
+    @abstractmethod
+    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+        """Return W' − W0 of matrices w0, (*b, m, n), differentiable in the site's tensors."""
+
+    def acts(self, linear: bool) -> bool:
+        """Whether ``act`` is defined on a layer that is called; ``linear``: it multiplies its input's last axis."""
+        return False
+
+    def act(self, f: Factors, call: Call) -> Tensor:
+        """Return ΔW x of a layer in its own call."""
+        raise NotImplementedError

@@ -1,0 +1,63 @@
+"""A layer in its own call, for the methods outside the equation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from svdpeft.decomposition import Product
+from svdpeft.layers.base import CalledKind
+from svdpeft.sites.place import Place
+
+
+class LayerCall:
+    """``methods.base.Call`` of one place."""
+
+    def __init__(self, place: Place, x: Tensor, like: Tensor, own: Tensor | None) -> None:
+        assert isinstance(place.kind, CalledKind)
+        self.site, self.module, self.kind = place.site, place.module, place.kind
+        self.x, self.like, self.own = x, like, own
+        self._w0: Tensor | None = None
+
+    @property
+    def w0(self) -> Tensor:
+        if self._w0 is None:  # no cached_property: a compiler cannot enter its lock
+            self._w0 = self.site.base_matrix()
+        return self._w0
+
+    def rows(self, values: Tensor) -> Tensor:
+        factor = self.kind.per_row(self.module, self.x, values)
+        if factor is None:
+            return self._dense(values.unsqueeze(-1) * self.w0)
+        if self.own is None:
+            base = self.kind.run_like(self.module, self.x, self._stored(), self.like)
+        else:
+            base = self.own - self.kind.add_bias(self.module, self.own.new_zeros(()))
+        return factor.to(base.dtype) * base
+
+    def columns(self, values: Tensor) -> Tensor:
+        if self.kind.linear:
+            return self.frozen(self.x * values.to(self.x.dtype))
+        return self._dense(self.w0 * values.unsqueeze(-2))
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return self.kind.run_whole(self.module, x, self._stored())
+
+    def per_row(self, values: Tensor) -> Tensor:
+        factor = self.kind.per_row(self.module, self.x, values)
+        assert factor is not None
+        return factor.to(self.like.dtype)
+
+    def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
+        x = self.x
+        if dropout and self.module.training and x.is_floating_point():
+            x = F.dropout(x, dropout)
+        add = self.kind.add_dense if self.site.prefers_dense(product) else self.kind.add
+        return add(self.module, x, out, product.to(out.dtype))
+
+    def _stored(self) -> Tensor:
+        return self.site.weight.original.to(self.like.dtype)
+
+    def _dense(self, matrix: Tensor) -> Tensor:
+        w = self.kind.from_matrix(self.module, matrix).to(self.like.dtype)
+        return self.kind.run_like(self.module, self.x, w, self.like)

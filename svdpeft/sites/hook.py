@@ -1,0 +1,37 @@
+"""A layer that is called: the hook that adds the updates into its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdpeft.methods.base import Transform
+from svdpeft.sites.place import PLACES
+
+HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
+
+
+def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    own = out  # what the layer itself has made of its input, until something is added to it in place
+    for place in getattr(module, PLACES):
+        if not place.can_call:
+            continue
+        if not torch.compiler.is_compiling():
+            place.was_called = True
+        site = place.site
+        if site.active and not site.skips:
+            out = (site.add if site.rows is None else site.add_to_rows)(place, _first(args, kwargs), out, own)
+            if site.rows is not None or not isinstance(site.method, Transform):
+                own = None
+    return out
+
+
+def without_base(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    place = next(place for place in getattr(module, PLACES) if place.site.skips)
+    return place.site.replace(place, _first(args, kwargs))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))

@@ -1,0 +1,101 @@
+"""What training changes of the base itself: whole parameters and the statistics of normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from svdpeft.sites.weights import stored
+
+
+class Borrowed:
+    """Tensors of the base that training changes whole, with the values to give back.
+
+    Parameters that ``train=`` names, and the running statistics of normalisation layers.
+
+    Args:
+        places: name -> (owner, attribute); owners rather than tensors, so that a moved model is still found.
+    """
+
+    def __init__(self, places: dict[str, tuple[nn.Module, str]]) -> None:
+        self.places: dict[str, tuple[nn.Module, str]] = {}
+        self._away: dict[str, Tensor] = {}  # whichever value is not in the model now
+        self.add(places)
+
+    def add(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Borrow more; what these tensors hold now is what will be given back."""
+        self.places |= places
+        self._away |= {name: self[name].clone() for name in places}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return stored(*self.places[name]).detach()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's values and the kept ones: once gives the base back, twice the trained values."""
+        for name, away in self._away.items():
+            here = self[name]
+            self._away[name] = here.clone()
+            here.copy_(away)
+
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that differ from what they were."""
+        return {
+            name: self[name] for name, away in self._away.items() if not torch.equal(self[name], away.to(self[name]))
+        }
+
+
+class Frozen:
+    """Normalisation layers held in evaluation mode, whatever mode their model is put into.
+
+    Args:
+        model: all its layers with running statistics; several adapters may hold them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if _has_statistics(module)]
+        self.hold()
+
+    def hold(self) -> None:
+        """Put them into evaluation mode and keep them there."""
+        for layer in self.layers:
+            held = vars(layer).setdefault("train", _Held(layer))
+            held.holders += 1
+            layer.training = False
+
+    def release(self) -> None:
+        """Give them the mode that was last asked for, unless another adapter holds them too."""
+        for layer in self.layers:
+            held = vars(layer)["train"]
+            held.holders -= 1
+            if not held.holders:
+                del layer.train
+                layer.train(held.mode)
+
+
+class _Held:
+    """Stands in the place of a layer's ``train``; a class and no closure, so that the model can be pickled."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.mode, self.holders = layer, layer.training, 0
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.mode = mode
+        return self.layer
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and bool(module.track_running_stats)
+
+
+def running_statistics(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Places of the statistics that a forward pass in training mode changes."""
+    return {
+        f"{name}.{attribute}".lstrip("."): (module, attribute)
+        for name, module in model.named_modules()
+        if _has_statistics(module)
+        for attribute, value in module._buffers.items()
+        if value is not None
+    }

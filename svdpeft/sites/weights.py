@@ -1,0 +1,127 @@
+"""Reading and writing a base weight: the one place where a parameter of the base changes.
+
+A weight is its original plus what adapters have written into it. The original is kept while anything is written, and
+is copied back when nothing is: it is never reached by subtracting, so every bit returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def stored(owner: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer itself; as an attribute an adapted weight is read with its update added."""
+    tensor = owner._parameters.get(name)
+    tensor = owner._buffers[name] if tensor is None else tensor
+    assert tensor is not None
+    return tensor
+
+
+class BaseWeight:
+    """One parameter of the base model, and what is written into it at present.
+
+    Args:
+        owner: module that holds the parameter.
+        parameter: its name there.
+    """
+
+    def __init__(self, owner: nn.Module, parameter: str) -> None:
+        self.owner = owner
+        self.parameter = parameter
+        self._original: Tensor | None = None
+        self._written: dict[str, Callable[[], Tensor]] = {}
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter itself."""
+        return stored(self.owner, self.parameter)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as it is now, detached (shares memory)."""
+        return self.stored.detach()
+
+    @property
+    def original(self) -> Tensor:
+        """The base's own value, whatever is written at present."""
+        if self._original is None:
+            return self.tensor
+        self._original = self._original.to(self.stored.device)  # the model may have moved since
+        return self._original
+
+    def write(self, key: str, part: Callable[[], Tensor]) -> float:
+        """Add ``part()``, in the stored layout, to the weight.
+
+        The sum is formed in at least float32 and rounded once.
+
+        Returns:
+            The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
+        """
+        if self._original is None:
+            self._original = self.tensor.clone()
+        before = self._exact()
+        self._written[key] = part
+        exact = self._exact()
+        self.tensor.copy_(exact)
+        size = torch.linalg.vector_norm(exact - before)
+        lost = torch.linalg.vector_norm(self.tensor.to(exact.dtype) - exact)
+        return float(lost / size) if size > 0 else 0.0
+
+    def erase(self, key: str) -> None:
+        """Take back what was written under ``key``; the last one to go restores every bit."""
+        rest = {other: part for other, part in self._written.items() if other != key}
+        self.tensor.copy_(self._exact(rest) if rest else self.original)
+        self._written = rest  # after the copy: if that is interrupted, erasing again completes it
+        if not rest:
+            self._original = None
+
+    def keep(self, key: str) -> None:
+        """Make what was written under ``key`` part of the original; what others have written stays theirs."""
+        part = self._written.pop(key)
+        if self._written:
+            exact = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
+            self._original = (exact + part().to(exact.dtype)).to(self.original.dtype)
+            self.tensor.copy_(self._exact())
+        else:
+            self._original = None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether anything is written at present."""
+        return bool(self._written)
+
+    def written(self, key: str) -> bool:
+        """Whether something is written under ``key``."""
+        return key in self._written
+
+    def _exact(self, written: Mapping[str, Callable[[], Tensor]] | None = None) -> Tensor:
+        total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
+        for part in (self._written if written is None else written).values():
+            total = total + part().to(total.dtype)
+        return total
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding took: per site the share ‖W_stored − W_exact‖_F / ‖ΔW‖_F of the update that was lost."""
+
+    lost: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest share over all sites."""
+        return max(self.lost.values(), default=0.0)
+
+    def __str__(self) -> str:
+        if not self.lost:
+            return "merged 0 sites"
+        where = max(self.lost, key=lambda name: self.lost[name])
+        mean = sum(self.lost.values()) / len(self.lost)
+        return (
+            f"merged {len(self.lost)} sites; rounding to the weights' dtype lost {mean:.2%} of the update on average, "
+            f"at most {self.worst:.2%} at {where}"
+        )
