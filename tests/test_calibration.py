@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import svdpeft
 from svdpeft import EVA, Calibration, CorDA, LoRA, LoRAGA, LoRANull, attach, calibrate
-from svdpeft.adapter.loading import FORMAT
+from svdpeft.calibration.calibration import FORMAT
 from svdpeft.layers.base import CalledKind
 from svdpeft.registry import KINDS
 

@@ -17,8 +17,15 @@ ROSTER = "_svdpeft"  # plain attribute of an adapted model
 class Member(Protocol):
     """An adapter, as far as the others of its model need to know it."""
 
-    sites: Mapping[str, Site]
-    whole: Mapping[str, tuple[nn.Module, str]]  # parameters that it trains whole: name -> (owner, attribute)
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Its sites by name."""
+        ...
+
+    @property
+    def whole(self) -> Mapping[str, tuple[nn.Module, str]]:
+        """The parameters that it trains whole: name -> (owner, attribute)."""
+        ...
 
 
 M = TypeVar("M", bound=Member)
