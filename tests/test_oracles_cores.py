@@ -415,7 +415,7 @@ def test_psoft_of_rank_one():
         return w + (f["alpha_vec"] * f["beta_vec"] - 1) * (u * s) @ vh
 
     check(PSOFT(rank=1), (6, 9), weight, 2)
-    for wrong in ({"rotation": "givens"}, {"vectors": "left"}, {"terms": 0}, {"bound": 0.0}, {"alpha": 32.0}):
+    for wrong in ({"rotation": "givens"}, {"vectors": "left"}, {"terms": 0}, {"bound": 0.0}):
         raises(next(iter(wrong)), lambda wrong=wrong: PSOFT(**wrong))
 
 
