@@ -20,8 +20,8 @@ test-newest test-lowest: $(UV)
 
 # Every family of timm and many architectures of transformers; writes docs/coverage-*.md.
 coverage-models: $(DONE)
-	$(BIN)/python benchmarks/coverage.py timm
-	$(BIN)/python benchmarks/coverage.py transformers
+	$(BIN)/python -m benchmarks.coverage timm
+	$(BIN)/python -m benchmarks.coverage transformers
 
 # A page and a picture per method, made from the classes.
 docs: $(DONE)
