@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import svdpeft
 from svdpeft import SORSA, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA, attach
 from svdpeft.adapter.loading import restore
-from svdpeft.training.state import FILE, load_training_state, save_training_state
+from svdpeft.training.resume import FILE, load_training_state, save_training_state
 
 LEFT_OUT = "has not done its own step"
 METHODS = [

@@ -30,6 +30,7 @@ TIERS = [
     ("decomposition",),
     ("registry", "patterns"),
 ]
+ARROWS = 67  # between parts: a new one is a decision, and docs/architecture.md says the number
 LONGEST = 400  # lines of a file
 
 
@@ -83,6 +84,12 @@ def test_no_file_imports_itself_by_way_of_others():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_no_arrow_between_parts_comes_unnoticed():
+    found = {arrow for arrow in arrows() if all(arrow)}
+    assert len(found) == ARROWS
+    assert f"{ARROWS} arrows" in (ROOT / "docs" / "architecture.md").read_text()
 
 
 def test_every_part_has_a_tier_and_nothing_lies_loose():

@@ -3,7 +3,7 @@
     W' = W0 + s L diag(C) A        L, A ~ N(0, 0.02²)    C = 0    s = α/r
     penalty  γ Σ_sites (‖LᵀL − I‖_F² + ‖AAᵀ − I‖_F²)        after each step:  C_i ← 0 of the triplets over budget
 
-L, C, A are the paper's P, Λ, Q. The budget, its schedule and the importance of a triplet: ``svdpeft.allocation``.
+L, C, A are the paper's P, Λ, Q. The budget, its schedule and the importance of a triplet: ``methods.base.allocation``.
 
 Q. Zhang, M. Chen, A. Bukharin, N. Karampatziakis, P. He, Y. Cheng, W. Chen, T. Zhao.
 Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. ICLR 2023, arXiv:2303.10512.

@@ -19,7 +19,7 @@ from svdpeft.adapter.loading import restore
 from svdpeft.registry import near_miss
 from svdpeft.training.callback import FOLDER, StepCallback
 from svdpeft.training.memory import peak_memory
-from svdpeft.training.state import load_training_state, save_training_state
+from svdpeft.training.resume import load_training_state, save_training_state
 
 
 def returns_loss(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a method keeps from step to step, such as running averages and masks: a training's, not the adapter's.
+"""What a training needs to go on, beside the adapter: what a method keeps from step to step, such as running averages.
 
 The adapter's file is complete without it. A training that is to continue to the same weights needs it as well.
 """
