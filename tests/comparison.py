@@ -8,6 +8,16 @@ from torch import nn
 
 from svdpeft.tasks.base import Task, TaskData
 
+# a comparison on a real model, as short as it can be
+REAL = {
+    "model": "efficientnet-lite0",
+    "seeds": [0],
+    "epochs": 1,
+    "batch_size": 8,
+    "search": False,
+    "task_options": {"train_size": 32, "test_size": 32},
+}
+
 
 class Net(nn.Module):
     def __init__(self):

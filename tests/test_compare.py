@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from comparison import Net
+from comparison import REAL, Net
 from typer.testing import CliRunner
 
 import svdpeft
@@ -13,6 +13,8 @@ from svdpeft.cli import app
 from svdpeft.compare import budget, report, run, runner
 from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
+
+COMMAND = "compare --model tiny --task signs --seeds 0 --no-search"
 
 
 def test_a_comparison_runs_reports_and_is_not_run_again(tiny, tmp_path, monkeypatch):
@@ -81,19 +83,7 @@ def test_an_interrupt_loses_only_the_run_under_way(tiny, tmp_path, monkeypatch):
         return real(job, *rest)
 
     monkeypatch.setattr(runner, "run", interrupted)
-    arguments = [
-        "compare",
-        "--model",
-        "tiny",
-        "--task",
-        "signs",
-        "--seeds",
-        "0",
-        "--methods",
-        "lora:rank=2,full",
-        "--no-search",
-    ]
-    arguments += ["--out", str(tmp_path)]
+    arguments = [*COMMAND.split(), "--methods", "lora:rank=2,full", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
     assert [r["label"] for r in Store(tmp_path).read("runs")[0]] == ["LoRA rank=2"]
@@ -265,18 +255,7 @@ def test_the_table_has_mean_deviation_and_interval(tiny, tmp_path):
 
 
 def test_the_command_line_from_start_to_report(tiny, tmp_path):
-    arguments = [
-        "compare",
-        "--model",
-        "tiny",
-        "--task",
-        "signs",
-        "--methods",
-        "head-only,lora:rank=2",
-        "--seeds",
-        "0",
-        "--no-search",
-    ]
+    arguments = [*COMMAND.split(), "--methods", "head-only,lora:rank=2"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--train-size", "32"])
     assert result.exit_code == 0, result.output
     assert "tiny on signs" in result.output
@@ -308,16 +287,7 @@ def test_methods_lists_and_explains():
 
 def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
     """CLOVER works on attention, which a CNN has none of: said in the record and in the report, and not run again."""
-    spec = read_spec(
-        model="efficientnet-lite0",
-        methods="clover,head-only",
-        seeds=[0],
-        epochs=1,
-        batch_size=8,
-        search=False,
-        task_options={"train_size": 32, "test_size": 32},
-    )
-    records = runner.compare(spec, tmp_path)
+    records = runner.compare(read_spec(**REAL, methods="clover,head-only"), tmp_path)
     assert "no projection of an attention" in records[0]["undefined"]
     assert "error" not in records[0]
     report.write(Store(tmp_path))
@@ -329,10 +299,6 @@ def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
 
 @pytest.mark.parametrize("name", ["eva", "lora-ga"])
 def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path):
-    sizes = {"train_size": 32, "test_size": 32}
-    spec = read_spec(
-        model="efficientnet-lite0", methods=name, seeds=[0], epochs=1, batch_size=8, search=False, task_options=sizes
-    )
-    (record,) = runner.compare(spec, tmp_path)
+    (record,) = runner.compare(read_spec(**REAL, methods=name), tmp_path)
     assert "error" not in record, record.get("error")
     assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import equal_bits, perturb
-from test_trainer import WithLoss, arguments, data, make, trainer, values
+from test_trainer import KEEP_BEST, WithLoss, arguments, data, make, trainer, values
 from torch import nn
 
 import svdpeft
@@ -160,12 +160,7 @@ def test_early_stopping_ends_the_training_and_brings_the_best_adapter_back(tmp_p
     args = arguments(
         tmp_path,
         max_steps=50,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
+        **KEEP_BEST,
         learning_rate=3.0,  # diverges, so that the best is not the last
         optim="sgd",
     )

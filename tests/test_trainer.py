@@ -35,6 +35,17 @@ class WithLoss(Bare):
         return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+# every step is judged and saved, and the best is brought back
+KEEP_BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
+
+
 def make(cls=Bare):
     torch.manual_seed(0)
     return cls()
@@ -221,12 +232,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2), ["body"])
     args = arguments(
         tmp_path,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
+        **KEEP_BEST,
         learning_rate=30.0,  # diverges, so that the best is not the last
         optim="sgd",
     )

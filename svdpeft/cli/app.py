@@ -26,6 +26,14 @@ def main() -> None:
     """SVD-based parameter-efficient fine-tuning on any architecture."""
 
 
+def quiet() -> None:
+    """Keep what transformers says while it loads out of the way: the output is the command's own."""
+    import transformers  # here, so that the command line starts light
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def fail(error: Exception) -> NoReturn:
     """Print what is wrong, in one line and without a traceback, and exit with 2."""
     Console(stderr=True).print(f"svdpeft: {error}", style="red", markup=False, highlight=False)

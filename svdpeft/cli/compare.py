@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail
+from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail, quiet
 
 
 @app.command()
@@ -50,16 +50,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train methods side by side at one budget and print the table."""
-    import transformers
-
     from svdpeft.compare import report
     from svdpeft.compare.runner import Engine
     from svdpeft.compare.runner import compare as run_all
     from svdpeft.compare.spec import as_number, read_spec, read_values
     from svdpeft.compare.store import Store
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     if no_search and (search or trials):
         fail(ValueError("--no-search takes each method's own rate: --search and --trials do not go with it"))
     chosen = {

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail
+from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail, quiet
 
 Split = Literal["train", "validation", "test"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -51,10 +51,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a model, with or without an adapter, on one of svdpeft's tasks or those of lm-evaluation-harness."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     about = {"model": model, "adapter": str(adapter) if adapter else None, "merged": merged, "dtype": dtype}
     try:
         if (task is None) == (harness is None):

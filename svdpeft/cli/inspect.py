@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from svdpeft.cli.app import Json, app, console, fail
+from svdpeft.cli.app import Json, app, console, fail, quiet
 
 if TYPE_CHECKING:
     from svdpeft.adapter.adapter import Adapter
@@ -46,14 +46,12 @@ def inspect(
 ) -> None:
     """Show the spectra of a model's weights: condition, effective rank, which rank keeps 90 % of the energy."""
     import torch
-    import transformers
 
     from svdpeft import analysis, models
     from svdpeft.analysis.plots import check_picture
     from svdpeft.analysis.tables import check_file
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     progress = functools.partial(
         track, description="decomposing", console=Console(stderr=True), transient=True, disable=as_json
     )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_interop import Net, tuned
 from torch import nn
 
 import svdpeft
@@ -14,25 +15,11 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 10, (3, 2), stride=2, padding=1)
-        self.fc = nn.Linear(10, 7)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
-
-
 @pytest.mark.parametrize("method", [svdpeft.SORSA(rank=2), svdpeft.PiSSA(rank=2), svdpeft.SVFT(), svdpeft.LoRA(rank=3)])
 def test_peft_loads_an_export_and_gives_the_same(method, tmp_path):
     model, x = Net(), torch.randn(2, 3, 8, 9)
     base = copy.deepcopy(model)
-    adapter = svdpeft.attach(model, method, "all")
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    export_lora(adapter, tmp_path / "lora")
+    export_lora(tuned(method, model), tmp_path / "lora")
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))
     torch.testing.assert_close(theirs(x), model(x))
 
