@@ -40,7 +40,7 @@ INSTALL := $(BIN)/python -m pip install --quiet
 LOCKED := $(INSTALL) --constraint $(LOCK)
 $(DONE): pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	{ $(LOCKED) pip && $(LOCKED) --build-constraint $(LOCK) --editable ".[test]"; } || \
+	@{ $(LOCKED) pip && $(LOCKED) --build-constraint $(LOCK) --editable ".[test]"; } || \
 	{ echo "$(LOCK) cannot be installed here (see above): installing the newest versions instead" && \
 	$(INSTALL) --upgrade pip && $(INSTALL) --editable ".[test]"; }
 	touch $(DONE)

@@ -253,6 +253,14 @@ def test_the_log_has_count_time_and_memory(tmp_path):
     assert 10 < first["peak_memory_mib"] < 1e6
 
 
+def test_a_transformers_that_would_save_whole_models_is_refused(tmp_path, monkeypatch):
+    model = make()
+    adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2), targets=["body"])
+    monkeypatch.delattr(transformers.Trainer, "_load_best_model")
+    with pytest.raises(RuntimeError, match=r"has no Trainer\._load_best_model"):
+        trainer(model, adapter, arguments(tmp_path))
+
+
 def test_an_empty_data_set_is_named(tmp_path):
     model = make()
     adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2), ["body"])

@@ -146,8 +146,7 @@ def check_tracker(name: str) -> None:
     """Refuse a tracker that transformers does not know or that is not installed, before anything is trained."""
     if name == "none":
         return
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
     if name not in INTEGRATION_TO_CALLBACK:
         near = near_miss(name, INTEGRATION_TO_CALLBACK)

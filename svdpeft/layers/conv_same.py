@@ -19,12 +19,12 @@ class ConvSame(Conv):
     classes: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
-        from timm.layers.conv2d_same import conv2d_same
+        from timm.layers import conv2d_same
 
         return conv2d_same(x, w, None, module.stride, module.padding, module.dilation, module.groups)
 
     def examples(self) -> list[Example]:
-        from timm.layers.conv2d_same import Conv2dSame
+        from timm.layers import Conv2dSame
 
         layer = Conv2dSame(4, 6, 3, stride=2, groups=2, dtype=torch.float64)
         return [Example(layer, torch.randn(2, 4, 8, 7).double())]

@@ -36,7 +36,7 @@ def build(
     """
     import timm
     from timm.data import resolve_model_data_config
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.layers import resample_abs_pos_embed
 
     timm_name = EMBEDDED[name] if embedded else name
     config = _config(timm_name)
@@ -54,8 +54,9 @@ def build(
         model: Any = timm.create_model(timm_name, pretrained=not embedded, **sized)
     if embedded:
         tensors = convert.state_dict(name, timm_name)
-        if config.fixed_input_size:  # resamples the position embeddings where the size is another
-            tensors = checkpoint_filter_fn(tensors, model)
+        if config.fixed_input_size:  # as it is where the size is the pretrained one
+            grid, others = model.patch_embed.grid_size, model.num_prefix_tokens
+            tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], grid, num_prefix_tokens=others)
         model.load_state_dict(tensors, strict=True, assign=True)
     if num_classes is not None:
         # Seeded here, so that the classifier depends on its shape and the seed alone.

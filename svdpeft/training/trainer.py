@@ -27,6 +27,9 @@ def returns_loss(model: nn.Module) -> bool:
     return "labels" in inspect.signature(model.forward).parameters
 
 
+ASKED = ("_save", "_load_from_checkpoint", "_load_best_model")
+
+
 class Trainer(transformers.Trainer):
     """Train what the adapter trains, and save that only.
 
@@ -59,6 +62,9 @@ class Trainer(transformers.Trainer):
             data = kwargs.get(split)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
                 raise ValueError(f"{split} is empty: there is nothing to train on or to evaluate")
+        if gone := [name for name in ASKED if not hasattr(transformers.Trainer, name)]:
+            # They are private: a release that asks others would write whole models, and nothing would say so.
+            raise RuntimeError(f"transformers {transformers.__version__} has no Trainer.{gone[0]}: take an older one")
         super().__init__(model=model, args=args, **kwargs)
         self.adapter = adapter
         self.role_lr = dict(role_lr or {})
@@ -123,11 +129,12 @@ class Trainer(transformers.Trainer):
             self._logged_at = (now, step)
         super().log(logs, *args, **kwargs)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """``transformers.Trainer``'s; the time of the first steps counts from here."""
         self._logged_at = (time.perf_counter(), self.state.global_step)
-        return super()._inner_training_loop(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
-    # Adapter-only checkpoints: transformers asks these three where a whole model would be written or read.
+    # Adapter-only checkpoints: transformers asks these three (``ASKED``) where a whole model would be written or read.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
