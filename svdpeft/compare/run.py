@@ -133,7 +133,10 @@ class Training:
             dtype=getattr(torch, spec.dtype),
             seed=self.job.seed,
         )
-        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            loaded.model.to("cuda")
+        elif loaded.modality == "vision":  # a CPU's convolutions take half the time so; timm's models all allow it
+            loaded.model.to(memory_format=torch.channels_last)
         return loaded
 
     def attach(self, model: nn.Module) -> tuple[Adapter, float]:
