@@ -227,7 +227,7 @@ def run(
     training, spec = Training(job), job.spec
     model, data = training.model, training.data
     known = probe(training.loaded, spec.probe)
-    before = known.measure(model) if known else 0.0
+    before = (known.measure(model) if known.before is None else known.before) if known else 0.0
     training.adapter, attach_seconds = training.attach(model)
     adapter = training.adapter
     tracker = training.tracker() if spec.snapshots else None
