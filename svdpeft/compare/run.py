@@ -80,6 +80,7 @@ class Job:
             "exclude": list(spec.exclude),
             "budget": self.budget,
             "epochs": self.epochs,
+            **({"threads": spec.threads} if spec.threads is not None else {}),
             **({"snapshots": spec.snapshots} if self.rung is None else {"rung": self.rung}),
         }
 
