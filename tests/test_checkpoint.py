@@ -376,6 +376,13 @@ def test_digest():
     assert digest(torch.zeros(2, 3)) != digest(-torch.zeros(2, 3)), "every bit counts"
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 1, 1), (6, 4, 3, 3), (6, 1, 3, 3)])
+def test_the_digest_of_a_convolution_is_that_of_its_values(shape):
+    """In channels-last the strides are others, and those of a 1×1 convolution count as contiguous all the same."""
+    w = torch.randn(shape)
+    assert digest(w.to(memory_format=torch.channels_last)) == digest(w)
+
+
 # -- restore -------------------------------------------------------------------------------------------------
 
 

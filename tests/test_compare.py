@@ -13,6 +13,7 @@ from svdpeft.cli import app
 from svdpeft.compare import budget, report, run, runner
 from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
+from svdpeft.models import load
 
 COMMAND = "compare --model tiny --task signs --seeds 0 --no-search"
 
@@ -132,6 +133,16 @@ def test_a_budget_is_read_as_share_or_count():
     for wrong in ("much", "0%", -3):
         with pytest.raises(ValueError, match="budget"):
             budget.parse(wrong, 100)
+
+
+def test_a_cpu_sees_pictures_in_the_format_that_its_convolutions_are_fast_in():
+    """And the weights of the base are what they were."""
+    training = run.Training(run.Job(spec := read_spec(model="efficientnet-lite0"), spec.methods[0], None, 0))
+    convolutions = [m for m in training.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    if not torch.cuda.is_available():
+        assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    plain = load(spec.model, num_classes=10, image_size=spec.image_size).model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in training.model.state_dict().items())
 
 
 def test_a_method_within_a_method_is_written_as_a_name_or_a_table(tmp_path):

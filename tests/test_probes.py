@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,7 @@ def test_crops_lie_in_the_corners_and_have_the_models_aspect(tmp_path):
 def test_as_many_crops_as_there_are_but_never_more(tmp_path, pictures, monkeypatch):
     seen = []
     features = probes._features
+    monkeypatch.setattr(probes, "_seen", [])
     monkeypatch.setattr(probes, "_features", lambda model, crops: seen.append(len(crops)) or features(model, crops))
     loaded = vision()
     probe(loaded, pictures)
@@ -249,6 +251,58 @@ def test_as_many_crops_as_there_are_but_never_more(tmp_path, pictures, monkeypat
     for wrong in (tmp_path / "nowhere", tmp_path / "0.png"):
         with pytest.raises(ValueError, match=rf"{wrong} is no folder with pictures \(.jpg, "):
             probe(loaded, wrong)
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[nn.Module]:
+    """The models whose features were computed."""
+    seen, features = [], probes._features
+    monkeypatch.setattr(probes, "_seen", [])
+    monkeypatch.setattr(probes, "_features", lambda model, crops: seen.append(model) or features(model, crops))
+    return seen
+
+
+def test_the_features_of_a_base_are_computed_once(looks, pictures):
+    def load(seed: int) -> Loaded:
+        torch.manual_seed(0)
+        loaded = replace(vision(), head="head")
+        torch.manual_seed(seed)
+        loaded.model.reset_classifier(5)
+        return loaded
+
+    first, second = load(0), load(1)
+    assert not torch.equal(first.model.head.weight, second.model.head.weight)
+    one, other = probe(first, pictures), probe(second, pictures)
+    assert len(looks) == 1, "a new head is no new base"
+    moved(second.model, 0.3)
+    assert other.measure(second.model) == one.measure(second.model) > 0
+    assert other.measure(first.model) == other.before == 0
+
+
+@pytest.mark.parametrize("what", ["weights", "dtype", "format", "processor", "files", "threads"])
+def test_another_base_or_other_pictures_are_looked_at_anew(looks, pictures, tmp_path, what):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    loaded = vision()
+    before = probe(loaded, folder)
+    if what == "weights":
+        with torch.no_grad():
+            loaded.model.blocks[1].mlp.fc2.bias[-1] += 1
+    elif what == "dtype":
+        loaded.model.double()
+    elif what == "format":
+        loaded.model.to(memory_format=torch.channels_last)
+    elif what == "processor":
+        loaded = replace(loaded, processor={**CONFIG, "mean": (0.4,) * 3})
+    elif what == "files":
+        Image.new("RGB", (70, 60)).save(folder / "0" / "0.png")
+    else:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+    now = probe(loaded, folder)
+    assert len(looks) == 2
+    assert now.measure(loaded.model) == 0
+    if what == "weights":
+        assert before.measure(loaded.model) > 0
 
 
 # -- what is built in

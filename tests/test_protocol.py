@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from svdpeft.compare.store import Store
 from svdpeft.decomposition import svd as truncated
 from svdpeft.models import load
 from svdpeft.registry import METHODS
+from svdpeft.tasks import probes
 
 
 def searched(tiny, **search):
@@ -227,20 +229,25 @@ def test_a_file_that_does_not_come_back_the_same_is_noticed(tiny, tmp_path, monk
     assert record["reload_error"] > 1e-3
 
 
-def test_forgetting_is_measured_on_a_real_model(tmp_path):
+def test_forgetting_is_measured_on_a_real_model(tmp_path, monkeypatch):
+    """The base is looked at once, whatever the number of runs: its new head alone differs between seeds."""
+    looks, real = [], probes._features
+    monkeypatch.setattr(probes, "_seen", [])
+    monkeypatch.setattr(probes, "_features", lambda *args: looks.append(args) or real(*args))
     sizes = {"train_size": 32, "test_size": 32}
     spec = read_spec(
         model="efficientnet-lite0",
         methods="lora:lr=0.1",
-        seeds=[0],
+        seeds=[0, 1],
         epochs=1,
         batch_size=8,
         search=False,
         task_options=sizes,
     )
-    (record,) = runner.compare(spec, tmp_path)
+    record, _ = runner.compare(spec, tmp_path)
+    assert len(looks) == 1 + 2, "the base, and what became of it in each run"
     assert record["forgetting"]["name"] == "feature drift"
-    assert record["forgetting"]["before"] == pytest.approx(0, abs=1e-6)
+    assert record["forgetting"]["before"] == 0
     assert record["forgetting"]["after"] > 1e-3
     assert 4 * record["parameters"]["base"] < record["peak_memory_bytes"] < 2**30
 
@@ -261,8 +268,14 @@ def test_a_tracker_that_is_not_there_is_refused_first(tiny, tmp_path, name, mess
     assert not list(tmp_path.iterdir())
 
 
+MEASURED = ("items", "loss", "forgetting", "merge_error", "distance", "spectra", "parameters", "checkpoint_bytes")
+
+
 def test_two_workers_give_the_records_of_one(tmp_path):
-    """Real processes: the model is loaded anew in each, and the results are those of a single process."""
+    """Real processes: the model is loaded anew in each, and the results are those of a single process, to the last bit.
+
+    That process has two threads, and each worker one: the specification says how many a run takes.
+    """
     sizes = {"train_size": 32, "test_size": 32}
     spec = read_spec(
         model="efficientnet-lite0",
@@ -278,9 +291,64 @@ def test_two_workers_give_the_records_of_one(tmp_path):
         (label, seed) for seed in (0, 1) for label in ("HeadOnly", "LoRA")
     ]
     assert all("error" not in r for r in together)
-    torch.set_num_threads(together[0]["machine"]["threads"])  # sums depend on how many threads share them
+    torch.set_num_threads(2)
     alone = runner.compare(spec, tmp_path / "one")
-    assert [r["loss"] for r in alone] == [r["loss"] for r in together]
+    assert torch.get_num_threads() == 2
+    assert {r["machine"]["threads"] for r in together + alone} == {r["identity"]["threads"] for r in alone} == {1}
+    for one, other in zip(alone, together, strict=True):
+        assert {name: one[name] for name in MEASURED} == {name: other[name] for name in MEASURED}
+
+
+def test_as_many_runs_at_once_as_the_processors_have_threads_for(tiny, tmp_path, monkeypatch):
+    """Where the specification says what a run takes; a script's own call starts no process that it did not ask for."""
+    one, engines = read_spec(model="efficientnet-lite0"), []
+    assert one.threads == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert runner.at_once(one) == 2
+    assert runner.at_once(replace(one, threads=4)) == 1
+    assert runner.at_once(read_spec(**tiny, methods="lora")) is None, "the backend's own: one, or one per GPU"
+    assert runner.at_once(one, "ray") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runner.at_once(one) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert runner.at_once(one) == runner.MOST, "memory has an end, too"
+
+    def refuse(spec, out, engine):
+        engines.append(engine)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(runner, "compare", refuse)
+    for words in ([], ["--workers", "3"]):
+        CliRunner().invoke(app, ["compare", "--out", str(tmp_path), *words])
+    assert [engine.workers for engine in engines] == [runner.MOST, 3]
+    assert runner.Engine().workers is None
+
+
+def test_the_threads_of_a_run_are_part_of_what_decides_its_result(tiny):
+    def identity(**change):
+        spec = read_spec(**tiny, **change, methods="lora:rank=2")
+        return Job(spec, spec.methods[0], None, 0).identity()
+
+    assert identity(threads=1) != identity(threads=2)
+    assert "threads" not in identity(), "runs of before, which took what their process had, keep their names"
+
+
+def test_each_run_is_told_when_it_has_ended(tiny, tmp_path, monkeypatch, capsys):
+    """A newcomer sees numbers long before the table."""
+    told, real = [], runner.run
+
+    def watched(*args):
+        told.append(capsys.readouterr().err)
+        return real(*args)
+
+    monkeypatch.setattr(runner, "run", watched)
+    records = runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
+    first, second = (
+        f"LoRA rank=2, seed {i}: accuracy {100 * r['metric']['value']:.1f} %" for i, r in enumerate(records)
+    )
+    assert first in told[1], "before the second begins"
+    assert second in capsys.readouterr().err
 
 
 def test_the_comparison_file_is_the_specification(tiny, tmp_path):

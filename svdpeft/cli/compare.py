@@ -38,7 +38,9 @@ def compare(
     no_search: Annotated[bool, typer.Option("--no-search", help="Take each method's own learning rate.")] = False,
     snapshots: Annotated[int | None, typer.Option(help="Moments at which spectra are recorded.")] = None,
     backend: Annotated[str, typer.Option(help="What spreads the runs: local (processes) or ray.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="Runs at once; default one per GPU, or one.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at once; default one per GPU, or what fits the CPU.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
     tracker: Annotated[str, typer.Option(help="tensorboard, wandb, mlflow, trackio: follows the training.")] = "none",
     allow_code_execution: Annotated[
@@ -51,7 +53,7 @@ def compare(
 ) -> None:
     """Train methods side by side at one budget and print the table."""
     from svdpeft.compare import report
-    from svdpeft.compare.runner import Engine
+    from svdpeft.compare.runner import Engine, at_once
     from svdpeft.compare.runner import compare as run_all
     from svdpeft.compare.spec import as_number, read_spec, read_values
     from svdpeft.compare.store import Store
@@ -78,7 +80,9 @@ def compare(
     sizes = {name: value for name, value in sizes.items() if value is not None}
     try:
         options = sizes | read_values(option or []) | ({"allow_code_execution": True} if allow_code_execution else {})
-        records = run_all(read_spec(spec, options, **chosen), out, Engine(backend, workers, address, tracker))
+        asked = read_spec(spec, options, **chosen)
+        workers = at_once(asked, backend) if workers is None else workers
+        records = run_all(asked, out, Engine(backend, workers, address, tracker))
         results = report.write(Store(out))
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {out}, and the same command goes on from there")

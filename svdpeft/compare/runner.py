@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -29,6 +30,7 @@ from svdpeft.targets.choice import NotDefined
 from svdpeft.tasks.base import higher_is_better
 from svdpeft.tasks.probes import probe
 
+MOST = 4  # runs at once where nobody said how many: each holds a model, and torch
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -80,6 +82,17 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
             jobs.append(Job(spec, chosen, limit, seed, search=result))
     _do(jobs, store, engine, "runs")
     return [store.load("runs", _name(job, store)) for job in jobs]
+
+
+def at_once(spec: Spec, backend: str = "local") -> int | None:
+    """Return how many runs this machine's processors do at once; ``None`` where the backend decides.
+
+    The results are those of one worker: every run takes the threads that the specification says. For a program that
+    may start processes: the command line does, a function called from an unguarded script may not.
+    """
+    if backend != "local" or spec.threads is None or torch.cuda.is_available():
+        return None
+    return max(1, min(MOST, torch.get_num_threads() // spec.threads))
 
 
 def lines(spec: Spec) -> list[tuple[Entry, Any]]:
@@ -207,20 +220,32 @@ def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | 
     """Do one job, in whatever process, and write its record."""
     if _done(job, store):  # by a worker that died afterwards, or by another comparison's process
         return
-    record = _head(job)
-    started = time.perf_counter()
     callbacks = [advance()] if advance else []
-    try:
-        if job.rung is None:
-            logs = Path(store.address if "://" not in store.address else ".", "logs", _name(job, store))
-            record |= run(job, callbacks, tracker, logs if tracker != "none" else None)
-        else:
-            record |= trial(job, callbacks)
-    except NotDefined as reason:  # no failure: a method of attention on a CNN
-        record["undefined"] = str(reason)
-    except Exception as error:  # recorded: one method's failure does not cost the others their runs
-        record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    with _threads(job.spec.threads):
+        record = _head(job)
+        started = time.perf_counter()
+        try:
+            if job.rung is None:
+                logs = Path(store.address if "://" not in store.address else ".", "logs", _name(job, store))
+                record |= run(job, callbacks, tracker, logs if tracker != "none" else None)
+            else:
+                record |= trial(job, callbacks)
+        except NotDefined as reason:  # no failure: a method of attention on a CNN
+            record["undefined"] = str(reason)
+        except Exception as error:  # recorded: one method's failure does not cost the others their runs
+            record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     store.write(job.kind, _name(job, store), {**record, "seconds": time.perf_counter() - started})
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Take so many threads of the CPU inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _head(job: Job) -> dict[str, Any]:
@@ -253,7 +278,17 @@ def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
             record = store.load(job.kind, _name(job, store))
             if "error" in record:
                 progress.console.print(f"{job} failed: {record['error']}", style="red", markup=False, highlight=False)
+            elif "metric" in record and job.rung is None:
+                progress.console.print(f"{job}: {_result(record)}", markup=False, highlight=False)
             progress.advance(bar)
+
+
+def _result(record: dict[str, Any]) -> str:
+    """What a run came to, for people: ``accuracy 88.5 %, 11 s``."""
+    name, value = record["metric"]["name"], record["metric"]["value"]
+    share = value is not None and higher_is_better(name) and 0 <= value <= 1
+    text = "not a number" if value is None else f"{100 * value:.1f} %" if share else f"{value:.3f}"
+    return f"{name} {text}, {record['seconds']:.0f} s"
 
 
 class _Advance(transformers.TrainerCallback):

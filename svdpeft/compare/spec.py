@@ -126,6 +126,8 @@ class Spec:
         head_lr: learning rate of a new head; ``None`` is the method's.
         image_size: side of a vision model's input in pixels; ``None`` is the model's own.
         dtype: of the base: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        threads: of a CPU that each run takes: the order of a sum, and so its last digit, depends on them; ``None`` is
+            all that its process has.
         task_options: hyper-parameters of the task.
         search: how learning rates are found; ``None`` takes each method's own.
         baseline: label of the method that the others are tested against; ``None`` is the first that is LoRA, else the
@@ -147,6 +149,7 @@ class Spec:
     head_lr: float | None = None
     image_size: int | None = None
     dtype: str = "float32"
+    threads: int | None = None
     task_options: Mapping[str, Any] = field(default_factory=dict)
     search: Search | None = Search()
     baseline: str | None = None
@@ -161,7 +164,7 @@ class Spec:
                 raise ValueError(f"a comparison needs at least one of {name}")
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
-        for name, least in (("batch_size", 1), ("snapshots", 0), ("image_size", 1)):
+        for name, least in (("batch_size", 1), ("snapshots", 0), ("image_size", 1), ("threads", 1)):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), least)
         for name in ("epochs", "head_lr", "confidence"):

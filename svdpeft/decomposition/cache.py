@@ -69,9 +69,10 @@ def uncached() -> Iterator[None]:
 
 def digest(w: Tensor) -> str:
     """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
-    w = w.detach().cpu().contiguous()
+    w = w.detach().cpu()
     head = f"{w.dtype} {tuple(w.shape)} ".encode()
-    return hashlib.sha256(head + bytes(w.view(torch.uint8).flatten().numpy().data)).hexdigest()[:32]
+    # Flat first: the last stride of a 1×1 convolution in channels-last is not 1, and yet torch calls it contiguous.
+    return hashlib.sha256(head + bytes(w.flatten().view(torch.uint8).numpy().data)).hexdigest()[:32]
 
 
 def remembered(
