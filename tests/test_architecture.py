@@ -31,7 +31,8 @@ TIERS = [
     ("registry", "patterns"),
 ]
 ARROWS = 67  # between parts: a new one is a decision, and docs/architecture.md says the number
-LONGEST = 400  # lines of a file
+LONGEST = 350  # lines of a file
+LONGER = {"svdpeft.adapter.adapter": 400}  # half of it are the docstrings of what users call
 
 
 def module(file: Path) -> str:
@@ -102,7 +103,7 @@ def test_methods_and_kinds_are_short_and_files_can_be_read():
     for name, file in MODULES.items():
         lines = len(file.read_text().splitlines())
         method = name.startswith(("svdpeft.methods.", "svdpeft.layers.")) and ".base" not in name
-        assert lines <= (200 if method else LONGEST), f"{name} has {lines} lines"
+        assert lines <= (200 if method else LONGER.get(name, LONGEST)), f"{name} has {lines} lines"
 
 
 def test_a_method_begins_with_its_formula_and_its_source():

@@ -372,7 +372,7 @@ class TestRay:
     def test_a_comparison_is_the_one_of_a_single_process(self, cluster, done_on_ray, tmp_path):
         """After a node has died: the cluster that is left trains whole runs, and they are those of this process."""
         from svdpeft.compare import runner  # not above: workers import this module, and need neither
-        from svdpeft.compare.spec import read_spec
+        from svdpeft.compare.reading import read_spec
 
         spec = read_spec(
             model="efficientnet-lite0",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from svdpeft.compare.reading import read_spec
 from svdpeft.compare.report import read, terminal
-from svdpeft.compare.spec import read_spec
 from svdpeft.compare.store import Store
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import svdpeft
 from svdpeft.cli import app
 from svdpeft.compare import budget, report, run, runner
-from svdpeft.compare.spec import read_spec
+from svdpeft.compare.reading import read_spec
 from svdpeft.compare.store import Store
 from svdpeft.models import load
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from svdpeft.cli import app
 from svdpeft.compare import report, runner
-from svdpeft.compare.spec import read_spec
+from svdpeft.compare.reading import read_spec
 from svdpeft.compare.store import Store
 from svdpeft.models import embedded
 from svdpeft.tasks import sandbox

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from svdpeft.cli import app
 from svdpeft.compare import measures, report, run, runner
 from svdpeft.compare.backends.outcome import Outcome
+from svdpeft.compare.reading import read_spec, read_values, tomllib
 from svdpeft.compare.run import Job
-from svdpeft.compare.spec import Search, read_spec, read_values, tomllib
+from svdpeft.compare.spec import Search
 from svdpeft.compare.store import Store
 from svdpeft.decomposition import svd as truncated
 from svdpeft.models import load

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from svdpeft.cli import app
 from svdpeft.compare import report
+from svdpeft.compare.reading import read_spec
 from svdpeft.compare.records import newest
 from svdpeft.compare.report.limits import limits, shown
 from svdpeft.compare.report.payload import payload
 from svdpeft.compare.report.specification import bibtex, toml
-from svdpeft.compare.spec import read_spec
 
 SMALL = {"count": 4, "items": 60, "steps": 20}
 

@@ -53,9 +53,9 @@ def compare(
 ) -> None:
     """Train methods side by side at one budget and print the table."""
     from svdpeft.compare import report
+    from svdpeft.compare.reading import as_number, read_spec, read_values
     from svdpeft.compare.runner import Engine, at_once
     from svdpeft.compare.runner import compare as run_all
-    from svdpeft.compare.spec import as_number, read_spec, read_values
     from svdpeft.compare.store import Store
 
     quiet()
