@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
+LOCK := requirements/lock.txt
+UV := .venv-uv/bin/uv
 
-.PHONY: demo test lint types docs coverage-models
+.PHONY: demo test test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
@@ -12,10 +14,14 @@ demo: $(DONE)
 test: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
+# Without the lock, on Python 3.10, 3.12 and 3.13 where they are found; PYTHONS="3.12" chooses.
+test-newest test-lowest: $(UV)
+	UV=$(UV) .ci/versions $(@:test-%=%)
+
 # Every family of timm and many architectures of transformers; writes docs/coverage-*.md.
 coverage-models: $(DONE)
-	$(BIN)/python benchmarks/coverage.py timm
-	$(BIN)/python benchmarks/coverage.py transformers
+	$(BIN)/python -m benchmarks.coverage timm
+	$(BIN)/python -m benchmarks.coverage transformers
 
 # A page and a picture per method, made from the classes.
 docs: $(DONE)
@@ -28,9 +34,24 @@ lint: $(DONE)
 types: $(DONE)
 	$(BIN)/pyright
 
-# Everything comes from pyproject.toml; the stamp makes a second run start at once.
-$(DONE): pyproject.toml
+# Everything comes from pyproject.toml, in the versions of the lock, so that a release of tomorrow changes nothing here.
+# The stamp makes a second run start at once.
+INSTALL := $(BIN)/python -m pip install --quiet
+LOCKED := $(INSTALL) --constraint $(LOCK)
+$(DONE): pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	{ $(LOCKED) pip && $(LOCKED) --build-constraint $(LOCK) --editable ".[test]"; } || \
+	{ echo "$(LOCK) cannot be installed here (see above): installing the newest versions instead" && \
+	$(INSTALL) --upgrade pip && $(INSTALL) --editable ".[test]"; }
 	touch $(DONE)
+
+# The newest versions for Python 3.10 and later, and of what builds and installs them. What pip is configured to hold
+# back is held back here, too.
+lock: $(UV)
+	printf 'hatchling\npip\n' | UV_CONSTRAINT="$$($(PYTHON) -m pip config list | sed -n "s/^global.constraint='\(.*\)'$$/\1/p")" \
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --extra test --no-annotate \
+	--custom-compile-command "make lock" --output-file $(LOCK) pyproject.toml -
+
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv

@@ -11,9 +11,7 @@ torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--all", action="store_true", help="every variant on every layer: see tests/rows.py"
-    )
+    parser.addoption("--all", action="store_true", help="every variant on every layer: see tests/rows.py")
 
 
 def pytest_configure(config):

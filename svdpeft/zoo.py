@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from svdpeft.methods.base import Given, Method, PerSite
+from svdpeft.methods.base import Factored, Given, Method, PerSite
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.dora import DoRA
 from svdpeft.methods.lora import LoRA
@@ -97,7 +97,7 @@ def card(name: str) -> Card:
     return Card(
         **shared,
         trains=", ".join(method.trains),
-        parameters=(inspect.getdoc(cls.count) or "").split("\n")[0],
+        parameters=_count(method),
         values=None if method.pairs else method.total([site]),
         exact_start=method.exact_start,
         export_rank=None if method.pairs else resolved.export_rank(SIDE, SIDE),
@@ -105,6 +105,16 @@ def card(name: str) -> Card:
         works="pairs of attention weights" if method.pairs else f"all but {missing}" if missing else "all kinds",
         combines=_combines(cls),
     )
+
+
+def _count(method: PerSite) -> str:
+    """The number of values as a formula: a method's own words, or what follows from the factors that train."""
+    if type(method).count is not Factored.count:
+        return (inspect.getdoc(type(method).count) or "").split("\n")[0]
+    sizes = [size for factor, size in {"L": "m", "A": "n", "C": "1"}.items() if factor in method.trains]
+    each = f"r ({' + '.join(sizes)})" if len(sizes) > 1 else f"r {sizes[0]}".removesuffix(" 1")
+    default = getattr(method, "rank", 0) is None and type(method).default_rank is Factored.default_rank  # type: ignore[attr-defined]
+    return f"{each} per matrix{', min(m, n) with the default' if default else ''}."
 
 
 def _sections(doc: str) -> tuple[str, dict[str, str]]:

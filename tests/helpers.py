@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
-from svdpeft.decomposition import Product
 from svdpeft.layers.base import CalledKind, LayerKind
 from svdpeft.methods.base import Method, Statistics
-from svdpeft.methods.boft import BOFT
-from svdpeft.methods.dora import DoRA
-from svdpeft.methods.flora import FLoRA
-from svdpeft.methods.oft import OFT
 from svdpeft.registry import KINDS
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import stored
@@ -195,12 +190,6 @@ def paths(site: Site) -> list[bool]:
     return [False, True] if site.method.product(site.factors) is not None or not site.dense else [True]
 
 
-def positive(p: Product) -> Tensor:
-    """The product of the absolute values of its factors, dense and in float64."""
-    core = None if p.C is None else p.C.double().abs()
-    return Product(p.L.double().abs(), core, p.A.double().abs(), abs(p.scale)).dense().detach()
-
-
 def exact_change(site: Site) -> Tensor:
     """ΔW as matrices, computed in float64 from the site's tensors and W0."""
     wide = copy.deepcopy(site.factors).double()
@@ -210,31 +199,8 @@ def exact_change(site: Site) -> Tensor:
 
 def terms(site: Site) -> Tensor:
     """The sum of the absolute values of all terms of which the site's change is made, as matrices in float64."""
-    method, f = site.method, copy.deepcopy(site.factors).double()
-    w, eye = site.base_matrix().double(), torch.eye(site.shape[2], dtype=torch.float64)
-    eye = eye.expand(*w.shape[:-2], -1, -1)
-    if isinstance(method, DoRA):
-        update = method.inner.update(f)
-        gain = method.gain(f, w, update)
-        # the norm is a sum of squares, of which those of W0 and ΔW may cancel
-        rows = method.magnitude == "rows"
-        axis = -1 if rows else -2
-        new = (w + update.dense()).square().sum(axis)
-        sure = (w.abs() + positive(update)).square().sum(axis) / new
-        gain, sure = gain.unsqueeze(axis), sure.unsqueeze(axis)
-        return (
-            (gain - 1).abs() * w.abs() + gain.abs() * (positive(update) + sure * (w + update.dense()).abs())
-        ).detach()
-    if isinstance(method, OFT):
-        return w.abs() @ method.delta(f, eye).abs().detach()
-    if isinstance(method, BOFT):
-        total = eye
-        for j in range(method.butterflies):
-            total = total @ (eye + method._turned_by(eye, method._turns(f), [j]).abs().detach())
-        return f.s.abs().unsqueeze(-1).detach() * (w.abs() @ total) + w.abs()
-    if isinstance(method, FLoRA):
-        return w.abs() * (f.L.abs() @ f.A.abs() + 3).detach()
-    return sum(positive(p) for p in (method.now(f), method.anchor(f), method.update(f)) if p is not None)
+    wide = copy.deepcopy(site.factors).double()
+    return site.method.absolute(wide, site.base_matrix().double()).detach()
 
 
 def magnitude(kind: CalledKind, layer: Any, x: Tensor, w: Tensor, site: Site) -> Tensor:

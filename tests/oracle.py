@@ -22,6 +22,11 @@ def near(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def rank_of(update: Array) -> int:
+    """Singular values above rounding, which NumPy's own bound is not, with every BLAS, for a difference of weights."""
+    return int(np.linalg.matrix_rank(update, tol=1e-10))
+
+
 def linear(shape: tuple[int, int], seed: int = 0) -> tuple[nn.ModuleDict, Array, Array]:
     torch.manual_seed(seed)
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)

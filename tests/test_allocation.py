@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import svdpeft
-from svdpeft import SORSA, SVFT, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA, attach
+from svdpeft import SORSA, AdaLoRA, Budget, CheckpointError, LoRA, PiSSA, attach
 from svdpeft.adapter.loading import restore
 from svdpeft.training.state import FILE, load_training_state, save_training_state
 
@@ -213,7 +213,6 @@ def test_the_number_of_steps_may_be_in_the_budget():
         (lambda: AdaLoRA(gamma=-1.0), "gamma -1.0 is negative"),
         (lambda: AdaLoRA(regulariser="sum"), "regulariser 'sum' is neither"),
         (lambda: AdaLoRA(scaling="rank"), "scaling 'rank' is neither"),
-        (lambda: SVFT(allocate=Budget()), "sum of triplets.*not offered for SVFT"),
     ],
 )
 def test_bad_values_are_named(make_it, words: str):

@@ -208,7 +208,6 @@ def test_the_factors_of_one_adapter_are_never_trained_whole_by_another(net: Net)
         (lambda: SORSA(norm="l1"), "norm 'l1' is not one of frobenius, squared"),  # type: ignore[arg-type]
         (lambda: SVFT(pattern="full"), "pattern 'full' is not one of plain, banded, random, topk"),  # type: ignore[arg-type]
         (lambda: SVFT(off_diagonals=-1), "off_diagonals -1 is negative"),
-        (lambda: SVFT(alpha=2.0), "SVFT has no scale"),
     ],
 )
 def test_hyper_parameters(build: Any, words: str):

@@ -10,7 +10,7 @@ from helpers import adapt, close, differs, host, perturb, refused
 from torch import nn
 
 from svdpeft import DoRA
-from svdpeft.methods.base import Factored, PerSite
+from svdpeft.methods.base import Factored, PerSite, Scaled
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.registry import METHODS
 from svdpeft.zoo import card
@@ -79,9 +79,9 @@ def test_a_rank_per_site(cls: type[PerSite]):
 def test_rank_stabilised_scale_or_the_reason(cls: type[PerSite]):
     if not issubclass(cls, Factored):
         return
-    if not cls.scaled:
+    if not issubclass(cls, Scaled):
         for options in ({"rs": True}, {"alpha": 3.0}):
-            with pytest.raises(ValueError, match=f"{cls.__name__} has no scale"):
+            with pytest.raises(TypeError, match=next(iter(options))):
                 cls(**options)
         return
     plain, stable = (cls(rank=4, alpha=6.0, rs=rs).at("a", 8, 9) for rs in (False, True))
@@ -95,9 +95,7 @@ def test_allocate_or_the_reason(cls: type[PerSite]):
     says = card(cls.name).combines["allocate=Budget(…)"]
     if says != "yes":
         assert "triplets" in says or "inner" in fields(cls)
-        if "allocate" in fields(cls):
-            with pytest.raises(ValueError, match="sum of triplets"):
-                cls(allocate=Budget(target_rank=2))  # type: ignore[call-arg]
+        assert "allocate" not in fields(cls)
         return
     method = cls(rank=4, allocate=Budget(target_rank=2, total_steps=4))  # type: ignore[call-arg]
     model, x = host(LINEAR)

@@ -51,7 +51,8 @@ def test_the_exported_lora_is_the_adapted_model(method, tmp_path):
     for name, site in adapter.sites.items():
         a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         rank = config["rank_pattern"].get(name, config["r"])
-        assert a.shape[0] == b.shape[1] == rank == stated[name] == torch.linalg.matrix_rank(site.delta().flatten(1))
+        assert a.shape[0] == b.shape[1] == rank == stated[name]
+        assert rank == torch.linalg.matrix_rank(site.delta().flatten(1), rtol=1e-5)
         assert stated[name] <= site.method.export_rank(*site.shape[1:])
         assert config["alpha_pattern"].get(name, config["lora_alpha"]) == rank  # so that PEFT's scale is one
     # the two layers written out, with the update applied as PEFT does: A first, then B

@@ -9,6 +9,16 @@ from old_adapters import CASES, FIXTURES
 from safetensors.torch import load_file
 
 import svdpeft
+from svdpeft.adapter.file import NEUTRAL
+
+
+def without_neutral(value):
+    """Without the hyper-parameters that an earlier revision wrote of methods that have none."""
+    if isinstance(value, list):
+        return [without_neutral(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_neutral(each) for key, each in value.items() if (key, each) not in NEUTRAL.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -20,7 +30,7 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
     assert not torch.allclose(model(x), base)
     adapter.save(tmp_path / name)
     before, after = (json.loads((folder / name / "adapter.json").read_text()) for folder in (FIXTURES, tmp_path))
-    assert before == after
+    assert without_neutral(before) == without_neutral(after)
     before, after = (load_file(folder / name / "adapter.safetensors") for folder in (FIXTURES, tmp_path))
     assert before.keys() == after.keys()
     assert all(equal_bits(tensor, after[key]) for key, tensor in before.items())

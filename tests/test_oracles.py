@@ -14,7 +14,7 @@ from torch import nn
 
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, Partial, PiSSA, attach
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.methods.sorsa import orthonormality_error, orthonormality_gradient, polar
+from svdpeft.decomposition.orthonormality import orthonormality_error, orthonormality_gradient, polar
 
 # -- LoRA ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from rows import methods
 from torch import Tensor, nn
 
 from svdpeft.decomposition import exact_rank
+from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Factored
 from svdpeft.registry import KINDS
 from svdpeft.sites.weights import stored
@@ -74,20 +75,20 @@ def convolutions(draw: Any) -> tuple[str, nn.Module, Tensor]:
     return "conv", layer, torch.randn(*batch, layer.in_channels, *space, dtype=torch.float64)
 
 
-def turns(method: Any, case: tuple[str, nn.Module, Tensor]) -> bool:
-    """Whether a method that rotates the inputs has at least two of them."""
-    name, layer, _ = case
-    return method.name not in ("oft", "boft") or KINDS[name]().to_matrix(layer, layer.weight).shape[-1] > 1
+def defined(method: Factored, layer: nn.Module, kind: LayerKind) -> bool:
+    """Whether a drawn layer's matrices are large enough for the method."""
+    m, n = kind.to_matrix(layer, layer.weight).shape[-2:]
+    return m >= method.smallest[0] and n >= method.smallest[1]
 
 
 @settings(max_examples=120)
 @given(case=st.one_of(linears(), convolutions()), method=METHOD, seed=SEED)
 def test_drawn_layers(case: tuple[str, nn.Module, Tensor], method: Factored, seed: int):
     """One walk through every state on a drawn layer in float64."""
-    assume(turns(method, case))
     name, layer, x = case
     note(f"{layer} on {tuple(x.shape)} with {method}")
     kind = KINDS[name]()
+    assume(defined(method, layer, kind))
     model = nn.ModuleDict({"layer": layer}).eval()
     before = snapshot(model)
     layer.requires_grad_(False)  # torch picks a linear layer's kernel by this flag: the same, where bits are compared
@@ -125,9 +126,9 @@ def test_drawn_layers(case: tuple[str, nn.Module, Tensor], method: Factored, see
 def test_drawn_layers_in_low_precision(
     case: tuple[str, nn.Module, Tensor], method: Factored, dtype: torch.dtype, seed: int
 ):
-    assume(turns(method, case))
     name, wide, x = case
     kind, x = KINDS[name](), x.to(dtype)
+    assume(defined(method, wide, kind))
     layer = copy.deepcopy(wide).to(dtype).requires_grad_(False)  # see above
     wide.load_state_dict(layer.state_dict())
     model = nn.ModuleDict({"layer": layer}).eval()

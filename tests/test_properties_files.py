@@ -17,7 +17,6 @@ from torch import nn
 
 from svdpeft import LoRA, attach
 from svdpeft.methods.base import Method, PerSite
-from svdpeft.registry import METHODS
 
 READER = """
 import json, sys, traceback, pathlib
@@ -129,28 +128,6 @@ def test_same_seed_same_factors_whatever_the_global_state(method: Method, kind: 
         assert all(equal_bits(t, found[1][name][role]) for role, t in factors.items())
 
 
-DRAWN = {
-    "adalora",
-    "flora",
-    "adamss",
-    "frod",
-    "kasa",
-    "lora",
-    "lora-xs",
-    "randlora",
-    "tinylora",
-    "vera",
-}  # start from random numbers
-
-
-def draws(method: Any) -> bool:
-    """Whether the start of a method is drawn from its seed, or a part of it."""
-    inner = getattr(method, "inner", method)
-    if inner == METHODS["flora"](rank=1) or getattr(inner, "std", None) == 0:  # all ones, all zeros
-        return False
-    return not DRAWN.isdisjoint({method.name, inner.name}) or "random" in str(method) or "reference" in str(method)
-
-
 @every_factored
 def test_factors_do_not_depend_on_the_order_of_modules(method: Method):
     def build(order: list[str], extra: bool) -> nn.ModuleDict:
@@ -171,7 +148,7 @@ def test_factors_do_not_depend_on_the_order_of_modules(method: Method):
         assert all(equal_bits(t, two[name][role]) for role, t in one[name].items())
     other = factors_of(adapt(build(["a", "b"], False), method, seed=4, **options))
     random = any(not equal_bits(t, other[n][role]) for n in one for role, t in one[n].items())
-    assert random == draws(method)
+    assert random == method.draws
 
 
 def test_sites_of_one_shape_get_different_random_factors():

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, TrainingArguments
 from svdpeft import SORSA, LoRA, Trainer, attach
 from svdpeft.models import Loaded, embedded, rwkv
 from svdpeft.models import load as load_model
+from svdpeft.models.rwkv_steps import Memory
 from svdpeft.models.rwkv_text import tokenizer
 from svdpeft.registry import TASKS
 from svdpeft.tasks import sandbox
@@ -143,6 +144,14 @@ def greedy(found: Any, ids: Tensor, mask: Tensor | None, count: int, **options: 
     return found.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
 
 
+def read(found: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the tokens that a model reads from now on."""
+    seen: list[tuple[int, ...]] = []
+    embedding = next(module for module in found.modules() if isinstance(module, nn.Embedding))
+    embedding.register_forward_hook(lambda _module, args, _out: seen.append(tuple(args[0].shape)))
+    return seen
+
+
 @every_version
 def test_state_gives_what_reading_everything_again_gives(version: int):
     found = adapted(version, layers=None)
@@ -168,9 +177,7 @@ def test_batch_gives_what_its_rows_give_alone(version: int):
 @every_version
 def test_generation_reads_each_token_once(version: int):
     found = model(version, torch.float32, LAYERS)
-    seen: list[tuple[int, ...]] = []
-    embedding = next(module for module in found.modules() if isinstance(module, nn.Embedding))
-    embedding.register_forward_hook(lambda _module, args, _out: seen.append(tuple(args[0].shape)))
+    seen = read(found)
     greedy(found, tokens(9, batch=2), None, 4)
     assert seen == [(2, 9), (2, 1), (2, 1), (2, 1)]
 
@@ -188,11 +195,57 @@ def test_end_of_text_ends_a_row(version: int):
         assert not any(one[length:])
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_beams_are_refused(version: int):
-    """Transformers would reorder the beams' tokens and leave their states where they were."""
-    with pytest.raises(ValueError, match="num_beams=2"):
-        greedy(model(version, torch.float32, LAYERS), tokens(3), None, 2, num_beams=2)
+@every_version
+def test_states_follow_the_beams(version: int):
+    """Transformers chooses the rows anew at each step."""
+    found = model(version, torch.float32, LAYERS)
+    ids, mask = padded([torch.tensor(list(text.encode())) for text in (*TEXTS, "B")])
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    slow = greedy(found, ids, mask, 8, use_cache=False, **beams)
+    seen = read(found)
+    assert torch.equal(greedy(found, ids, mask, 8, **beams), slow)
+    assert {shape[1] for shape in seen[-7:]} == {1}
+
+
+@every_version
+def test_generation_goes_on_from_a_state(version: int):
+    found = model(version, torch.float32, LAYERS)
+    ids = tokens(9, batch=2)
+    whole = greedy(found, ids, None, 5)
+    name = found.carried
+    with torch.no_grad():
+        carried = found(input_ids=ids[:, :-1], use_cache=True)[name]
+    seen = read(found)
+    found.generation_config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    new = found.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{name: carried})[:, 9:]
+    assert torch.equal(new, whole)
+    assert set(seen) == {(2, 1)}
+
+
+def test_generation_without_a_state_says_why():
+    found = model(7, torch.float32, LAYERS)
+    alone = greedy(found, tokens(5), None, 3)
+    with pytest.warns(UserWarning, match=r"RWKV7ForCausalLM reads the whole text again .* training mode: eval\(\)"):
+        assert torch.equal(greedy(found.train(), tokens(5), None, 3), alone)
+
+
+def test_memory_is_of_its_text_alone():
+    """Rows are told by their tokens and their padding; another text, or one that lost tokens, has no state."""
+    rows, mask = torch.tensor([[7, 7, 1], [7, 7, 1], [7, 7, 2]]), torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    longer, new = torch.tensor([[9], [8], [8]]), torch.ones(3, 1, dtype=torch.long)
+    for order, known in {(0, 1, 2): 3, (2, 2, 1): 3, (1, 0, 2): 3}.items():
+        chosen = list(order)
+        memory = Memory(torch.arange(3))
+        assert memory.follow(rows, mask, Tensor.__getitem__) == (0, "")
+        ids, padding = torch.cat([rows[chosen], longer], 1), torch.cat([mask[chosen], new], 1)
+        assert memory.follow(ids, padding, Tensor.__getitem__) == (known, "")
+        assert memory.state.tolist() == chosen
+    for ids in (torch.cat([rows + 1, longer], 1), rows, rows[:, :2]):
+        memory = Memory(torch.arange(3))
+        memory.follow(rows, None, Tensor.__getitem__)
+        found, why = memory.follow(ids, None, Tensor.__getitem__)
+        assert (found, memory.state) == (0, None)
+        assert "this text is not one of the step before" in why
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------

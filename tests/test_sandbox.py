@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from svdpeft.tasks import sandbox
+from svdpeft.tasks import sandbox, syscalls
 from svdpeft.tasks.sandbox import MIB, Outcome, SandboxError
 
 
@@ -293,8 +293,8 @@ def test_processes_cannot_be_started():
 
 def test_every_call_of_the_list_is_refused():
     """Called by number: the C library has other ways to the same end."""
-    column = list(sandbox.MACHINES).index(platform.machine())
-    numbers = {name: both[column] for name, both in sandbox.REFUSED.items() if both[column] is not None}
+    column = list(syscalls.MACHINES).index(platform.machine())
+    numbers = {name: both[column] for name, both in syscalls.REFUSED.items() if both[column] is not None}
     numbers |= {"fork": 57, "vfork": 58} if platform.machine() == "x86_64" else {}
     assert run(
         "import ctypes\n"
@@ -307,17 +307,12 @@ def test_every_call_of_the_list_is_refused():
 
 # -- the fences behind the first ones
 
-# the module alone, in a new process: the package would take long to import
-LOAD = (
-    "import sys; from importlib.util import module_from_spec, spec_from_file_location as find;"
-    f"spec = find('sandbox', {sandbox.__file__!r}); sandbox = sys.modules['sandbox'] = module_from_spec(spec);"
-    "spec.loader.exec_module(sandbox);"
-)
+LOAD = "from svdpeft.tasks import sandbox;"
 
 
 @pytest.fixture
 def unfiltered(monkeypatch) -> None:
-    monkeypatch.setattr(sandbox, "_filter", lambda machine: struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
+    monkeypatch.setattr(syscalls, "filter_for", lambda machine: struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
 
 
 @pytest.mark.usefixtures("unfiltered")

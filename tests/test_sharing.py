@@ -481,7 +481,6 @@ def test_a_budget_is_kept_and_used(method: Method):
         (lambda: TinyLoRA(tie="depth"), ["'depth'", "'type'"]),
         (lambda: TinyLoRA(u=0), ["u 0"]),
         (lambda: TinyLoRA(split="right"), ["'right'"]),
-        (lambda: TinyLoRA(alpha=2.0), ["alpha 2.0", "no scale"]),
         (lambda: VeRA(d_initial=0.0), ["d_initial"]),
         (lambda: RandLoRA(bases="sparsest"), ["'sparsest'", "very-sparse"]),
         (lambda: RandLoRA(gamma="one"), ["'one'"]),

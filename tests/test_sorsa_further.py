@@ -13,8 +13,8 @@ from torch import nn
 
 import svdpeft
 from svdpeft import SORSA, Adaptive, LoRA, Schedule, attach
-from svdpeft.decomposition.orthonormality import orthonormality_error
-from svdpeft.methods.sorsa import errors, orthonormality_gradient
+from svdpeft.decomposition.orthonormality import orthonormality_error, orthonormality_gradient
+from svdpeft.methods.base.bases import errors
 from svdpeft.sites.weights import stored
 from svdpeft.training.callback import StepCallback
 

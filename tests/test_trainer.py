@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import svdpeft
 from svdpeft.adapter.loading import CheckpointError
-from svdpeft.methods.sorsa import orthonormality_gradient
+from svdpeft.decomposition.orthonormality import orthonormality_gradient
 
 
 class Bare(nn.Module):

@@ -29,10 +29,7 @@ def test_a_method_says_what_it_is(name):
     assert len(c.sections["When to use"]) > 80
     assert c.cls.latex, "the formula for the page"
     MathTextParser("path").parse(f"${build['drawable'](c.cls.latex)}$")  # raises where it is not LaTeX
-    refused = {"allocate"} if c.combines.get("allocate=Budget(…)") != "yes" else set()
-    if not getattr(c.cls, "scaled", True):
-        refused |= {"alpha", "rs"}
-    for field in set(inspect.signature(c.cls).parameters) - refused:
+    for field in inspect.signature(c.cls).parameters:
         assert f"{field}:" in c.sections.get("Args", ""), f"{field} is not described"
     if c.cls.reference is None:
         assert name in ("full", "partial", "head-only")
@@ -48,7 +45,7 @@ def test_a_method_says_what_it_is(name):
 def test_a_method_supports_the_kinds_that_its_card_lists(name):
     c = card(name)
     for kind, why in c.kinds.items():
-        assert c.cls().supports(KINDS[kind]()) == (not why)
+        assert (c.cls().why_not(KINDS[kind]()) is None) == (not why)
         assert not why or kind in why, "the reason names the kind"
 
 

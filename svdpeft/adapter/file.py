@@ -6,6 +6,7 @@ state. It names the base it was made for by a hash of every adapted weight, and 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdpeft.methods.base import Method
+from svdpeft.registry import METHODS
 from svdpeft.sites.site import Site
 
 FORMAT = 3
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
 KEYS = {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"}  # of the header
 SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors", "tied"}
+NEUTRAL = {"alpha": None, "rs": False, "allocate": None}  # what earlier revisions wrote of methods that have none
 PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
 
 
@@ -67,3 +71,26 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing := KEYS - header.keys():
         raise CheckpointError(f"{path / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
     return header, tensors
+
+
+def method_in(entry: Mapping[str, Any], path: Path) -> Method:
+    """Return the method that an entry of a header describes.
+
+    Raises:
+        CheckpointError: no method has the name, or such hyper-parameters.
+    """
+    try:
+        fields = _without_neutral(entry)
+        return METHODS[fields.pop("name")](**fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / HEADER}: {error}") from error
+
+
+def _without_neutral(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a method, and of methods in it, without hyper-parameters that it does not have and that say so."""
+    known = inspect.signature(METHODS[entry["name"]]).parameters
+    return {
+        key: _without_neutral(value) if isinstance(value, dict) and "name" in value else value
+        for key, value in entry.items()
+        if key in known or key not in NEUTRAL or value != NEUTRAL[key]
+    }

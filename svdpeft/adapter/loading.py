@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import install
-from svdpeft.adapter.file import HEADER, PLACE_KEYS, SITE_KEYS, TENSORS, CheckpointError, held, read
+from svdpeft.adapter.file import HEADER, PLACE_KEYS, SITE_KEYS, TENSORS, CheckpointError, held, method_in, read
 from svdpeft.decomposition import digest
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
 from svdpeft.methods.base import Factors, Method, PerSite, share
-from svdpeft.registry import KINDS, METHODS, Registry, near_miss
+from svdpeft.registry import KINDS, Registry, near_miss
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
 from svdpeft.sites.site import base_weight
@@ -80,7 +79,7 @@ def _parts(
         raise TypeError(f"the name is {header['name']!r}")
     if not isinstance(header["skipped"], dict) or header["batch_norm"] not in ("train", "frozen"):
         raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
-    pairs = list(zip(header["patterns"], [_method(entry, path) for entry in header["methods"]], strict=True))
+    pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
     remaining, built, checked = dict(tensors), [], set()
     groups: dict[str, dict[str, Tensor]] = {}
@@ -97,7 +96,7 @@ def _parts(
         weight = base_weight(first.module, first.parameter).original
         _check_base(site, entry, weight, path, check_base and id(parameter) not in checked)
         checked.add(id(parameter))  # the parts of a fused weight have one hash
-        method = _method(entry["method"], path)
+        method = method_in(entry["method"], path)
         assert isinstance(method, PerSite)
         own = _take(remaining, site, entry["tensors"], path)
         tied = _tied(site, entry["tied"], own, method, groups)
@@ -124,9 +123,9 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     header, saved = read(path)
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
-        here = json.loads(json.dumps(site.method.to_json()))
-        if there and there["method"] != here:
-            changed = [key for key in here if there["method"].get(key) != here[key]]
+        here = site.method.to_json()
+        if there and (method := method_in(there["method"], path).to_json()) != here:
+            changed = [key for key in here if method.get(key) != here[key]]
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
         if there and there["hash"] != digest(site.weight.original):
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
@@ -155,14 +154,6 @@ def _known(registry: Registry, name: str, path: Path) -> Any:
     try:
         return registry[name]
     except ValueError as error:
-        raise CheckpointError(f"{path / HEADER}: {error}") from error
-
-
-def _method(entry: dict[str, Any], path: Path) -> Method:
-    fields = dict(entry)
-    try:
-        return _known(METHODS, fields.pop("name"), path)(**fields)
-    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / HEADER}: {error}") from error
 
 

@@ -40,6 +40,11 @@ class Product(NamedTuple):
         """Return the whole matrix, (*b, m, n)."""
         return self.cored() @ self.A * self.scale
 
+    def absolute(self) -> Tensor:
+        """Return the dense product of the factors' absolute values: what rounding of the product is relative to."""
+        core = None if self.C is None else self.C.abs()
+        return Product(self.L.abs(), core, self.A.abs(), abs(self.scale)).dense()
+
     def to(self, dtype: torch.dtype) -> Product:
         """Return the same product with factors of another dtype."""
         return Product(self.L.to(dtype), None if self.C is None else self.C.to(dtype), self.A.to(dtype), self.scale)

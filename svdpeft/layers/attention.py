@@ -21,8 +21,8 @@ class Attention(LayerKind):
     """The weights of the input projections; ``out_proj`` is a linear layer that the attention reads and never calls."""
 
     classes: ClassVar = ("torch.nn.modules.activation.MultiheadAttention",)
-    linear: ClassVar = True
-    split: ClassVar = True
+    linear: bool = True
+    split: bool = True
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:

@@ -37,13 +37,13 @@ class Example(NamedTuple):
 class LayerKind(ABC):
     """How a weight is a batch of matrices. Every method takes the layer that holds it."""
 
-    name: ClassVar[str]
+    name: str
     classes: ClassVar[tuple[str, ...]] = ()  # dotted names, so that an optional library is not imported
     parameter: ClassVar[str] = "weight"
     heads: int = 0  # of an attention, where the kind shows a matrix for each
-    linear: ClassVar[bool] = False  # multiplies the last axis of its input: taken by targets="all-linear"
-    split: ClassVar[bool] = False  # its parts are always adapted apart
-    sees: ClassVar[bool] = False  # it is called with vectors that its matrices multiply: see CalledKind.inputs
+    linear: bool = False  # multiplies the last axis of its input: taken by targets="all-linear"
+    split: bool = False  # its parts are always adapted apart
+    sees: bool = False  # it is called with vectors that its matrices multiply: see CalledKind.inputs
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:
@@ -113,7 +113,7 @@ class LayerKind(ABC):
 class CalledKind(LayerKind):
     """A layer that is called with one input. An update is never given a bias; the base layer has added it."""
 
-    multiplies: ClassVar[bool] = True  # its own forward is a product that factors of the whole weight can replace
+    multiplies: bool = True  # its own forward is a product that factors of the whole weight can replace
 
     def called(self, module: nn.Module) -> bool:
         # A subclass with a ``forward`` of its own (weight standardisation, say) computes something else from its

@@ -26,7 +26,7 @@ class Conv(CalledKind):
 
     classes: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3))
 
-    sees: ClassVar = True
+    sees: bool = True
 
     def to_matrix(self, module: Any, w: Tensor) -> Tensor:
         return rearrange(w, "(g out) inner ... -> g out (inner ...)", g=module.groups)

@@ -25,7 +25,7 @@ class ConvTranspose(CalledKind):
     """A 1×1 convolution down to r channels per group, then a thin transposed one with the layer's own geometry."""
 
     classes: ClassVar = tuple(f"torch.nn.modules.conv.ConvTranspose{d}d" for d in (1, 2, 3))
-    sees: ClassVar = True
+    sees: bool = True
 
     def to_matrix(self, module: Any, w: Tensor) -> Tensor:
         return rearrange(w, "(g inner) out ... -> g (out ...) inner", g=module.groups)

@@ -21,7 +21,7 @@ class Embedding(CalledKind):
     """Rows of L are looked up and multiplied by C A: no gradient of the size of the vocabulary but L's own."""
 
     classes: ClassVar = ("torch.nn.modules.sparse.Embedding",)
-    multiplies: ClassVar = False
+    multiplies: bool = False
 
     @classmethod
     def match(cls, module: Any, parameter: str) -> int | None:

@@ -5,7 +5,7 @@ stored (experts, out, in), or (experts, in, out) where the module says ``is_tran
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ TRANSPOSED = {  # classes that do not say it themselves
 class Experts(LayerKind):
     """One SVD per expert."""
 
-    linear: ClassVar = True
+    linear: bool = True
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:

@@ -29,7 +29,7 @@ class Heads(View):
     def __init__(self, whole: LayerKind, heads: int, axis: Literal["rows", "columns"]) -> None:
         super().__init__(whole)
         self.heads, self.axis = heads, axis
-        self.name = f"{whole.name} heads"  # type: ignore[misc]
+        self.name = f"{whole.name} heads"
 
     def fields(self) -> dict[str, Any]:
         return {"count": self.heads, "axis": self.axis}

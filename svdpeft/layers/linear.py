@@ -23,8 +23,8 @@ class Linear(CalledKind):
         "rwkv7_hf.modeling_rwkv7.RWKV7Linear",
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     )
-    linear: ClassVar = True
-    sees: ClassVar = True
+    linear: bool = True
+    sees: bool = True
 
     def called(self, module: nn.Module) -> bool:
         # Torch's own word for the output projection that nn.MultiheadAttention reads and never calls.

@@ -29,9 +29,9 @@ class Part(View):
         super().__init__(whole)
         self.total = total
         self.rows: Ranges = tuple((start, stop, step) for start, stop, step in rows)
-        self.name = whole.name  # type: ignore[misc]
-        self.linear = whole.linear  # type: ignore[misc]
-        self.sees = whole.sees  # type: ignore[misc]
+        self.name = whole.name
+        self.linear = whole.linear
+        self.sees = whole.sees
 
     def fields(self) -> dict[str, Any]:
         return {"of": self.total, "ranges": [list(rows) for rows in self.rows]}

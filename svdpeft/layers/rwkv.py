@@ -10,7 +10,6 @@ Their other spelling, low-rank modules of two linear layers (``w_lora.lora.0``),
 from __future__ import annotations
 
 import re
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ MIXING_CHANNELS = re.compile(r"time_mix_(k|key)|time_maa_k|x_k")
 class RWKV(LayerKind):
     """A matrix used as ``x @ w``: stored (…, in, out)."""
 
-    linear: ClassVar = True
+    linear: bool = True
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:

@@ -22,7 +22,7 @@ class View(CalledKind):
 
     def __init__(self, whole: LayerKind) -> None:
         self.whole = whole
-        self.multiplies = False  # type: ignore[misc]
+        self.multiplies = False
 
     def called(self, module: nn.Module) -> bool:
         return self.whole.called(module)

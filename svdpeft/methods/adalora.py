@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, Triplets, generator
 from svdpeft.methods.base.allocation import Budget
-from svdpeft.methods.sorsa import errors
+from svdpeft.methods.base.bases import errors
 from svdpeft.registry import METHODS
 
 DEVIATION = 0.02  # of the entries of L and A at the start
@@ -30,7 +30,7 @@ STABILISER = 1e-5  # what the code adds to the rank
 
 @METHODS.register("adalora")
 @dataclass(frozen=True)
-class AdaLoRA(Factored):
+class AdaLoRA(Triplets):
     """LoRA in the form of an SVD that gives its rank to the layers that need it most.
 
     When to use:
@@ -51,9 +51,6 @@ class AdaLoRA(Factored):
 
     Args:
         rank: r at the start, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
         allocate: the budget; the default keeps two thirds of the triplets, 8 of 12. ``None``: all stay.
         gamma: γ, weight of the penalty.
         regulariser: ``"paper"`` or ``"code"``.
@@ -73,6 +70,7 @@ class AdaLoRA(Factored):
     trains: ClassVar = ("L", "C", "A")
     pruned: ClassVar = ("C",)
     anchored: ClassVar[bool] = False
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + s\,L\,\mathrm{diag}(C)\,A,\qquad C_0 = 0,\quad L_0, A_0 \sim N(0,\, 0.02^2)"
     reference: ClassVar = Reference(
         key="zhang2023adalora",
@@ -105,10 +103,6 @@ class AdaLoRA(Factored):
             for shape in ((m, self._rank), (self._rank, n))
         )
         return {"L": left, "C": w.new_zeros(*batch, self._rank), "A": right}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n + 1) per matrix."""
-        return batch * self._rank * (m + n + 1)
 
     def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
         if self.gamma == 0:

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product, canonical_signs, kmeans
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("adamss")
 @dataclass(frozen=True)
-class AdaMSS(Decomposed):
+class AdaMSS(Decomposed, Unscaled):
     """Several narrow updates instead of one: a rank of K ρ for the price of rank ρ on the output side.
 
     When to use:
@@ -43,11 +43,6 @@ class AdaMSS(Decomposed):
         so that the count follows from the shape.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: none, the method has no scale.
-        dropout: on the adapter's input.
-        rs: none, the method has no scale.
-        driver: of the decomposition.
         clusters: K, lowered to the number of rows.
         cluster_rank: ρ, lowered to r.
 
@@ -62,7 +57,6 @@ class AdaMSS(Decomposed):
 
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     anchored: ClassVar[bool] = False
-    scaled: ClassVar[bool] = False
     knob: ClassVar[str] = "cluster_rank"
     reference: ClassVar = Reference(
         key="zheng2025adamss",
@@ -71,6 +65,7 @@ class AdaMSS(Decomposed):
         year=2025,
         venue="Advances in Neural Information Processing Systems",
     )
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W'_{c_i} = (W_0)_{c_i} + B_i A_i V_r^\top,\quad i = 1 \dots K"
 
     def __post_init__(self) -> None:

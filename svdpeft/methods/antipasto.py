@@ -51,11 +51,6 @@ class AntiPaSTO(FrozenBases):
         taken, as the code does without such a choice.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: none; the scale of the update is the coefficient.
-        dropout: on the adapter's input.
-        rs: none.
-        driver: of the decomposition.
         coefficient: α at the start; any finite number.
         max_angle: θ_max in radians, in (0, π]; π is no bound.
         rotates: ``"V"``, the input's vectors, as published; ``"U"``, ``"both"`` (each by its own), or ``"none"``.
@@ -97,6 +92,10 @@ class AntiPaSTO(FrozenBases):
             raise ValueError(f"coefficient {self.coefficient} is not a finite number")
         if self.block is not None and self.block < 2:
             raise ValueError(f"block {self.block} is less than 2: one dimension does not turn; see rotates='none'")
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.reference_init
 
     @property
     def trains(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -56,6 +56,8 @@ class BOFT(Transform):
 
     trains: ClassVar = ("Q", "s")
     knob: ClassVar[str] = "block_size"
+    resolved: ClassVar = ("block_size", "butterflies")
+    smallest: ClassVar = (1, 2)
     latex: ClassVar[str] = (
         r"W' = \operatorname{diag}(s)\, W_0 \prod_{j=1}^{N} P_j^\top \operatorname{blockdiag}"
         r"\bigl((I + Q_{ji})(I - Q_{ji})^{-1}\bigr) P_j"
@@ -93,9 +95,6 @@ class BOFT(Transform):
             )
         return dataclasses.replace(self, block_size=size, butterflies=min(self.butterflies, most))
 
-    def general(self) -> BOFT:
-        return dataclasses.replace(self, block_size=2, butterflies=1)
-
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, n = w.shape
@@ -116,6 +115,13 @@ class BOFT(Transform):
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         s = f.s.to(w0.dtype).unsqueeze(-1)
         return s * self._turned_by(w0, self._turns(f).to(w0.dtype), range(self.butterflies)) + (s - 1) * w0
+
+    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+        each = torch.eye(w0.shape[-1], dtype=w0.dtype, device=w0.device).expand(*w0.shape[:-2], -1, -1)
+        total = each
+        for j in range(self.butterflies):
+            total = total @ (each + self._turned_by(each, self._turns(f).to(w0.dtype), [j]).abs())
+        return f.s.abs().unsqueeze(-1) * (w0.abs() @ total) + w0.abs()
 
     def acts(self, linear: bool) -> bool:
         return linear

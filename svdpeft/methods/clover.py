@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from svdpeft.decomposition import canonical_signs, truncated_svd
-from svdpeft.methods.base import Factored, Given, Reference, Tensors
+from svdpeft.methods.base import Given, Kind, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 PAIRS = ("qk", "vo")
@@ -31,7 +31,7 @@ PAIRS = ("qk", "vo")
 
 @METHODS.register("clover")
 @dataclass(frozen=True)
-class CLOVER(Factored):
+class CLOVER(Unscaled):
     """A d×d matrix per head and pair: what the head compares, and what it passes on, mixed anew.
 
     When to use:
@@ -49,9 +49,6 @@ class CLOVER(Factored):
 
     Args:
         rank: r of each core; ``None`` is d, the size of a head, as in the paper.
-        alpha: none, the method has no scale.
-        dropout: on the adapter's input.
-        rs: none, the method has no scale.
         pairs: which products: ``"qk"`` changes queries, ``"vo"`` output projections.
 
     Example:
@@ -71,7 +68,6 @@ adapter = svdpeft.attach(model, svdpeft.CLOVER(), train=["head"])
 print(adapter.summary())
 """
     trains: ClassVar = ("C",)
-    scaled: ClassVar = False
     latex: ClassVar[str] = (
         r"W_O^{h\prime} = W_O^h + U\,(C - \Sigma)\,T,\qquad W_O^h W_V^h = U \Sigma V^\top,\quad V^\top = T\, W_V^h"
     )
@@ -91,7 +87,7 @@ print(adapter.summary())
             raise ValueError(f"pairs {self.pairs!r} must be some of {', '.join(PAIRS)}")
         object.__setattr__(self, "pairs", tuple(pair for pair in PAIRS if pair in pairs))
 
-    def why_not(self, kind: Any) -> str | None:
+    def why_not(self, kind: Kind) -> str | None:
         if not kind.heads:
             return "CLOVER decomposes products of two weights of an attention, head by head; one weight alone is none"
         return super().why_not(kind)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, minor_svd
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("corda")
 @dataclass(frozen=True)
-class CorDA(Decomposed):
+class CorDA(Decomposed, Scaled):
     """PiSSA in the metric of the layer's own inputs, from a calibration pass.
 
     When to use:
@@ -40,10 +40,7 @@ class CorDA(Decomposed):
         PEFT divides Σ by the scale s, another balance of the same start: not offered, alpha = rank is the same.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r, the paper's choice.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
         driver: of the decomposition; "kpm" is always exact.
         mode: "ipm" (instruction-previewed) adapts what the data uses most, "kpm" (knowledge-preserved) what it uses
             least.
@@ -94,7 +91,3 @@ class CorDA(Decomposed):
         assert given.statistics is not None
         balance = (mean / given.statistics.count).sqrt()
         return {"L": (left * balance).to(w), "A": (right / balance).to(w)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

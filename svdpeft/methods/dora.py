@@ -12,6 +12,7 @@ Adaptation. ICML 2024, arXiv:2402.09353.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,16 +21,11 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.methods.base import Call, Factored, Factors, Given, PerSite, Reference, Tensors, Transform
+from svdpeft.methods.base import Call, Factored, Factors, Given, Hooks, PerSite, Reference, Tensors, Transform
 from svdpeft.methods.lora import LoRA
 from svdpeft.registry import METHODS
 
 AXES = ("rows", "columns")
-
-
-def _of_inner(name: str) -> Any:
-    """What the inner method says, a property."""
-    return property(lambda self: getattr(self.inner, name))
 
 
 @METHODS.register("dora")
@@ -69,6 +65,7 @@ class DoRA(Transform):
     magnitude: Literal["rows", "columns"] = "rows"
     norm_gradient: bool = False
 
+    pairs: ClassVar = ()  # those are refused
     latex: ClassVar[str] = (
         r"W' = \operatorname{diag}\!\left(\frac{m}{\lVert W_0 + \Delta W\rVert}\right)(W_0 + \Delta W)"
     )
@@ -83,7 +80,6 @@ class DoRA(Transform):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         inner = self.inner
         if isinstance(inner, str):
             inner = METHODS[inner]()
@@ -100,6 +96,7 @@ class DoRA(Transform):
         if inner.pairs:
             raise ValueError(f"inner={inner}: its update changes two weights together, DoRA's magnitudes belong to one")
         object.__setattr__(self, "inner", inner)
+        super().__post_init__()
         if self.magnitude not in AXES:
             raise ValueError(f"magnitude {self.magnitude!r} is not one of {', '.join(AXES)}")
 
@@ -139,6 +136,14 @@ class DoRA(Transform):
         gain = self.gain(f, w0, update).unsqueeze(self._summed)
         return (gain - 1) * w0 + gain * update.dense()
 
+    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+        update, axis = self.inner.update(f), self._summed
+        own, new = update.absolute(), w0 + update.dense()
+        # The norm is a sum of squares, of which those of W0 and of the update may cancel.
+        sure = (w0.abs() + own).square().sum(axis, keepdim=True) / new.square().sum(axis, keepdim=True)
+        gain = self.gain(f, w0, update).unsqueeze(axis)
+        return (gain - 1).abs() * w0.abs() + gain.abs() * (own + sure * new.abs())
+
     def acts(self, linear: bool) -> bool:
         return True
 
@@ -157,24 +162,6 @@ class DoRA(Transform):
     @property
     def _summed(self) -> int:
         return -1 if self.magnitude == "rows" else -2
-
-    # -- the inner method has the word in everything else -----------------------------------------------------------
-
-    exact_start = _of_inner("exact_start")
-    needs = _of_inner("needs")
-    settable = _of_inner("settable")
-    dropout = _of_inner("dropout")
-    knob = _of_inner("knob")
-    knob_values = _of_inner("knob_values")
-    why_not = _of_inner("why_not")
-    group = _of_inner("group")
-    share = _of_inner("share")
-    shared_count = _of_inner("shared_count")
-    penalty = _of_inner("penalty")
-    changes_gradients = _of_inner("changes_gradients")
-    keeps_state = _of_inner("keeps_state")
-    before_step = _of_inner("before_step")
-    after_step = _of_inner("after_step")
 
     def tensor_names(self) -> list[str]:
         return [*self.inner.tensor_names(), "mag", "norm0"]
@@ -197,3 +184,9 @@ class DoRA(Transform):
 
     def _around(self, inner: PerSite) -> DoRA:
         return dataclasses.replace(self, inner=inner)
+
+
+# In everything else that a method may say the inner one has the word.
+for name in vars(Hooks):
+    if not name.startswith("_") and name not in vars(DoRA):
+        setattr(DoRA, name, property(operator.attrgetter(f"inner.{name}")))

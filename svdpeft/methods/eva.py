@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import canonical_signs
-from svdpeft.methods.base import Factored, Given, PerSite, Reference, Tensors
+from svdpeft.methods.base import Given, PerSite, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("eva")
 @dataclass(frozen=True)
-class EVA(Factored):
+class EVA(Scaled):
     """LoRA with a start and with ranks from a calibration pass.
 
     When to use:
@@ -46,8 +46,6 @@ class EVA(Factored):
     Args:
         rank: r, or a mapping from site pattern to r: what the ranks are on average.
         alpha: α of the rank given; ``None`` is α = r. Sites whose rank changes get another α and the same scale.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
         rho: ρ, at least 1; 1 leaves the ranks as they are.
         centred: subtract the mean of the inputs.
         whiten: divide A by √σ.
@@ -114,10 +112,6 @@ class EVA(Factored):
             sigma = values[..., -self._rank :].flip(-1).clamp(min=0).sqrt()
             a = a / torch.where(sigma > 0, sigma, 1.0).sqrt().unsqueeze(-1)
         return {"L": w.new_zeros(*w.shape[:-1], self._rank), "A": a.to(w).contiguous()}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)
 
 
 def _with_rank(method: EVA, rank: int) -> EVA:

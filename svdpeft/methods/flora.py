@@ -51,6 +51,7 @@ class FLoRA(Transform):
 
     rank: int | Mapping[str, int] = 1
 
+    resolved: ClassVar = ("rank",)
     latex: ClassVar[str] = r"W' = W_0 \circ L A,\quad L A = \mathbf{1}\mathbf{1}^\top \text{ at the start}"
     reference: ClassVar = Reference(
         key="wen2024flora",
@@ -70,39 +71,43 @@ class FLoRA(Transform):
         rank = chosen(self.rank, site, roles)
         return dataclasses.replace(self, rank=check_rank(min(rank, m, n) if clip else rank, m, n, site))
 
-    def general(self) -> FLoRA:
-        return dataclasses.replace(self, rank=1)
-
     @property
-    def terms(self) -> int:
+    def _rank(self) -> int:
         """r at one site."""
         assert isinstance(self.rank, int), "the rank is resolved per site by at()"
         return self.rank
 
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.rank != 1  # of one term every entry is a one
+
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, n = w.shape
-        left = w.new_zeros(*batch, m, self.terms)
+        left = w.new_zeros(*batch, m, self._rank)
         left[..., 0] = 1
-        right = torch.randn(*batch, self.terms, n, generator=generator(given.seed), dtype=torch.float64).to(w)
+        right = torch.randn(*batch, self._rank, n, generator=generator(given.seed), dtype=torch.float64).to(w)
         right[..., 0, :] = 1
         return {"L": left, "A": right}
 
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""
-        return batch * self.terms * (m + n)
+        return batch * self._rank * (m + n)
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         return w0 * (f.L.to(w0.dtype) @ f.A.to(w0.dtype) - 1)
 
+    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+        return w0.abs() * (f.L.abs() @ f.A.abs() + 3)  # of each term and of W0 itself
+
     def acts(self, linear: bool) -> bool:
-        return linear and self.terms <= FEW
+        return linear and self._rank <= FEW
 
     def act(self, f: Factors, call: Call) -> Tensor:
         # With u = L₁ − 1 and v = A₁ − 1 the first term less W0 x is W0 (v∘x) + u∘W0 x + u∘W0 (v∘x): no big numbers
         # are subtracted, and it is zero at the start.
         u, v = f.L[..., 0] - 1, f.A[..., 0, :] - 1
         change = call.rows(u) + call.per_row(u + 1) * call.columns(v)
-        for j in range(1, self.terms):
+        for j in range(1, self._rank):
             change = change + call.per_row(f.L[..., j]) * call.columns(f.A[..., j, :])
         return change

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product, canonical_signs, check_matrix, scatter_core
-from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, Unscaled, generator
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("frod")
 @dataclass(frozen=True)
-class FRoD(Factored):
+class FRoD(Unscaled):
     """Full-rank updates in a basis that layers of one kind have in common.
 
     When to use:
@@ -46,9 +46,6 @@ class FRoD(Factored):
 
     Args:
         rank: none, the rank is full.
-        alpha: none, the method has no scale.
-        dropout: on the adapter's input.
-        rs: none, the method has no scale.
         density: ρ, the share of S that trains.
         ridge: ε, keeps the inverses of correlated layers finite.
 
@@ -62,7 +59,6 @@ class FRoD(Factored):
     ridge: float = 1e-3
 
     trains: ClassVar[tuple[str, ...]] = ("C", "S")
-    scaled: ClassVar[bool] = False
     knob: ClassVar[str] = "density"
     reference: ClassVar = Reference(
         key="wan2026frod",
@@ -72,6 +68,8 @@ class FRoD(Factored):
         venue="AAAI Conference on Artificial Intelligence",
         arxiv="2512.23485",
     )
+    resolved: ClassVar = ()
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + U \big(\operatorname{diag}(\lambda - \lambda_0) + S\big) V^\top"
 
     def __post_init__(self) -> None:
@@ -86,9 +84,6 @@ class FRoD(Factored):
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> FRoD:
         return self
 
-    def general(self) -> FRoD:
-        return self
-
     def entries(self, n: int) -> int:
         """Number of entries of S that train."""
         return min(max(int(self.density * n * n), int(self.density > 0)), n * (n - 1))
@@ -99,7 +94,7 @@ class FRoD(Factored):
     def share(self, group: Sequence[Given]) -> Tensors:
         n, first = group[0].shape[2], group[0]
         basis = joint_basis(sorted(group, key=lambda site: site.name), self.ridge)
-        random = generator(self.shared_seed(first))
+        random = generator(first.seed_of(self.group(first)))
         drawn = torch.randperm(n * (n - 1), generator=random)[: self.entries(n)].sort().values
         i, j = drawn // max(n - 1, 1), drawn % max(n - 1, 1)  # the j-th entry off the diagonal of row i
         return {"V": basis.to(first.dtype), "index": (i * n + j + (j >= i)).to(first.device)}

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from svdpeft.decomposition import Product, minor_svd
 from svdpeft.decomposition.orthonormality import orthonormality_error
-from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, by_shape, generator
-from svdpeft.methods.sorsa import bases
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, Triplets, by_shape, generator
+from svdpeft.methods.base.bases import bases
 from svdpeft.registry import METHODS
 
 REGULARISERS = ("paper", "reference")
@@ -31,7 +31,7 @@ REGULARISERS = ("paper", "reference")
 
 @METHODS.register("kasa")
 @dataclass(frozen=True)
-class KaSA(Factored):
+class KaSA(Triplets):
     """Drops the tail of the weight, and learns an update with singular values and near-orthonormal vectors of its own.
 
     When to use:
@@ -48,11 +48,7 @@ class KaSA(Factored):
         Hugging Face PEFT has the paper's penalty, changes the weight for good, and leaves adding the penalty to you.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α; 16 in the published code, ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; L of one that is left out returns to zero (ours).
         beta: β, weight of the singular values in the penalty.
         gamma: γ, weight of the departure from orthonormality.
         regulariser: ``"paper"`` or ``"reference"``, the published code's.
@@ -68,6 +64,8 @@ class KaSA(Factored):
     trains: ClassVar = ("L", "C", "A")
     anchored: ClassVar[bool] = False  # L is zero at the start; what is subtracted is another part of W0
     pruned: ClassVar[tuple[str, ...]] = ("L",)
+    resolved: ClassVar = ("rank", "drop")
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 - U_{-r}\Sigma_{-r}V_{-r}^\top + s\,L\,\mathrm{diag}(C)\,A,\quad L_0 = 0"
     reference: ClassVar = Reference(
         key="wang2025kasa",
@@ -97,9 +95,6 @@ class KaSA(Factored):
         if drop > most and not clip:
             raise ValueError(f"drop {drop} is outside [0, {most}] at {site} ({m}x{n}): one triplet has to stay")
         return dataclasses.replace(here, drop=min(drop, most))
-
-    def general(self) -> Factored:
-        return dataclasses.replace(self, rank=1, drop=0)
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         *batch, m, n = w.shape
@@ -139,10 +134,6 @@ class KaSA(Factored):
             terms.append(self.gamma * error.sum())
         total = torch.stack(terms).sum()
         return total / sum(f.C[..., 0].numel() for f in sites) if self.regulariser == "reference" else total
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n + 1) per matrix."""
-        return batch * self._rank * (m + n + 1)
 
     def export_rank(self, m: int, n: int) -> int:
         return min(self._rank + (self._rank if self.drop is None else self.drop), m, n)

@@ -15,13 +15,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Factored, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Given, Reference, Tensors, Triplets, generator
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("lora")
 @dataclass(frozen=True)
-class LoRA(Factored):
+class LoRA(Triplets):
     """The baseline of the family: needs nothing from the weight but its shape.
 
     When to use:
@@ -34,11 +34,6 @@ class LoRA(Factored):
         is the default here. ``init="gaussian"`` has standard deviation 1/r, as in PEFT.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: rank-stabilised scale, α/√r instead of α/r.
-        allocate: a budget of triplets over all sites; L of one that is left out returns to zero.
         init: of A: ``"uniform"`` or ``"gaussian"``.
 
     Example:
@@ -50,6 +45,7 @@ class LoRA(Factored):
 
     anchored: ClassVar[bool] = False
     pruned: ClassVar[tuple[str, ...]] = ("L",)  # its A has no start to return to
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + s\,L A,\qquad L_0 = 0,\quad A_0 \sim U(-1/\sqrt{n},\, 1/\sqrt{n})"
     reference: ClassVar = Reference(
         key="hu2022lora",
@@ -74,7 +70,3 @@ class LoRA(Factored):
         else:
             a = (2 * torch.rand(shape, generator=source, dtype=torch.float64) - 1) / math.sqrt(n)
         return {"L": w.new_zeros(*batch, m, self._rank), "A": a.to(w)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

@@ -16,13 +16,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from svdpeft.decomposition import truncated_svd
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("lora-ga")
 @dataclass(frozen=True)
-class LoRAGA(Decomposed):
+class LoRAGA(Decomposed, Scaled):
     """LoRA whose factors start from the gradient, and on every kind of weight that has one.
 
     When to use:
@@ -38,11 +38,8 @@ class LoRAGA(Decomposed):
         Both use a randomised SVD with 4 iterations; here the driver is exact for all but large matrices.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α; the paper's is 16, ``None`` is α = r.
-        dropout: on the adapter's input.
         rs: scale α/√r, the paper's, instead of α/r.
-        driver: of the decomposition.
         gamma: γ; larger is a smaller start.
         variant: "paper" or "peft".
 
@@ -89,7 +86,3 @@ class LoRAGA(Decomposed):
         if self.variant == "peft":
             return {"L": (c * left * s[..., None, q - r :]).to(w), "A": right.to(w).contiguous()}
         return {"L": (c * left).to(w), "A": (c * right).to(w)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import SVD
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("lora-null")
 @dataclass(frozen=True)
-class LoRANull(Decomposed):
+class LoRANull(Decomposed, Scaled):
     """PiSSA on the weight's projection to where the calibration data is not.
 
     When to use:
@@ -38,11 +38,6 @@ class LoRANull(Decomposed):
         offered.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        driver: of the decomposition.
         version: "v1" trains both factors, "v2" L alone.
 
     Example:
@@ -84,7 +79,3 @@ class LoRANull(Decomposed):
         u, s, vh = self.svd(w.double() @ null, given)  # of a thin matrix; W0 N Nᵀ has the same u and s
         left, right = SVD(u, s, vh @ null.mT).balanced()
         return {"L": left.to(w), "A": right.to(w)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix; r m with version="v2"."""
-        return batch * self._rank * (m + n if self.version == "v1" else m)

@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors, generator
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("lora-xs")
 @dataclass(frozen=True)
-class LoRAXS(Decomposed):
+class LoRAXS(Decomposed, Scaled):
     """r² values per weight, whatever its size.
 
     When to use:
@@ -36,11 +36,7 @@ class LoRAXS(Decomposed):
         The code can also take the trailing triplets or a random matrix's; not offered, MiCA starts from the former.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α of s = α/r; ``None`` is α = r, the paper's choice.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        driver: of the decomposition.
         std: of the normal distribution that C is drawn from. With 0 the start is the base model exactly, and it
             trains as well, since the gradient at C = 0 is Lᵀ G Aᵀ.
 
@@ -67,6 +63,10 @@ class LoRAXS(Decomposed):
         super().__post_init__()
         if not 0.0 <= self.std < math.inf:
             raise ValueError(f"std {self.std} is outside [0, inf)")
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.std > 0
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import minor_svd
-from svdpeft.methods.base import Factored, Given, Reference, Tensors
+from svdpeft.methods.base import Given, Reference, Tensors, Triplets
 from svdpeft.registry import METHODS
 
 BASES = ("thin", "full")
@@ -22,7 +22,7 @@ BASES = ("thin", "full")
 
 @METHODS.register("mica")
 @dataclass(frozen=True)
-class MiCA(Factored):
+class MiCA(Triplets):
     """Writes only into output directions that the weight hardly uses.
 
     When to use:
@@ -37,11 +37,6 @@ class MiCA(Factored):
         of W0ᵀ as long as r <= m − n (``basis="full"``).
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; A of one that is left out returns to zero (ours).
         basis: whose last r left vectors are taken: ``"thin"``, the min(m, n) of the thin SVD, or ``"full"``, all m.
     """
 
@@ -71,7 +66,3 @@ class MiCA(Factored):
             rest = torch.linalg.qr(u, mode="complete").Q[..., min(m, n) :]  # (*b, m, m − k), orthonormal to all of U
             u = torch.cat([u, rest], -1)[..., -self._rank :].contiguous()
         return {"L": u, "A": w.new_zeros(*batch, self._rank, n)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r n per matrix."""
-        return batch * self._rank * n

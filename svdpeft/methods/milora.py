@@ -16,13 +16,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from svdpeft.decomposition import minor_svd
-from svdpeft.methods.base import Factored, Given, Reference, Tensors
+from svdpeft.methods.base import Given, Reference, Tensors, Triplets
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("milora")
 @dataclass(frozen=True)
-class MiLoRA(Factored):
+class MiLoRA(Triplets):
     """PiSSA's mirror image: LoRA started from the weight's trailing singular triplets.
 
     When to use:
@@ -35,14 +35,9 @@ class MiLoRA(Factored):
         The published code subtracts L₀A₀ from a float16 weight and so starts off by one rounding; not offered.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r, the paper's choice.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
     """
 
-    pruned: ClassVar[tuple[str, ...]] = ("L", "A")
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\quad "
         r"L_0 = U_{-r}\sqrt{\Sigma_{-r}},\quad A_0 = \sqrt{\Sigma_{-r}}\,V_{-r}^\top"
@@ -59,7 +54,3 @@ class MiLoRA(Factored):
     def start(self, w: Tensor, given: Given) -> Tensors:
         left, right = minor_svd(w, self._rank, where=given.name).balanced()
         return {"L": left, "A": right}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

@@ -64,6 +64,8 @@ class OFT(Transform):
 
     trains: ClassVar = ("Q",)
     knob: ClassVar[str] = "block_size"
+    resolved: ClassVar = ("block_size",)
+    smallest: ClassVar = (1, 2)
     latex: ClassVar[str] = r"W' = W_0 R,\quad R = \operatorname{blockdiag}(R_i),\quad R_i = (I + Q_i)(I - Q_i)^{-1}"
     reference: ClassVar = Reference(
         key="qiu2023oft",
@@ -86,9 +88,6 @@ class OFT(Transform):
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> OFT:
         return dataclasses.replace(self, block_size=fitting(self.block_size, n, site, clip))
 
-    def general(self) -> OFT:
-        return dataclasses.replace(self, block_size=2)
-
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         blocks = 1 if self.block_share else w.shape[-1] // self.block_size
@@ -103,6 +102,9 @@ class OFT(Transform):
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         return blockwise(w0, turns(f.Q.to(w0.dtype), self.block_size, self.neumann))
+
+    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+        return blockwise(w0.abs(), turns(f.Q.to(w0.dtype), self.block_size, self.neumann).abs())
 
     def acts(self, linear: bool) -> bool:
         return linear

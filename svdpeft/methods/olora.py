@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Factored, Given, Reference, Tensors
+from svdpeft.methods.base import Given, Reference, Tensors, Triplets
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("olora")
 @dataclass(frozen=True)
-class OLoRA(Factored):
+class OLoRA(Triplets):
     """LoRA whose output factor starts orthonormal and whose product starts as a part of the weight.
 
     When to use:
@@ -33,16 +33,8 @@ class OLoRA(Factored):
     Paper and code:
         Hugging Face PEFT starts at the same factors and the same model for every α; it subtracts s L₀A₀ from the
         weight itself and rounds the rest to its dtype, which is not offered.
-
-    Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
     """
 
-    pruned: ClassVar[tuple[str, ...]] = ("L", "A")
     latex: ClassVar[str] = r"W' = W_0 + s\,(L A - L_0 A_0),\quad W_0 = Q R,\quad L_0 = Q_{:,:r},\quad A_0 = R_{:r,:}"
     reference: ClassVar = Reference(
         key="buyukakyuz2024olora",
@@ -59,7 +51,3 @@ class OLoRA(Factored):
             "L": q[..., : self._rank] * sign.unsqueeze(-2),
             "A": upper[..., : self._rank, :] * sign.unsqueeze(-1),
         }
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

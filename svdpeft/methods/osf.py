@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import truncated_svd
-from svdpeft.methods.base import Factored, Factors, Given, Progress, Reference, Tensors, by_shape
+from svdpeft.methods.base import Factors, Given, Progress, Reference, Tensors, Unscaled, by_shape
 from svdpeft.registry import METHODS
 
 PROJECTS = ("gradient", "factors")
@@ -28,7 +28,7 @@ PROJECTS = ("gradient", "factors")
 
 @METHODS.register("osf")
 @dataclass(frozen=True)
-class OSF(Factored):
+class OSF(Unscaled):
     """Nearly a full fine-tune that stays out of the weight's leading singular directions.
 
     When to use:
@@ -48,10 +48,6 @@ class OSF(Factored):
     Args:
         rank: r, the number of trained trailing triplets, or a mapping from site pattern to r; ``None`` is
             min(m, n) − ⌊min(m, n)/2⌋.
-        alpha: must be ``None``: there is no scale.
-        dropout: on the adapter's input.
-        rs: must be ``False``.
-        allocate: must be ``None``: the trailing triplets stay together.
         project: what is kept orthogonal to the leading triplets: the ``"gradient"`` before the optimizer's step, or
             the ``"factors"`` after it.
     """
@@ -60,7 +56,6 @@ class OSF(Factored):
     project: Literal["gradient", "factors"] = "gradient"
 
     trains: ClassVar = ("L", "C", "A")
-    scaled: ClassVar[bool] = False
     latex: ClassVar[str] = (
         r"W' = W_0 + L\,\mathrm{diag}(C)\,A - L_0\,\mathrm{diag}(C_0)\,A_0,\quad "
         r"\nabla_L \leftarrow (I - U_h U_h^\top)\nabla_L,\; \nabla_A \leftarrow \nabla_A (I - V_h V_h^\top)"
@@ -95,10 +90,6 @@ class OSF(Factored):
         if high and n > m:
             tensors["V"] = vh[..., :high, :].clone()
         return tensors
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n + 1) per matrix."""
-        return batch * self._rank * (m + n + 1)
 
     @property
     def changes_gradients(self) -> bool:

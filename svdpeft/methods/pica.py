@@ -17,13 +17,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("pica")
 @dataclass(frozen=True)
-class PiCa(Decomposed):
+class PiCa(Decomposed, Scaled):
     """A large rank at a small price: the blocks share the trained factor, each has its own frozen projection.
 
     When to use:
@@ -35,11 +35,6 @@ class PiCa(Decomposed):
         The README's table of sizes does not follow from the sharing it describes; here M is counted once per group.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: α; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        driver: of the decomposition.
         tied: one M per module type, as in the paper; ``False``: one per site.
     """
 

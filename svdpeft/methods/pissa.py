@@ -13,13 +13,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Tensors, Triplets
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("pissa")
 @dataclass(frozen=True)
-class PiSSA(Decomposed):
+class PiSSA(Decomposed, Triplets):
     """LoRA started from the weight's leading singular triplets instead of from zero.
 
     When to use:
@@ -33,15 +33,9 @@ class PiSSA(Decomposed):
         PEFT divides the singular values by the scale α/r; here W' starts at W0 for every scale, and nothing is divided.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α; ``None`` is α = r, the paper's choice.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
-        driver: of the decomposition.
     """
 
-    pruned: ClassVar = ("L", "A")
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\qquad L_0 = U_r \sqrt{\Sigma_r},\quad A_0 = \sqrt{\Sigma_r}\, V_r^\top"
     )
@@ -57,7 +51,3 @@ class PiSSA(Decomposed):
     def start(self, w: Tensor, given: Given) -> Tensors:
         left, right = self.svd(w, given).balanced()
         return {"L": left, "A": right}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product, cayley_neumann_offset, cayley_offset, skew, skew_count
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 ROTATIONS = ("cayley", "neumann")
@@ -30,7 +30,7 @@ VECTORS = ("both", "input", "output", "none")
 
 @METHODS.register("psoft")
 @dataclass(frozen=True)
-class PSOFT(Decomposed):
+class PSOFT(Decomposed, Unscaled):
     """Orthogonal fine-tuning at the price of an r×r matrix, with two vectors that loosen it.
 
     When to use:
@@ -48,11 +48,6 @@ class PSOFT(Decomposed):
         The code's free R in the place of a rotation, and √Σ_r on both sides, are not offered: LoRA-XS is the former.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: none, see above; the vector α is one of ``vectors``.
-        dropout: on the adapter's input.
-        rs: none.
-        driver: of the decomposition.
         rotation: ``"cayley"`` or ``"neumann"``, how R comes from Q.
         terms: highest power of the Neumann series; not used by ``"cayley"``.
         vectors: which of the two train: ``"both"``, α alone at the ``"input"``, β alone at the ``"output"``, or
@@ -71,7 +66,6 @@ class PSOFT(Decomposed):
     bound: float | None = None
 
     anchored: ClassVar = False  # the start of C is the identity: nothing to keep
-    scaled: ClassVar = False
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\Sigma_r\,(\mathrm{diag}(\beta)\,R\,\mathrm{diag}(\alpha) - I)\,V_r^\top,"
         r"\quad R = (I+Q)(I-Q)^{-1}"

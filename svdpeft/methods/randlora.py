@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Factors, Given, Reference, Scaled, Tensors, generator
 from svdpeft.registry import METHODS
 
 BASES = ("dense", "sparse", "very-sparse")
@@ -29,7 +29,7 @@ BASES = ("dense", "sparse", "very-sparse")
 
 @METHODS.register("randlora")
 @dataclass(frozen=True)
-class RandLoRA(Factored):
+class RandLoRA(Scaled):
     """Every direction of the weight can change, for about k²/r values instead of m n.
 
     When to use:
@@ -46,8 +46,6 @@ class RandLoRA(Factored):
     Args:
         rank: r of one basis, or a mapping from site pattern to r; may exceed min(m, n).
         alpha: α; the default 640 is twenty times the default rank, as in the paper's code; ``None`` is α = r.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
         bases: ``"dense"``: uniform; ``"sparse"``: −1, 0, 1 with two thirds of zeros; ``"very-sparse"``: with
             1 − 1/√(largest k) of zeros.
         gamma: Γ at the start: ``"shape"`` or ``"peft"``.
@@ -73,6 +71,7 @@ class RandLoRA(Factored):
         venue="International Conference on Learning Representations",
         arxiv="2502.00987",
     )
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + s \sum_{i=1}^{\lceil k/r \rceil} B_i \Lambda_i A \Gamma_i"
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class RandLoRA(Factored):
         sparsity = {"dense": 0.0, "sparse": 3.0, "very-sparse": math.sqrt(small)}[self.bases]
         given, count = group[0], self.number(small, large)
         # A stream for A and one per basis, row by row: larger layers add rows and bases and change nothing else.
-        random = generator(self.shared_seed(given))
+        random = generator(given.seed_of(self.group(given)))
         streams = [generator(int(seed)) for seed in torch.randint(2**31, (1 + count,), generator=random)]
         a, *b = (self._draw(small if i == 0 else large, sparsity, stream) for i, stream in enumerate(streams))
         tensors = {"A": a.mT.contiguous(), "B": torch.stack(b, 1)}  # (r, k), (max, bases, r)

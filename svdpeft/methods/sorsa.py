@@ -9,7 +9,7 @@ Models. arXiv:2409.00055.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition.orthonormality import (
-    orthonormality_error,
     orthonormality_gradient,
     orthonormality_step,
     polar,
 )
-from svdpeft.methods.base import Decomposed, Factors, Given, Progress, Reference, Tensors, by_shape
+from svdpeft.methods.base import Decomposed, Factors, Given, Progress, Reference, Tensors, Triplets, by_shape
+from svdpeft.methods.base.bases import bases, errors
 from svdpeft.methods.base.schedules import Adaptive, Schedule, read_gamma
 from svdpeft.registry import METHODS
 
@@ -33,7 +33,7 @@ GAMMA = "gamma"  # in the memory of the method's first site: γ of the next step
 
 @METHODS.register("sorsa")
 @dataclass(frozen=True)
-class SORSA(Decomposed):
+class SORSA(Decomposed, Triplets):
     """Singular values and singular vectors train as three factors under an orthonormal regulariser.
 
     When to use:
@@ -51,12 +51,7 @@ class SORSA(Decomposed):
         The official code multiplies out the dense weight in every forward; here the factors stay thin.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
         alpha: α of s = α/r; ``None`` is s = 1, as published. σ is never divided by s.
-        dropout: on the adapter's input.
-        rs: scale α/√r.
-        allocate: a budget of triplets over all sites; one that is left out returns to its start (ours).
-        driver: of the decomposition.
         gamma: γ, strength of the regulariser; 0 switches it off. Ours: a ``Schedule`` over the training, or
             ``Adaptive``, which holds the mean of ‖QᵀQ − I‖_F over all bases at a target.
         mode: where the regulariser acts. ``"decoupled"``: on the factors after the optimizer's step, as in the
@@ -103,10 +98,6 @@ class SORSA(Decomposed):
     def start(self, w: Tensor, given: Given) -> Tensors:
         u, s, vh = self.svd(w, given)
         return {"L": u, "C": s, "A": vh}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n + 1) per matrix."""
-        return batch * self._rank * (m + n + 1)
 
     def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
         if self.mode != "loss" or self.gamma == 0:
@@ -162,18 +153,6 @@ class SORSA(Decomposed):
             if isinstance(factor, Tensor):  # found on the device, and the host does not wait for it
                 step, factor = step * factor, 1.0
             torch._foreach_add_([targets[i] for i in group], list(step.unbind()), alpha=factor)
-
-
-def bases(sites: Sequence[Factors], of: Callable[[Tensor], Tensor] = lambda p: p) -> list[Tensor]:
-    """Both bases of every site with their vectors as columns: L (*b, m, r) and Aᵀ (*b, n, r), as views."""
-    return [q for f in sites for q in (of(f.L), of(f.A).mT)]
-
-
-def errors(sites: Sequence[Factors], norm: str = "frobenius") -> Tensor:
-    """Return the orthonormality errors of all bases, one after the other, grouped by shape."""
-    q = bases(sites)
-    found = [orthonormality_error(torch.stack([q[i] for i in group]), norm).flatten() for group in by_shape(q)]
-    return torch.cat([error.to(q[0].device) for error in found])
 
 
 def gradient(p: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, Product, cayley_offset, truncated_svd
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 
 @dataclass(frozen=True)
-class Window(Decomposed):
+class Window(Decomposed, Unscaled):
     """What both adapters share: a window of frozen singular triplets.
 
     Args:
@@ -34,7 +34,6 @@ class Window(Decomposed):
 
     offset: int = 0
 
-    scaled: ClassVar[bool] = False
     reference: ClassVar = Reference(
         key="zhang2024spectral",
         authors="Zhang, Fangzhao and Pilanci, Mert",
@@ -83,12 +82,6 @@ class SpectralAdapter(Window):
         offered. Like it, this has no α; unlike it, dropout works.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: must be ``None``: there is no scale.
-        dropout: on the adapter's input.
-        rs: must be ``False``.
-        allocate: must be ``None``: a window's vectors stay together.
-        driver: of the decomposition.
         offset: first triplet of the window; a negative one is counted from the last of min(m, n).
         values: learn the singular values of the window, too.
     """
@@ -137,12 +130,6 @@ class SpectralAdapterR(Window):
         The published code takes (I − K)(I + K)⁻¹, the inverse rotation: X and Y with the other sign.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: must be ``None``: there is no scale.
-        dropout: on the adapter's input.
-        rs: must be ``False``.
-        allocate: must be ``None``: a window's vectors stay together.
-        driver: of the decomposition.
         offset: first triplet of the window; a negative one is counted from the last of min(m, n).
     """
 

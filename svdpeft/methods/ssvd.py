@@ -48,10 +48,6 @@ class SSVD(FrozenBases):
 
     Args:
         rank: r, or a mapping from site pattern to r; ``None`` is the fraction ``ratio`` of min(m, n).
-        alpha: none, the update has no scale.
-        dropout: on the adapter's input.
-        rs: none.
-        driver: of the decomposition.
         rotation: ``"cayley"``, ``"first-order"`` or ``"free"``, what G is.
         side: that G turns. ``"input"``, as the paper has it, or ``"smaller"``, the input of a tall or square weight and
             the output of a wide one, as (Gᵀ)(Σ_r + diag(ΔΣ)).
@@ -88,6 +84,10 @@ class SSVD(FrozenBases):
             raise ValueError(f"side {self.side!r} is not one of {', '.join(SIDES)}")
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio {self.ratio} is outside (0, 1]")
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.reference_init
 
     @property
     def trains(self) -> tuple[str, ...]:  # type: ignore[override]

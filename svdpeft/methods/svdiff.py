@@ -40,9 +40,6 @@ class SVDiff(FrozenBases):
     Args:
         rank: number of leading singular values that train, or a mapping from site pattern to it; ``None`` is all,
             as published.
-        alpha: none; the scale of the update is the strength.
-        dropout: on the adapter's input.
-        rs: none.
         driver: of the decomposition; at full rank always exact.
         strength: s at the start; any finite number, 0 is the base model.
     """
@@ -76,7 +73,3 @@ class SVDiff(FrozenBases):
         # ReLU(σ + s δ) − σ, without the sum where it is alive
         shift = f.strength * f.C
         return torch.where(f.sigma + shift > 0, shift, -f.sigma)
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r per matrix, min(m, n) with the default."""
-        return batch * self._rank

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Given, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("svf")
 @dataclass(frozen=True)
-class SVF(Decomposed):
+class SVF(Decomposed, Unscaled):
     """The singular values train under frozen singular vectors: min(m, n) values per weight.
 
     SVFT's plain pattern and SVDiff without its ReLU are the same function of W0, trained from another origin: here
@@ -38,9 +38,6 @@ class SVF(Decomposed):
     Args:
         rank: number of leading singular values that train, or a mapping from site pattern to it; ``None`` is all,
             as published.
-        alpha: none, the update has no scale.
-        dropout: on the adapter's input.
-        rs: none.
         driver: of the decomposition; at full rank always exact.
 
     Example:
@@ -51,7 +48,6 @@ class SVF(Decomposed):
     rank: int | dict[str, int] | None = None
 
     trains: ClassVar = ("C",)
-    scaled: ClassVar = False
     latex: ClassVar[str] = r"W' = W_0 + U\,(\mathrm{diag}(\sigma') - \Sigma)\,V^\top,\quad \sigma'_0 = \sigma"
     reference: ClassVar = Reference(
         key="sun2022svf",
@@ -69,7 +65,3 @@ class SVF(Decomposed):
 
     def replaces_weight(self, m: int, n: int) -> bool:
         return self._rank == min(m, n)
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r per matrix, min(m, n) with the default."""
-        return batch * self._rank

@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Given, PerSite, Reference, Tensors
+from svdpeft.methods.base import Decomposed, Given, PerSite, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("svfit")
 @dataclass(frozen=True)
-class SVFit(Decomposed):
+class SVFit(Decomposed, Unscaled):
     """SVF on the principal part alone: r values per weight, and an export of rank r.
 
     When to use:
@@ -35,10 +35,6 @@ class SVFit(Decomposed):
 
     Args:
         rank: r, or a mapping from site pattern to r; ``None`` is all min(m, n), which is SVF.
-        alpha: none, the update has no scale.
-        dropout: on the adapter's input.
-        rs: none.
-        driver: of the decomposition.
         energy: share of Σσ² in (0, 1] that the leading values must hold: each site takes the smallest such r, and
             ``rank`` is an upper bound. Costs a second look at every weight. ``None``: r is ``rank``.
 
@@ -51,7 +47,6 @@ class SVFit(Decomposed):
     energy: float | None = None
 
     trains: ClassVar = ("C",)
-    scaled: ClassVar = False
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\,(\mathrm{diag}(\sigma'_r) - \Sigma_r)\,V_r^\top,\quad \sigma'_{r,0} = \sigma_r"
     )
@@ -82,10 +77,6 @@ class SVFit(Decomposed):
 
     def replaces_weight(self, m: int, n: int) -> bool:
         return self._rank == min(m, n)
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r per matrix."""
-        return batch * self._rank
 
 
 def rank_for(s: Tensor, energy: float) -> int:

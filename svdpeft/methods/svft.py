@@ -30,7 +30,7 @@ from svdpeft.decomposition import (
     scatter_core,
     top_index,
 )
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled, generator
 from svdpeft.registry import METHODS
 
 PATTERNS = ("plain", "banded", "random", "topk")
@@ -38,7 +38,7 @@ PATTERNS = ("plain", "banded", "random", "topk")
 
 @METHODS.register("svft")
 @dataclass(frozen=True)
-class SVFT(Decomposed):
+class SVFT(Decomposed, Unscaled):
     """Few coefficients, full reach: the update lives in the weight's own singular bases.
 
     When to use:
@@ -57,7 +57,6 @@ class SVFT(Decomposed):
     Args:
         rank: k, the number of triplets kept, or a mapping from site pattern to k; ``None`` keeps all min(m, n).
             What a smaller rank leaves out stays in the weight.
-        dropout: on the adapter's input.
         pattern: of the trainable entries of M.
         off_diagonals: d of the band whose size every pattern but the plain one takes.
         reference_init: start as the official code does, off the base model: M is Kaiming-normal times a trained
@@ -73,7 +72,6 @@ class SVFT(Decomposed):
 
     latex: ClassVar[str] = r"W' = W_0 + U M V^\top = U(\Sigma + M)V^\top,\qquad M_0 = 0\ \mathrm{on\ a\ fixed\ pattern}"
     anchored: ClassVar = False
-    scaled: ClassVar = False
     reference: ClassVar = Reference(
         key="lingam2024svft",
         authors="Lingam, Vijay and Tejaswi, Atula and Vavre, Aditya and Shetty, Aneesh and Gudur, Gautham Krishna and "
@@ -90,6 +88,10 @@ class SVFT(Decomposed):
             raise ValueError(f"pattern {self.pattern!r} is not one of {', '.join(PATTERNS)}")
         if self.off_diagonals < 0:
             raise ValueError(f"off_diagonals {self.off_diagonals} is negative; 0 is the diagonal alone")
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.pattern == "random" or self.reference_init
 
     @property
     def trains(self) -> tuple[str, ...]:  # type: ignore[override]

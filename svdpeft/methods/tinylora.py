@@ -18,13 +18,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled, generator
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("tinylora")
 @dataclass(frozen=True)
-class TinyLoRA(Decomposed):
+class TinyLoRA(Decomposed, Unscaled):
     """Down to a single trained number for the whole model.
 
     When to use:
@@ -39,11 +39,6 @@ class TinyLoRA(Decomposed):
         PEFT caps r at min(m, n) in silence: clip_rank=True.
 
     Args:
-        rank: r, or a mapping from site pattern to r.
-        alpha: none, the method has no scale.
-        dropout: on the adapter's input.
-        rs: none, the method has no scale.
-        driver: of the decomposition.
         u: numbers in v.
         tie: 1: each matrix has its own v; a larger number: as many consecutive sites share one; ``"type"``: the sites
             of one name in all blocks do; ``"all"``: all sites of the rule do.
@@ -61,7 +56,6 @@ class TinyLoRA(Decomposed):
 
     trains: ClassVar[tuple[str, ...]] = ("v",)
     anchored: ClassVar[bool] = False
-    scaled: ClassVar[bool] = False
     knob: ClassVar[str] = "u"
     reference: ClassVar = Reference(
         key="morris2026tinylora",
@@ -70,6 +64,7 @@ class TinyLoRA(Decomposed):
         year=2026,
         arxiv="2602.04118",
     )
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + U_r \Sigma_r \Big(\sum_{i=1}^{u} v_i P_i\Big) V_r^\top"
 
     def __post_init__(self) -> None:

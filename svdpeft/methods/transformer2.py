@@ -41,9 +41,6 @@ class SVFTransformer2(FrozenBases):
     Args:
         rank: number of leading singular values that train, or a mapping from site pattern to it; ``None`` is all,
             as published.
-        alpha: none, the update has no scale.
-        dropout: on the adapter's input.
-        rs: none.
         driver: of the decomposition; at full rank always exact.
         reference_init: z = sigmoid(p) Σσ / Σ(σ sigmoid(p)) with p ~ N(0.1, 0.01²), as in the official code; p is what
             trains, under the name z. Of the code's settings the largest factor is 1, and p is kept in float32.
@@ -62,6 +59,10 @@ class SVFTransformer2(FrozenBases):
         venue="International Conference on Learning Representations",
         arxiv="2501.06252",
     )
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.reference_init
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]

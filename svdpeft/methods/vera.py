@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.methods.base import Factored, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, Unscaled, generator
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("vera")
 @dataclass(frozen=True)
-class VeRA(Factored):
+class VeRA(Unscaled):
     """Two vectors per site on a random basis that the whole model shares.
 
     When to use:
@@ -39,9 +39,6 @@ class VeRA(Factored):
 
     Args:
         rank: r, or a mapping from site pattern to r; may exceed min(m, n).
-        alpha: none, the method has no scale.
-        dropout: on the adapter's input.
-        rs: none, the method has no scale.
         d_initial: d at the start.
 
     Example:
@@ -54,7 +51,6 @@ class VeRA(Factored):
 
     trains: ClassVar[tuple[str, ...]] = ("b", "d")
     anchored: ClassVar[bool] = False
-    scaled: ClassVar[bool] = False
     reference: ClassVar = Reference(
         key="kopiczko2024vera",
         authors="Kopiczko, Dawid J. and Blankevoort, Tijmen and Asano, Yuki M.",
@@ -63,6 +59,7 @@ class VeRA(Factored):
         venue="International Conference on Learning Representations",
         arxiv="2310.11454",
     )
+    draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 + \operatorname{diag}(b)\, B \operatorname{diag}(d)\, A"
 
     def __post_init__(self) -> None:
@@ -78,7 +75,7 @@ class VeRA(Factored):
 
     def share(self, group: Sequence[Given]) -> Tensors:
         m, n = (max(site.shape[axis] for site in group) for axis in (1, 2))
-        random, given = generator(self.shared_seed(group[0])), group[0]
+        random, given = generator(group[0].seed_of(self.group(group[0]))), group[0]
         # Drawn row by row, each from a stream of its own: a larger layer adds rows and leaves the others as they are.
         streams = [generator(int(seed)) for seed in torch.randint(2**31, (2,), generator=random)]
         a, b = (

@@ -226,9 +226,9 @@ def _build6(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
 def _build7(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:
     package = _package("rwkv7_hf.converter", "rwkv7-hf", 7)
     config = package.infer_config(state, "float32", attn_mode="reference", fuse_norm=False)
-    model = package.RWKV7ForCausalLM(config)
-    model.accepts_loss_kwargs = False  # it takes num_items_in_batch and ignores it: a trainer is to divide by its steps
-    return model
+    from svdpeft.models.rwkv7 import RWKV7ForCausalLM
+
+    return RWKV7ForCausalLM(config)
 
 
 BUILDERS: dict[int, Callable[[Mapping[str, Tensor], Shape], nn.Module]] = {4: _build4, 6: _build6, 7: _build7}

@@ -1,8 +1,8 @@
 """RWKV as a language model of transformers: its tokenizers, and ``forward`` and ``generate`` with a recurrent state.
 
-RWKV-7's package has both. Transformers' RWKV-4 and rwkv-simple's RWKV-6 have no attention mask, so that padding on the
-left would change what they say, and no ``generate`` that carries their state: ``RwkvLM`` gives them these, over their
-own layers and under their own names.
+Transformers' RWKV-4 and rwkv-simple's RWKV-6 have no attention mask, so that padding on the left would change what they
+say: ``RwkvLM`` gives them one, over their own layers and under their own names. RWKV-7's package has it.
+``rwkv_steps`` carries the state of all three through ``generate``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.rwkv.modeling_rwkv import RwkvCausalLMOutput
+from transformers.utils import ModelOutput
+
+from svdpeft.models.rwkv_steps import Stepping
 
 END = "<|endoftext|>"  # token 0 in every vocabulary of RWKV
 WORLD = "vocab/rwkv_vocab_v20230424.txt"  # of the package rwkv-simple
@@ -73,15 +76,20 @@ def _world() -> Any:
     return RWKV7Tokenizer(str(Path(package.submodule_search_locations[0], WORLD)), pad_token=END, eos_token=END)
 
 
-class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
-    """A causal language model whose memory is a state of fixed size; abstract, one class per version.
+@dataclass
+class Output(ModelOutput):
+    """What ``RwkvLM`` returns; transformers' own is a part of its RWKV-4."""
 
-    ``generate`` is transformers' own, greedy or sampled (no beams): it carries the state where others carry keys and
-    values, one step per token.
-    """
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: State | None = None
+
+
+class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
+    """A causal language model whose memory is a state of fixed size; abstract, one class per version."""
 
     base_model_prefix = ""
-    _is_stateful = True
+    _is_stateful = True  # transformers refuses assistants: a state cannot forget the tokens that they propose in vain
 
     @abstractmethod
     def run(self, ids: Tensor, state: State | None, keep: int, remember: bool) -> tuple[Tensor, State]:
@@ -106,7 +114,7 @@ class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **loss: Any,
-    ) -> RwkvCausalLMOutput:
+    ) -> Output:
         """Logits, the loss against ``labels`` if they are given, and the state if ``use_cache``.
 
         Args:
@@ -130,7 +138,7 @@ class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
         value = None
         if labels is not None:
             value = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss)
-        return RwkvCausalLMOutput(loss=value, logits=logits, state=state if use_cache else None)
+        return Output(loss=value, logits=logits, state=state if use_cache else None)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, state: State | None = None, **kwargs: Any
@@ -139,9 +147,10 @@ class RwkvLM(PreTrainedModel, GenerationMixin, ABC):
         taken = {name: kwargs[name] for name in ("attention_mask", "use_cache", "logits_to_keep") if name in kwargs}
         return {"input_ids": input_ids if state is None else input_ids[:, -1:], "state": state, **taken}
 
-    def _beam_search(self, *_args: Any, **kwargs: Any) -> NoReturn:
-        beams = kwargs["generation_config"].num_beams
-        raise ValueError(f"num_beams={beams}: the states would not follow the beams; RWKV decodes with num_beams=1")
+    @staticmethod
+    def pick(state: State, rows: Tensor) -> State:
+        """The state of some rows of a batch."""
+        return [each[rows] for each in state]
 
     def _init_weights(self, module: nn.Module) -> None:
         """The implementation has drawn them."""
@@ -175,7 +184,7 @@ def unpadded(run: Run, ids: Tensor, mask: Tensor, state: State | None, width: in
     return torch.cat(logits)[order], [torch.cat(parts)[order] for parts in zip(*states, strict=True)]
 
 
-class Rwkv4ForCausalLM(RwkvLM):
+class Rwkv4ForCausalLM(Stepping, RwkvLM):
     """Transformers' ``RwkvForCausalLM``, its layers and names.
 
     Args:
@@ -233,7 +242,7 @@ class Rwkv6Config(PreTrainedConfig):
     pad_token_id: int = 0
 
 
-class Rwkv6ForCausalLM(RwkvLM):
+class Rwkv6ForCausalLM(Stepping, RwkvLM):
     """rwkv-simple's ``RWKV``, its layers and names.
 
     Args:

@@ -11,7 +11,6 @@ that it is no sandbox (Chen et al. 2021, arXiv:2107.03374).
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import platform
@@ -19,7 +18,6 @@ import secrets
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -30,6 +28,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
+
+from svdpeft.tasks import syscalls
 
 MIB = 2**20
 NOBODY = 65534
@@ -85,35 +85,6 @@ for attempt in (os.fork, socket.socket, lambda: os.memfd_create("memory"), write
     raise RuntimeError(f"{attempt.__name__} was not refused")
 """
 
-# The calls that are refused, by their numbers on each machine: they start processes or namespaces, reach the network or
-# other processes, or hold memory that RLIMIT_AS does not count.
-MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
-REFUSED = {
-    "fork": (57, None),
-    "vfork": (58, None),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "socket": (41, 198),
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "io_uring_setup": (425, 425),
-}
-CLONE, CLONE3 = (56, 220), 435
-CLONE_THREAD = 0x10000
-X32 = 0x40000000  # on x86_64, calls from this number on are those of another interface, under other numbers
-
 
 class SandboxError(RuntimeError):
     """The sandbox itself could not be set up; says nothing about the program."""
@@ -139,8 +110,8 @@ class Outcome:
 @cache
 def available() -> str | None:
     """Why programs cannot be run here, or None. Found by trying: a probe must be refused whatever it attempts."""
-    if sys.platform != "linux" or platform.machine() not in MACHINES:
-        where = " or ".join(MACHINES)
+    if sys.platform != "linux" or platform.machine() not in syscalls.MACHINES:
+        where = " or ".join(syscalls.MACHINES)
         return f"the sandbox needs Linux on {where}; this is {platform.system()} on {platform.machine()}"
     if shutil.which("bwrap") is None:
         return (
@@ -248,7 +219,7 @@ def _started(bootstrap: str) -> Iterator[subprocess.Popen[bytes]]:
     """The process of the sandbox. When it dies, whatever runs inside dies with it (its namespace of processes ends)."""
     filter_ = os.memfd_create("filter")
     try:
-        os.write(filter_, _filter(platform.machine()))
+        os.write(filter_, syscalls.filter_for(platform.machine()))
         os.lseek(filter_, 0, os.SEEK_SET)
         process = subprocess.Popen(
             [*_command(filter_), *_interpreter(), "-c", bootstrap],
@@ -335,21 +306,3 @@ def _bootstrap(size: int, seconds: int, memory: int) -> str:
     limits += [(name, value, value) for name, value in LIMITS.items()]
     user = 60_000 + next(USERS) % 4_000 if os.geteuid() == 0 else None
     return f"SIZE, USER, LIMITS = {size}, {user}, {limits}\n{BOOTSTRAP}"
-
-
-def _filter(machine: str) -> bytes:
-    """The filter of system calls, a classic BPF program: 8 bytes an instruction (code, jump if, jump if not, value)."""
-    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill = 0x7FFF0000, 0x80000000
-    refuse = 0x00050000  # + the error that the caller sees
-    column = list(MACHINES).index(machine)
-    lines = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine]), (leave, 0, 0, kill)]  # the interface's name
-    lines += [(load, 0, 0, 0), (at_least, 0, 1, X32), (leave, 0, 0, kill)]  # the call's number
-    for numbers in REFUSED.values():
-        if numbers[column] is not None:
-            lines += [(equal, 0, 1, numbers[column]), (leave, 0, 0, refuse + errno.EPERM)]
-    # clone3 hides its flags behind a pointer: as on old kernels there is none, and the C library falls back to clone
-    lines += [(equal, 0, 1, CLONE3), (leave, 0, 0, refuse + errno.ENOSYS)]
-    lines += [(equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]
-    lines += [(leave, 0, 0, refuse + errno.EPERM), (leave, 0, 0, allow)]
-    return b"".join(struct.pack("=HBBI", *line) for line in lines)

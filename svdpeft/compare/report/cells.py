@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from svdpeft.compare.report.columns import columns, metric_heading, metric_text, spread_text
-from svdpeft.compare.report.results import Results, Row, Search
+from svdpeft.compare.report.results import Results, Row
+from svdpeft.compare.report.search import Search
 from svdpeft.compare.statistics import Difference
 from svdpeft.compare.store import Record
 

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from svdpeft.compare.records import check, check_comparison, finished, newest, without_factors
+from svdpeft.compare.report.search import Search, tried
 from svdpeft.compare.statistics import Difference, Interval, differences, interval
 from svdpeft.compare.store import Damaged, Record, Store
 from svdpeft.registry import near_miss
@@ -88,63 +89,6 @@ class Row:
 
     def largest(self, key: str) -> float | None:
         return _over(max, (run[key] for run in self.runs))
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One learning rate on the validation split.
-
-    Args:
-        rate: that was tried.
-        rung: the last one that it reached.
-        share: of the epochs that it was trained for; below 1 where halving stopped it.
-        value: of the metric; ``None`` where there is none.
-        why: there is none: "failed", "not defined" or "not a number".
-        error: of a failed trial.
-    """
-
-    rate: float
-    rung: int
-    share: float
-    value: float | None
-    why: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Search:
-    """The learning rates that were tried for one method at one budget.
-
-    Args:
-        label: of the method.
-        budget: as in ``Row``.
-        metric: on the validation split.
-        points: one for every rate, from the least.
-        chosen: the rate of the runs; ``None`` where no run is there yet, or no trial gave a value to choose by.
-        free: as in ``Row``.
-    """
-
-    label: str
-    budget: str | int | None
-    metric: str
-    points: tuple[Tried, ...]
-    chosen: float | None
-    free: bool = False
-
-    @property
-    def edge(self) -> str:
-        """Which edge of the grid the chosen rate lies at: "lowest", "highest" or ""."""
-        rates = [point.rate for point in self.points]
-        if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
-            return ""
-        return "lowest" if self.chosen == rates[0] else "highest"
-
-    @property
-    def failure(self) -> str:
-        """Why the search chose nothing; "" where it did, or where the method is not defined on the model."""
-        if any(p.value is not None or p.why == "not defined" for p in self.points):
-            return ""
-        return next((p.error for p in self.points if p.error), "no trial gave a number")
 
 
 @dataclass(frozen=True)
@@ -259,7 +203,7 @@ class Results:
         for key in sorted(groups, key=lambda key: (order.get(key, len(order)), *map(str, key))):
             last = {t["identity"]["lr"]: t for t in sorted(groups[key], key=lambda trial: trial["rung"])}
             metric = next((trial["metric"] for trial in groups[key] if "metric" in trial), self.metric)
-            points = tuple(_tried(last[rate], whole) for rate in sorted(last))
+            points = tuple(tried(last[rate], whole) for rate in sorted(last))
             known = any(point.value is not None for point in points)
             found.append(Search(*key, metric, points, chosen.get(key) if known else None, _free(groups[key][0])))
         return found
@@ -342,14 +286,6 @@ def _mean(run: Record, metric: str) -> float:
 
 def _free(record: Record) -> bool:
     return record["identity"]["budget"] is None and without_factors(record["identity"]["method"])
-
-
-def _tried(trial: Record, epochs: float) -> Tried:
-    value = trial.get("value")
-    why = "not defined" if "undefined" in trial else "failed" if "error" in trial else "not a number"
-    share = min(1.0, trial["identity"]["epochs"] / epochs)
-    rate, why = trial["identity"]["lr"], "" if value is not None else why
-    return Tried(rate, trial["rung"], share, value, why, trial.get("error", ""))
 
 
 def number(value: float | None) -> float:

@@ -8,11 +8,14 @@ whole parameters of the base and have no factors.
 """
 
 from svdpeft.methods.base.call import Call
-from svdpeft.methods.base.factored import Decomposed, Factored
+from svdpeft.methods.base.factored import Decomposed, Factored, Scaled, Triplets, Unscaled
 from svdpeft.methods.base.factors import Factors, Tensors, by_shape, share
 from svdpeft.methods.base.given import Given, Partner, Statistics, generator
+from svdpeft.methods.base.hooks import Hooks
 from svdpeft.methods.base.hyperparameters import check_numbers
-from svdpeft.methods.base.method import Method, PerSite, grouped
+from svdpeft.methods.base.kind import Kind
+from svdpeft.methods.base.method import Method
+from svdpeft.methods.base.persite import PerSite, grouped
 from svdpeft.methods.base.progress import Progress
 from svdpeft.methods.base.reference import Reference
 from svdpeft.methods.base.transform import Transform
@@ -23,14 +26,19 @@ __all__ = [
     "Factored",
     "Factors",
     "Given",
+    "Hooks",
+    "Kind",
     "Method",
     "Partner",
     "PerSite",
     "Progress",
     "Reference",
+    "Scaled",
     "Statistics",
     "Tensors",
     "Transform",
+    "Triplets",
+    "Unscaled",
     "by_shape",
     "check_numbers",
     "generator",

@@ -1,4 +1,7 @@
-"""The methods on the one equation: W' = W0 + s([L C A]now − [L C A]start)."""
+"""The methods on the one equation, and the hyper-parameters that many of them have.
+
+W' = W0 + s([L C A]now − [L C A]start)        L (*b, m, r)    C (r, r) structured    A (*b, r, n)
+"""
 
 from __future__ import annotations
 
@@ -14,57 +17,29 @@ from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, 
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.base.factors import Factors
 from svdpeft.methods.base.given import Given
-from svdpeft.methods.base.method import PerSite
+from svdpeft.methods.base.persite import PerSite
 from svdpeft.methods.base.progress import Progress
 from svdpeft.patterns import chosen
+
+SIZES = {"L": lambda m, n: m, "C": lambda m, n: 1, "A": lambda m, n: n}  # numbers of a factor per rank
 
 
 @dataclass(frozen=True)
 class Factored(PerSite):
-    """A method on the one equation: W' = W0 + s([L C A]now − [L C A]start).
+    """Abstract: a method whose update is a product of factors.
 
     Args:
-        rank: number of columns of L, or a mapping from site pattern to rank (the first pattern that matches wins).
-        alpha: the update is scaled by alpha / rank; ``None`` is alpha = rank, a scale of one.
-        dropout: probability with which an entry of the adapter's input is dropped in training.
-        rs: rank-stabilised scale, alpha / √rank.
-        allocate: a budget of triplets over all sites, for methods whose update is a sum of triplets.
+        rank: r, the number of columns of L, or a mapping from site pattern to r (the first that matches wins).
     """
 
     rank: int | Mapping[str, int] | None = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    rs: bool = False
-    allocate: Budget | None = None
 
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
-    scaled: ClassVar[bool] = True  # the method has a scale s
-    pruned: ClassVar[tuple[str, ...]] = ()  # a triplet is out when these are at their start; (): has no triplets
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"alpha {self.alpha} is not positive")
-        if not self.scaled and (self.alpha is not None or self.rs):
-            given = "rs=True" if self.alpha is None else f"alpha {self.alpha}"
-            raise ValueError(f"{given}: {type(self).__name__} has no scale in front of its update")
-        if self.allocate is not None:
-            if not self.pruned:
-                raise ValueError(
-                    "allocate works with methods whose update is a sum of triplets that can be left out one by one, "
-                    f"such as AdaLoRA, SORSA, PiSSA and LoRA; it is not offered for {type(self).__name__}"
-                )
-            object.__setattr__(self, "allocate", Budget.of(self.allocate))
+    resolved: ClassVar = ("rank",)
 
     def core(self, f: Factors) -> Tensor | None:
         """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
         return f.C if "C" in f._parameters else None
-
-    def start_core(self, f: Factors) -> Tensor | None:
-        """Return C at the start, as an operator."""
-        return f.started("C") if "C" in f._parameters else None
 
     def default_rank(self, m: int, n: int) -> int:
         """What ``rank=None`` means."""
@@ -77,6 +52,10 @@ class Factored(PerSite):
     def export_rank(self, m: int, n: int) -> int | None:
         return min((2 if self.anchored and {"L", "A"} <= set(self.trains) else 1) * self._rank, m, n)
 
+    def count(self, batch: int, m: int, n: int) -> int:
+        """Of L, A and a diagonal C, those that train; a method with other tensors counts itself."""
+        return batch * self._rank * sum(SIZES[name](m, n) for name in self.trains)
+
     # -- what follows from it -------------------------------------------------------------------------------------
 
     @property
@@ -86,22 +65,10 @@ class Factored(PerSite):
 
     @property
     def scale(self) -> float:
-        """s, the factor in front of L C A: 1, α/r or α/√r."""
-        if self.alpha is None and not self.rs:
-            return 1.0
-        alpha = self._rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self._rank) if self.rs else self._rank)
+        """s, the factor in front of L C A."""
+        return 1.0
 
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()):
-        """Return this method with the rank of one site as a number.
-
-        Args:
-            site: the site's name, matched against the patterns of a rank mapping.
-            m: rows of the site's matrices.
-            n: columns.
-            clip: lower a rank that is larger than min(m, n) instead of refusing it.
-            roles: further names of the site that a pattern may mean.
-        """
         rank = chosen(self.rank, site, roles)
         if rank is None:
             rank = self.default_rank(m, n)
@@ -109,9 +76,6 @@ class Factored(PerSite):
         if clip and limit is not None and isinstance(rank, int):
             rank = min(rank, limit)
         return dataclasses.replace(self, rank=check_rank(rank, m, n, site, math.inf if limit is None else limit))
-
-    def general(self) -> Factored:
-        return dataclasses.replace(self, rank=1)
 
     def factors(self, given: Given) -> Factors:
         """Build the site's factors, with the start values of those that train if the method is anchored."""
@@ -130,7 +94,8 @@ class Factored(PerSite):
     def anchor(self, f: Factors) -> Product | None:
         if not self.anchored:
             return None
-        return Product(f.started("L"), self.start_core(f), f.started("A"), self.scale)
+        core = f.started("C") if "C" in f._parameters else None
+        return Product(f.started("L"), core, f.started("A"), self.scale)
 
     def update(self, f: Factors) -> Product:
         """Return ΔW = s([L C A]now − [L C A]start), in as few columns as possible."""
@@ -139,6 +104,67 @@ class Factored(PerSite):
 
     def product(self, f: Factors, folded: bool = False) -> Product:
         return self.now(f) if folded else self.update(f)
+
+    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+        products = (self.now(f), self.anchor(f), self.update(f))
+        return sum(p.absolute() for p in products if p is not None)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Unscaled(Factored):
+    """Abstract: a factored method without a scale in front of its update.
+
+    Args:
+        dropout: probability with which an entry of the adapter's input is dropped in training.
+    """
+
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scaled(Factored):
+    """Abstract: a factored method with a scale s in front of its update: 1, α/r or α/√r.
+
+    Args:
+        alpha: α of the scale s = α/r; ``None`` is α = r, a scale of one.
+        dropout: probability with which an entry of the adapter's input is dropped in training.
+        rs: rank-stabilised scale, s = α/√r.
+    """
+
+    alpha: float | None = None
+    dropout: float = 0.0
+    rs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha {self.alpha} is not positive")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor in front of L C A: 1, α/r or α/√r."""
+        if self.alpha is None and not self.rs:
+            return 1.0
+        alpha = self._rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self._rank) if self.rs else self._rank)
+
+
+@dataclass(frozen=True)
+class Triplets(Scaled):
+    """Abstract: a scaled method whose update is a sum of triplets, which can be left out one by one.
+
+    Args:
+        allocate: a budget of triplets over all sites: one that is left out goes back to its start.
+    """
+
+    allocate: Budget | None = None
+
+    pruned: ClassVar[tuple[str, ...]] = ("L", "A")  # a triplet is out when these are at their start
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocate is not None:
+            object.__setattr__(self, "allocate", Budget.of(self.allocate))
 
     def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         if self.allocate is not None:
@@ -159,7 +185,7 @@ class Factored(PerSite):
 
 @dataclass(frozen=True)
 class Decomposed(Factored):
-    """A factored method that starts from singular triplets of the weight.
+    """Abstract: a factored method that starts from singular triplets of the weight.
 
     Args:
         driver: of the decomposition.

@@ -25,30 +25,6 @@ class Factors(nn.Module):
         shape: (batch, m, n) of the site, for methods that cut their part out of what is shared.
     """
 
-    L: Tensor
-    C: Tensor
-    A: Tensor
-    sigma: Tensor
-    index: Tensor
-    gate: Tensor
-    mag: Tensor
-    norm0: Tensor
-    s: Tensor
-    U: Tensor
-    V: Tensor
-    D: Tensor
-    X: Tensor
-    Y: Tensor
-    c: Tensor
-    z: Tensor
-    Q: Tensor
-    P: Tensor
-    G: Tensor
-    alpha_vec: Tensor
-    beta_vec: Tensor
-    strength: Tensor
-    coefficient: Tensor
-
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Tensor:

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from svdpeft.decomposition import Product
-from svdpeft.methods.base.factored import Decomposed
+from svdpeft.methods.base.factored import Decomposed, Unscaled
 from svdpeft.methods.base.factors import Factors, Tensors
 from svdpeft.methods.base.given import Given
 
 
 @dataclass(frozen=True)
-class FrozenBases(Decomposed):
+class FrozenBases(Decomposed, Unscaled):
     """W' = W0 + U_r (C − Σ_r) V_rᵀ with frozen U_r, Σ_r, V_r: a method says what C − Σ_r is.
 
     It is asked for the difference and not for C, so that a small change of a large σ is not rounded away.
     """
 
     anchored: ClassVar = False  # Σ_r is kept itself, under its own name
-    scaled: ClassVar = False
 
     @abstractmethod
     def change(self, f: Factors) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -76,6 +77,10 @@ class Given:
     def sharing(self, shared: dict[str, Tensor]) -> Given:
         """The same site with what its group shares."""
         return replace(self, shared=shared)
+
+    def seed_of(self, group: str | None) -> int:
+        """A seed for what a group shares: of the attachment's seed and the group's name, not of who is in it."""
+        return zlib.crc32(f"{self.origin}/{group}".encode())
 
     def module_type(self, words: int = 1) -> str:
         """What the site is called in every block: the last parts of its name that are not numbers.

@@ -15,3 +15,10 @@ def check_numbers(parameters: Any) -> None:
             raise ValueError(f"{name} {value} is not a finite number")
         if type_ in ("int", "int | None") and isinstance(value, (float, bool)):
             raise ValueError(f"{name} {value!r} is not a whole number")
+
+
+def plain(value: Any) -> Any:
+    """A hyper-parameter as JSON: a class with parts that are classes takes those parts as mappings, too."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The methods outside the equation: W' = T(W0)."""
+"""The methods outside the equation: W' is another function of W0 and of the site's tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from svdpeft.methods.base.call import Call
 from svdpeft.methods.base.factors import Factors
-from svdpeft.methods.base.method import PerSite
+from svdpeft.methods.base.persite import PerSite
 
 
 @dataclass(frozen=True)
 class Transform(PerSite):
-    """A method outside the equation: W' is another function of W0 and of the site's tensors.
+    """Abstract: W' = T(W0).
 
     ``delta`` is enough for every kind of layer. Where ``acts`` says so, ``act`` gives a called layer the same change
     without building ΔW.

@@ -1,0 +1,87 @@
+"""What a method may say beside its start and its way of acting. Each default means: nothing of the kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from svdpeft.methods.base.factors import Factors, Tensors
+from svdpeft.methods.base.given import Given
+from svdpeft.methods.base.kind import Kind
+from svdpeft.methods.base.method import Method
+from svdpeft.methods.base.progress import Progress
+
+
+@dataclass(frozen=True)
+class Hooks(Method):
+    """Where a method has a say: its class attributes, what sites share, and the steps of a training.
+
+    A method overrides the few of these that it needs; a method around another one (``DoRA``) forwards them all.
+    """
+
+    exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
+    draws: ClassVar[bool] = False  # its start, or a part of it, is drawn from the seed
+    smallest: ClassVar[tuple[int, int]] = (1, 1)  # the smallest matrix, m×n, that it is defined on
+    settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
+    pairs: ClassVar[tuple[str, ...]] = ()  # it decomposes products of an attention's weights by head: "qk", "vo"
+    needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
+    knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
+
+    def knob_values(self, sites: Sequence[Given]) -> Sequence[Any]:
+        """The values of the knob that a budget may choose, the smallest count first."""
+        return range(1 if self.knob == "rank" else 0, max(min(site.shape[1:]) for site in sites) + 1)
+
+    def why_not(self, kind: Kind) -> str | None:
+        """Why the method is not defined on a layer kind, or ``None`` where it is.
+
+        ``targets`` leaves a weight of that kind with this reason, or refuses it where it was named.
+        """
+        if self.needs == "inputs" and not kind.sees:
+            return (
+                f"{type(self).__name__} starts from the inputs of a layer, and weights of kind {kind.name!r} see none"
+            )
+        return None
+
+    @property
+    def dropout(self) -> float:  # a field of the methods that have one
+        """Probability with which an entry of the adapter's input is dropped in training."""
+        return 0.0
+
+    # Tensors that several sites have in common.
+
+    def group(self, given: Given) -> str | None:
+        """The group of sites that share tensors with this one; ``None``: it shares nothing."""
+        return None
+
+    def share(self, group: Sequence[Given]) -> Tensors:
+        """Return what the sites of one group share; names in ``trains`` train, integer tensors become buffers."""
+        return {}
+
+    def shared_count(self, group: Sequence[Given]) -> int:
+        """Number of values that train and that all sites of one group share."""
+        return 0
+
+    # Around an optimizer step, for all sites of the method at once, so that equal shapes can be batched.
+
+    def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
+        """Return what is added to the loss, a scalar that is differentiable in what trains, or ``None``."""
+        return None
+
+    def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        """Change the gradients, after clipping and before the optimizer's step."""
+
+    def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
+        """Change the factors after the optimizer's step."""
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether ``before_step`` must be called for the method to be what its name says."""
+        return False
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps something from step to step: ``after_step`` must be called, and a resumed run needs it."""
+        return False
