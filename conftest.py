@@ -1,4 +1,6 @@
-"""Names that every doctest has, and quiet maths: two threads, so that numbers and times repeat."""
+"""Options of a run, names that every doctest has, and quiet maths: two threads, so that numbers and times repeat."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,15 @@ import torch
 import svdpeft
 
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every variant on every layer: see tests/rows.py")
+
+
+def pytest_configure(config):
+    if config.getoption("all"):
+        os.environ["SVDPEFT_TESTS"] = "all"  # read where the rows are made, in this process and in workers
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
-"""What the core tests share: the rows (every method × every layer kind), a model around a layer, and comparisons."""
+"""What the core tests share: a model around a layer under test, an adapter on it, and comparisons."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,122 +15,15 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
-from svdpeft.decomposition import Product
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.methods.base import Method, PerSite, Statistics
-from svdpeft.methods.boft import BOFT
-from svdpeft.methods.dora import DoRA
-from svdpeft.methods.flora import FLoRA
-from svdpeft.methods.oft import OFT
-from svdpeft.registry import KINDS, METHODS
+from svdpeft.methods.base import Method, Statistics
+from svdpeft.registry import KINDS
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import stored
 from svdpeft.targets.select import select
 
 # The one bound of float64. No method and no layer kind has its own.
 RTOL, ATOL = 1e-10, 1e-12
-
-# Hyper-parameters worth a row of their own. A method that is not listed gets its defaults at rank 2.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": 3.0, "rs": True}],
-    "pissa": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
-    "sorsa": [
-        {"rank": 2},
-        {"rank": 2, "alpha": 3.0},
-        {"rank": None},
-        {"rank": 2, "gamma": {"target": 0.1}, "allocate": {"target_rank": 1}},
-    ],
-    "adalora": [{"rank": 2}, {"rank": 2, "alpha": 3.0, "regulariser": "code", "scaling": "code"}],
-    "svft": [
-        {},
-        {"pattern": "banded", "off_diagonals": 1},
-        {"pattern": "random", "off_diagonals": 1},
-        {"pattern": "topk", "off_diagonals": 1},
-        {"rank": 2},
-        {"rank": 2, "pattern": "banded", "off_diagonals": 1},
-        {"pattern": "random", "off_diagonals": 1, "reference_init": True},
-        {"reference_init": True, "rank": 2},
-    ],
-    "milora": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
-    "olora": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
-    "mica": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "basis": "full"}],
-    "kasa": [{"rank": 2}, {"rank": 2, "drop": 0}],
-    "spectral-adapter": [{"rank": 2}, {"rank": 2, "values": True}],
-    "spectral-adapter-r": [{"rank": 2}, {"rank": None}],
-    "osf": [{}, {"rank": 2}],
-    "svf": [{}, {"rank": 2}],
-    "svdiff": [{}, {"rank": 2, "strength": -1.5}],
-    "svf-transformer2": [{}, {"rank": 2}],
-    "svfit": [{"rank": 2}, {"energy": 0.9}],
-    "lora-xs": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "std": 0.0}],
-    "ssvd": [
-        {"rank": 3},
-        {"rank": None, "ratio": 1.0, "rotation": "free"},
-        {"rank": 3, "rotation": "first-order", "side": "smaller", "reference_init": True},
-    ],
-    "psoft": [{"rank": 3}, {"rank": None, "rotation": "neumann", "terms": 3, "vectors": "output", "bound": 0.9}],
-    "antipasto": [
-        {"rank": 3},
-        {"rank": None, "rotates": "both", "block": 2, "coefficient": -0.7},
-        {"rank": 2, "rotates": "U", "reference_init": True},
-    ],
-    "corda": [{"rank": 2}, {"rank": 2, "mode": "kpm", "alpha": 3.0}],
-    "lora-null": [{"rank": 2}, {"rank": 2, "version": "v2", "alpha": 3.0}],
-    "eva": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "rs": True, "rho": 1, "centred": True, "whiten": True}],
-    "lora-ga": [{"rank": 2}, {"rank": 2, "variant": "peft", "alpha": None, "rs": False}],
-    "vera": [{"rank": 2}, {"rank": 12}],
-    "randlora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": None, "bases": "sparse", "gamma": "peft"}],
-    "pica": [{"rank": 2}, {"rank": 2, "alpha": 3.0, "tied": False}],
-    "tinylora": [{"u": 3}, {"u": 3, "tie": "all"}, {"u": 2, "tie": 2, "split": "both"}],
-    "adamss": [{"rank": 2, "clusters": 2}, {"rank": 3, "clusters": 3, "cluster_rank": 2}],
-    "frod": [{"density": 0.5}],
-    "dora": [
-        {"inner": {"name": "lora", "rank": 2, "alpha": 3.0}},
-        {"inner": {"name": "sorsa", "rank": 2}, "magnitude": "columns", "norm_gradient": True},
-        {"inner": {"name": "vera", "rank": 2}},
-    ],
-    "oft": [{"block_size": 3}, {"block_size": 2, "block_share": True, "neumann": 4, "eps": 0.1}],
-    "boft": [{"block_size": 3}, {"block_size": 2, "butterflies": 2}],
-    "flora": [{"rank": 1}, {"rank": 2}],
-    "full": [{}],
-    "partial": [{"layers": ("layer",)}],
-    "head-only": [{}],
-}
-
-
-def methods(factored: bool | None = None) -> list[Method]:
-    """Every variant of every registered method; all, only the factored ones, or only the others."""
-    found = []
-    for name in METHODS:
-        cls = METHODS[name]
-        if factored is None or cls.factored == factored:
-            ranked = any(field.name == "rank" for field in dataclasses.fields(cls))
-            default: list[dict[str, Any]] = [{"rank": 2}] if ranked else [{}]
-            # Those that work on pairs of weights have no example layer: tests/test_clover.py.
-            if not getattr(cls, "pairs", ()):
-                found += [cls(**options) for options in VARIANTS.get(name, default)]
-    return found
-
-
-def kinds() -> list[tuple[str, int]]:
-    """Every example layer of every registered kind, as (kind, position)."""
-    return [(name, i) for name in KINDS for i in range(len(KINDS[name]().examples()))]
-
-
-def defined(method: Method, kind: tuple[str, int]) -> bool:
-    """Whether the method is defined on the kind: no test has a row where it is not (see ``conftest``)."""
-    return not isinstance(method, PerSite) or method.why_not(KINDS[kind[0]]()) is None
-
-
-def label(value: Any) -> str:
-    if isinstance(value, Method):
-        return f"{value.name}[{str(value).partition('(')[2][:-1]}]"
-    return f"{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
-
-
-every_factored = pytest.mark.parametrize("method", methods(factored=True), ids=label)
-every_method = pytest.mark.parametrize("method", methods(), ids=label)
-every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
 
 
 class Host(nn.Module):
@@ -161,10 +54,14 @@ class Both(nn.Module):
         return torch.tanh(self.layer(x)) @ self.layer.weight
 
 
+# Of the CPU alone: ``torch.manual_seed`` looks for devices, which costs a thousand times as much.
+seeded = torch.default_generator.manual_seed
+
+
 def example(kind: tuple[str, int], seed: int = 0) -> tuple[LayerKind, nn.Module, Tensor]:
     """A kind, a fresh example layer and its input, the same for the same seed."""
     state = torch.get_rng_state()
-    torch.manual_seed(seed)
+    seeded(seed)
     found = KINDS[kind[0]]()
     layer, x, _ = found.examples()[kind[1]]
     torch.set_rng_state(state)
@@ -176,22 +73,13 @@ def below(kind: tuple[str, int], name: str = "layer") -> tuple[str, ...]:
     return tuple(f"{name}.{target}".removesuffix(".") for target in KINDS[kind[0]]().examples()[kind[1]].targets)
 
 
-def called(kind: tuple[str, int]) -> bool:
-    """Whether the example is one layer that is called, so that the factored path can be asked for."""
-    found, layer, _ = example(kind)
-    return isinstance(found, CalledKind) and found.called(layer)
-
-
-every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
-
-
 def host(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Host, Tensor]:
     """A model around an example layer, in eval mode, and its input."""
     _, layer, x = example(kind, seed)
     with torch.no_grad():
         width = layer(x).shape[-1]
     state = torch.get_rng_state()
-    torch.manual_seed(seed + 1)
+    seeded(seed + 1)
     model = Host(layer, width).to(dtype).eval()
     model.targets = below(kind)
     torch.set_rng_state(state)
@@ -238,6 +126,16 @@ def expected_of(kind: tuple[str, int], x: Tensor, weights: dict[str, Tensor], la
         return (model.layer if layer else model)(x)
 
 
+def shared_of(adapter: Adapter) -> list[Tensor]:
+    """What trains and belongs to several sites, once per site."""
+    tied = [getattr(site.factors, role) for site in adapter.sites.values() for role in site.factors.tied]
+    return [p for p in tied if p.requires_grad]
+
+
+def factors_of(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    return {name: site.factors.tensors() for name, site in adapter.sites.items()}
+
+
 def adapt(model: nn.Module, method: Method, **options: Any) -> Adapter:
     """Attach to the layer under test, ranks clipped to it; methods without factors get the head to train."""
     if not method.factored:
@@ -278,6 +176,10 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
 
 
+def widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 def differs(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by far more than rounding: guards against comparing two no-ops."""
     return bool((a - b).abs().max() > 1e-3)
@@ -286,12 +188,6 @@ def differs(a: Tensor, b: Tensor) -> bool:
 def paths(site: Site) -> list[bool]:
     """The values of ``site.dense`` that a called site can be computed with."""
     return [False, True] if site.method.product(site.factors) is not None or not site.dense else [True]
-
-
-def positive(p: Product) -> Tensor:
-    """The product of the absolute values of its factors, dense and in float64."""
-    core = None if p.C is None else p.C.double().abs()
-    return Product(p.L.double().abs(), core, p.A.double().abs(), abs(p.scale)).dense().detach()
 
 
 def exact_change(site: Site) -> Tensor:
@@ -303,36 +199,13 @@ def exact_change(site: Site) -> Tensor:
 
 def terms(site: Site) -> Tensor:
     """The sum of the absolute values of all terms of which the site's change is made, as matrices in float64."""
-    method, f = site.method, copy.deepcopy(site.factors).double()
-    w, eye = site.base_matrix().double(), torch.eye(site.shape[2], dtype=torch.float64)
-    eye = eye.expand(*w.shape[:-2], -1, -1)
-    if isinstance(method, DoRA):
-        update = method.inner.update(f)
-        gain = method.gain(f, w, update)
-        # the norm is a sum of squares, of which those of W0 and ΔW may cancel
-        rows = method.magnitude == "rows"
-        axis = -1 if rows else -2
-        new = (w + update.dense()).square().sum(axis)
-        sure = (w.abs() + positive(update)).square().sum(axis) / new
-        gain, sure = gain.unsqueeze(axis), sure.unsqueeze(axis)
-        return (
-            (gain - 1).abs() * w.abs() + gain.abs() * (positive(update) + sure * (w + update.dense()).abs())
-        ).detach()
-    if isinstance(method, OFT):
-        return w.abs() @ method.delta(f, eye).abs().detach()
-    if isinstance(method, BOFT):
-        total = eye
-        for j in range(method.butterflies):
-            total = total @ (eye + method._turned_by(eye, method._turns(f), [j]).abs().detach())
-        return f.s.abs().unsqueeze(-1).detach() * (w.abs() @ total) + w.abs()
-    if isinstance(method, FLoRA):
-        return w.abs() * (f.L.abs() @ f.A.abs() + 3).detach()
-    return sum(positive(p) for p in (method.now(f), method.anchor(f), method.update(f)) if p is not None)
+    wide = copy.deepcopy(site.factors).double()
+    return site.method.absolute(wide, site.base_matrix().double()).detach()
 
 
 def magnitude(kind: CalledKind, layer: Any, x: Tensor, w: Tensor, site: Site) -> Tensor:
     """The sum of the absolute values of all terms in the layer's output, float64: what rounding is relative to."""
-    x = x.double().abs() if x.is_floating_point() else x
+    x = widened(x).abs()
     total = kind.run(layer, x, w.detach().double().abs() + kind.from_matrix(layer, terms(site)))
     return (
         total if getattr(layer, "bias", None) is None else total + kind.add_bias(layer, torch.zeros_like(total)).abs()
@@ -395,3 +268,30 @@ def refused(model: nn.Module, *words: str, error: type[Exception] = ValueError) 
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
     assert_same(before, snapshot(model))
+
+
+class Checks:
+    """Named checks of one walk. One that fails is kept and the next goes on; all are told at the end.
+
+    Example:
+        with Checks() as check:
+            with check("merged is adapted"):
+                close(merged, adapted)
+    """
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, pytest.fail.Exception):
+            self.failed.append(f"-- {name} --\n{traceback.format_exc()}")
+
+    def __enter__(self) -> Checks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.failed:
+            raise AssertionError(f"{len(self.failed)} failed:\n" + "\n".join(self.failed)) from error

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import adapt, assert_same, every_kind, host, perturb, snapshot
+from helpers import adapt, assert_same, host, perturb, snapshot
+from rows import every_kind
 from torch import nn
 from typer.testing import CliRunner
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import adapt, every_kind, every_method, host, perturb
+from helpers import adapt, host, perturb
+from rows import every_kind, every_method
 from scipy.optimize import linear_sum_assignment
 from test_trainer import arguments, make, trainer
 from torch import nn

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from helpers import assert_same, called, close, every_kind, host, kinds, label, perturb, refused, snapshot
+from helpers import assert_same, close, host, perturb, refused, snapshot
+from rows import called, every_kind, kinds, label
 from safetensors.torch import load_file, save_file
 from test_real_models import real
 from torch import Tensor, nn

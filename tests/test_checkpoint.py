@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Host, adapt, equal_bits, host, methods, perturb, refused, snapshot
+from helpers import Host, adapt, equal_bits, host, perturb, refused, snapshot
+from rows import methods
 from safetensors.torch import load_file, save_file
 from torch import nn
 

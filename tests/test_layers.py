@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import adapt, close, host, kinds, label, perturb
+from helpers import adapt, close, host, perturb
+from rows import kinds, label
 from torch import Tensor, nn
 from torch.nn import functional as F
 

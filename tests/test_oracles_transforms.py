@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import close, differs, equal_bits, every_called, host, perturb
+from helpers import close, differs, equal_bits, host, perturb
 from oracle import Array, every_shape, linear, near, output, tensors
+from rows import every_called
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,20 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Both,
-    adapt,
-    assert_same,
-    close,
-    differs,
-    equal_bits,
-    every_called,
-    every_factored,
-    example,
-    perturb,
-    refused,
-    snapshot,
-)
+from helpers import Both, adapt, assert_same, close, differs, equal_bits, example, perturb, refused, snapshot
+from rows import every_called, every_factored
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import Both, adapt, assert_same, close, differs, every_factored, perturb, snapshot
+from helpers import Both, adapt, assert_same, close, differs, perturb, snapshot
+from rows import every_factored
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, close, equal_bits, label, methods, perturb
+from helpers import adapt, close, equal_bits, perturb
+from rows import label, methods
 from rwkv_models import ROOT, Fla7, Plain7, every_version, expected, file, logits, loss, model, state, tokens
 from torch import Tensor, nn
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, close, differs, equal_bits, frozen, host, methods, perturb, refused
+from helpers import adapt, close, differs, equal_bits, frozen, host, perturb, refused
+from rows import methods
 from torch import nn
 
 from svdpeft import PSOFT, AntiPaSTO, LoRA, SVDiff, attach, load

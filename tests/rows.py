@@ -1,0 +1,191 @@
+"""The rows of the property tests, by the registries: every method, every layer kind, and their pairs.
+
+A default run has every method on every example layer, in one of its variants, and every variant on some layers that
+are called and some that are read. ``pytest --all`` has every variant on every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+from svdpeft.layers.base import CalledKind
+from svdpeft.methods.base import Method, PerSite
+from svdpeft.registry import KINDS, METHODS
+
+Kind = tuple[str, int]  # a registered name and the position of one of its example layers
+T = TypeVar("T")
+
+EVERYTHING = os.environ.get("SVDPEFT_TESTS") == "all"  # set by ``pytest --all``
+AT_LEAST = 2  # called layers, and read ones, that every variant meets in a default run
+
+# Hyper-parameters worth a row of their own. A method that is not listed gets its defaults at rank 2.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": 3.0, "rs": True}],
+    "pissa": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
+    "sorsa": [
+        {"rank": 2},
+        {"rank": 2, "alpha": 3.0},
+        {"rank": None},
+        {"rank": 2, "gamma": {"target": 0.1}, "allocate": {"target_rank": 1}},
+    ],
+    "adalora": [{"rank": 2}, {"rank": 2, "alpha": 3.0, "regulariser": "code", "scaling": "code"}],
+    "svft": [
+        {},
+        {"pattern": "banded", "off_diagonals": 1},
+        {"pattern": "random", "off_diagonals": 1},
+        {"pattern": "topk", "off_diagonals": 1},
+        {"rank": 2},
+        {"rank": 2, "pattern": "banded", "off_diagonals": 1},
+        {"pattern": "random", "off_diagonals": 1, "reference_init": True},
+        {"reference_init": True, "rank": 2},
+    ],
+    "milora": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
+    "olora": [{"rank": 2}, {"rank": 2, "alpha": 3.0}],
+    "mica": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "basis": "full"}],
+    "kasa": [{"rank": 2}, {"rank": 2, "drop": 0}],
+    "spectral-adapter": [{"rank": 2}, {"rank": 2, "values": True}],
+    "spectral-adapter-r": [{"rank": 2}, {"rank": None}],
+    "osf": [{}, {"rank": 2}],
+    "svf": [{}, {"rank": 2}],
+    "svdiff": [{}, {"rank": 2, "strength": -1.5}],
+    "svf-transformer2": [{}, {"rank": 2}],
+    "svfit": [{"rank": 2}, {"energy": 0.9}],
+    "lora-xs": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "std": 0.0}],
+    "ssvd": [
+        {"rank": 3},
+        {"rank": None, "ratio": 1.0, "rotation": "free"},
+        {"rank": 3, "rotation": "first-order", "side": "smaller", "reference_init": True},
+    ],
+    "psoft": [{"rank": 3}, {"rank": None, "rotation": "neumann", "terms": 3, "vectors": "output", "bound": 0.9}],
+    "antipasto": [
+        {"rank": 3},
+        {"rank": None, "rotates": "both", "block": 2, "coefficient": -0.7},
+        {"rank": 2, "rotates": "U", "reference_init": True},
+    ],
+    "corda": [{"rank": 2}, {"rank": 2, "mode": "kpm", "alpha": 3.0}],
+    "lora-null": [{"rank": 2}, {"rank": 2, "version": "v2", "alpha": 3.0}],
+    "eva": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "rs": True, "rho": 1, "centred": True, "whiten": True}],
+    "lora-ga": [{"rank": 2}, {"rank": 2, "variant": "peft", "alpha": None, "rs": False}],
+    "vera": [{"rank": 2}, {"rank": 12}],
+    "randlora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": None, "bases": "sparse", "gamma": "peft"}],
+    "pica": [{"rank": 2}, {"rank": 2, "alpha": 3.0, "tied": False}],
+    "tinylora": [{"u": 3}, {"u": 3, "tie": "all"}, {"u": 2, "tie": 2, "split": "both"}],
+    "adamss": [{"rank": 2, "clusters": 2}, {"rank": 3, "clusters": 3, "cluster_rank": 2}],
+    "frod": [{"density": 0.5}],
+    "dora": [
+        {"inner": {"name": "lora", "rank": 2, "alpha": 3.0}},
+        {"inner": {"name": "sorsa", "rank": 2}, "magnitude": "columns", "norm_gradient": True},
+        {"inner": {"name": "vera", "rank": 2}},
+    ],
+    "oft": [{"block_size": 3}, {"block_size": 2, "block_share": True, "neumann": 4, "eps": 0.1}],
+    "boft": [{"block_size": 3}, {"block_size": 2, "butterflies": 2}],
+    "flora": [{"rank": 1}, {"rank": 2}],
+    "full": [{}],
+    "partial": [{"layers": ("layer",)}],
+    "head-only": [{}],
+}
+
+
+def methods(factored: bool | None = None) -> list[Method]:
+    """Every variant of every registered method; all, only the factored ones, or only the others."""
+    found = []
+    for name in METHODS:
+        cls = METHODS[name]
+        # Those that work on pairs of weights have no example layer: tests/test_clover.py.
+        if (factored is None or cls.factored == factored) and not getattr(cls, "pairs", ()):
+            ranked = any(field.name == "rank" for field in dataclasses.fields(cls))
+            default: list[dict[str, Any]] = [{"rank": 2}] if ranked else [{}]
+            found += [cls(**options) for options in VARIANTS.get(name, default)]
+    return found
+
+
+@functools.cache
+def kinds() -> tuple[Kind, ...]:
+    """Every example layer of every registered kind."""
+    return tuple((name, i) for name in KINDS for i in range(len(KINDS[name]().examples())))
+
+
+@functools.cache
+def called(kind: Kind) -> bool:
+    """Whether the example is one layer that is called, so that the factored path can be asked for."""
+    found = KINDS[kind[0]]()
+    return isinstance(found, CalledKind) and found.called(found.examples()[kind[1]].module)
+
+
+def defined(method: Method, kind: Kind) -> bool:
+    """Whether the method is defined on the kind: no test has a row where it is not (see ``conftest``)."""
+    return not isinstance(method, PerSite) or method.why_not(KINDS[kind[0]]()) is None
+
+
+def label(value: Any) -> str:
+    if isinstance(value, Method):
+        return f"{value.name}[{str(value).partition('(')[2][:-1]}]"
+    return f"{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+def order(*row: Any) -> int:
+    """A number that is drawn by the names in a row: a new method or kind does not change the choices of others."""
+    return zlib.crc32(" ".join(map(label, row)).encode())
+
+
+def some(options: Sequence[T], *row: Any) -> Sequence[T]:
+    """All options with ``--all``, else the one that is this row's turn."""
+    return options if EVERYTHING else [options[order(*row) % len(options)]]
+
+
+def variants(factored: bool | None = None) -> list[list[Method]]:
+    """The methods, each as the list of its variants."""
+    found: dict[str, list[Method]] = {}
+    for method in methods(factored):
+        found.setdefault(method.name, []).append(method)
+    return list(found.values())
+
+
+def one_of_each(factored: bool | None = None) -> list[Method]:
+    """One variant of every method; with ``--all`` every one."""
+    return [m for same in variants(factored) for m in some(same, same[0].name)]
+
+
+@functools.cache
+def pairs() -> tuple[tuple[Method, Kind], ...]:
+    """A method and a layer, all that a run has."""
+    return tuple((method, kind) for same in variants() for kind, its in spread(same).items() for method in its)
+
+
+def spread(same: list[Method]) -> dict[Kind, list[Method]]:
+    """Which variants of one method meet which kinds: each kind one, each variant some kinds of either sort."""
+    taken: dict[Kind, list[Method]] = {}
+    for kind in kinds():
+        possible = [method for method in same if defined(method, kind)]
+        taken[kind] = possible if EVERYTHING else sorted(possible, key=lambda method: order(method, kind))[:1]
+    for method in same:
+        for sort in (True, False):
+            possible = [kind for kind in kinds() if called(kind) == sort and defined(method, kind)]
+            missing = AT_LEAST - sum(method in taken[kind] for kind in possible)
+            others = [kind for kind in possible if method not in taken[kind]]
+            for kind in sorted(others, key=lambda kind: order(kind, method))[: max(missing, 0)]:
+                taken[kind].append(method)
+    return taken
+
+
+def rows(names: str, values: Iterable[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """``parametrize`` with a label for every row."""
+    values = list(values)
+    return pytest.mark.parametrize(names, values, ids=["-".join(map(label, row)) for row in values])
+
+
+every_factored = pytest.mark.parametrize("method", methods(factored=True), ids=label)
+every_method = pytest.mark.parametrize("method", methods(), ids=label)
+every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
+every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
+every_pair = rows("method, kind", pairs())
+every_factored_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored])
+every_called_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored and called(k)])
+one_each = pytest.mark.parametrize("method", one_of_each(factored=True), ids=label)

@@ -1,0 +1,142 @@
+"""The start, bit for bit, and what float32, bfloat16 and autocast make of an adapter: within one rounding."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from helpers import (
+    Checks,
+    Host,
+    adapt,
+    close_to_rounding,
+    equal_bits,
+    exact_change,
+    frozen,
+    host,
+    magnitude,
+    perturb,
+    terms,
+    weight_of,
+    weights_of,
+    widened,
+)
+from rows import Kind, called, every_called_pair, every_factored_pair, every_pair
+from torch import Tensor
+
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.methods.base import Method
+from svdpeft.registry import KINDS
+from svdpeft.sites.weights import stored
+
+HALVES = (torch.float32, torch.bfloat16)
+
+
+@every_pair
+def test_start_is_the_base_bit_for_bit(method: Method, kind: Kind):
+    with Checks() as check:
+        for dtype in (torch.float64, *HALVES):
+            with check(str(dtype)):
+                starts_as_the_base(method, kind, dtype)
+
+
+def starts_as_the_base(method: Method, kind: Kind, dtype: torch.dtype) -> None:
+    model, x = host(kind, dtype=dtype)
+    expected = frozen(model, x)
+    adapter = adapt(model, method)
+    exact = all(site.method.exact_start for site in adapter.sites.values())
+    wide = dtype == torch.float64  # elsewhere a small step off the base may be rounded away
+    assert torch.equal(frozen(model, x), expected) == exact or not (exact or wide)
+    for site in adapter.sites.values():
+        assert bool((site.delta() == 0).all()) == exact
+        name = weight_of(model, site)
+        read = operator.attrgetter(name)(model)  # what the model's own code gets
+        assert torch.equal(read, weights_of(model, adapter)[name]) == exact or not (exact or wide)
+
+
+@contextmanager
+def written(adapter: Adapter, state: str) -> Iterator[None]:
+    """Within the block the adapter is merged or folded, or as it is."""
+    if state != "attached":
+        getattr(adapter, state)()
+    yield
+    if state != "attached":
+        getattr(adapter, f"un{state}")()
+
+
+@every_factored_pair
+def test_low_precision_is_rounded_once(method: Method, kind: Kind):
+    """Weights and outputs, adapted, merged and folded, against float64; ten cycles give every bit back."""
+    with Checks() as check:
+        for dtype in HALVES:
+            model, x = host(kind, dtype=dtype)
+            layer = copy.deepcopy(model.layer).double()
+            adapter = adapt(model, method)
+            base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
+            perturb(adapter)
+            with check(f"weights in {dtype}"):
+                weights_within_rounding(model, adapter, base, dtype)
+            if called(kind):
+                with check(f"outputs in {dtype}"):
+                    outputs_within_rounding(model, layer, kind, x, adapter, base["layer.weight"], dtype)
+            with check(f"every bit returns in {dtype}"):
+                for _ in range(10):
+                    adapter.merge()
+                    adapter.unmerge()
+                assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
+
+
+def weights_within_rounding(model: Host, adapter: Adapter, base: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """What is read and what is merged is W0 + ΔW, formed in float32 at least, to within one rounding."""
+    size = {name: w.double().abs() for name, w in base.items()}
+    exact = {name: w.double() for name, w in base.items()}
+    for site in adapter.sites.values():
+        name, module = weight_of(model, site), site.places[0].module
+        size[name] += site.kind.from_matrix(module, terms(site))
+        exact[name] += site.kind.from_matrix(module, exact_change(site))
+    for state in ("attached", "merge", "fold"):
+        with written(adapter, state):
+            for name in base:
+                close_to_rounding(operator.attrgetter(name)(model).detach(), exact[name], size[name], dtype)
+
+
+def outputs_within_rounding(
+    model: Host, wide: torch.nn.Module, kind: Kind, x: Tensor, adapter: Adapter, base: Tensor, dtype: torch.dtype
+) -> None:
+    found, layer, site = KINDS[kind[0]](), model.layer, adapter.sites["layer"]
+    exact = found.add_bias(wide, found.run(wide, widened(x), base.double() + site.delta().double()))
+    size = magnitude(found, wide, x, base, site)
+    for state in ("attached", "merge", "fold"):
+        with written(adapter, state):
+            close_to_rounding(layer(x), exact, size, dtype)
+
+
+@every_called_pair
+def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: Kind):
+    model, x = host(kind, dtype=torch.float32)
+    found, layer = KINDS[kind[0]](), model.layer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = layer(x)
+    adapter = adapt(model, method)
+    site = adapter.sites["layer"]
+    if site.method.exact_start:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x), base)
+    perturb(adapter)
+    wide, _ = host(kind)
+    w = (stored(layer, "weight") + site.delta()).double()
+    exact = found.add_bias(wide.layer, found.run(wide.layer, widened(x), w))
+    size = magnitude(found, wide.layer, x, stored(layer, "weight"), site)
+    for state in ("attached", "fold"):
+        with written(adapter, state):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = layer(x)
+            assert out.dtype == base.dtype
+            close_to_rounding(out, exact, size, torch.bfloat16)
+            for p in adapter.parameters():
+                p.grad = None
+            out.float().square().sum().backward()
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
