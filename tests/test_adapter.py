@@ -239,6 +239,17 @@ def test_merge_report_measures_what_bfloat16_loses(size: float):
     assert f"at most {report.worst:.2%} at {max(report.lost, key=report.lost.__getitem__)}" in str(report)
 
 
+def test_two_adapters_in_one_bfloat16_weight_are_rounded_once():
+    model = nn.ModuleDict({"a": nn.Linear(64, 48).bfloat16()})
+    base = model["a"].weight.detach().clone()
+    adapters = [attach(model, LoRA(rank=4), name=name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    for adapter in adapters:
+        perturb(adapter, size=0.05)
+        adapter.merge()
+    exact = base.float() + adapters[0].delta("a") + adapters[1].delta("a")
+    assert equal_bits(stored(model["a"], "weight").detach(), exact.bfloat16())
+
+
 def test_permanent_merge_with_a_head_keeps_what_was_trained():
     model, x = host(("linear", 0))
     adapter = adapt(model, PiSSA(rank=2), train=("head",))

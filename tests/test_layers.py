@@ -9,7 +9,7 @@ from rows import kinds, label
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft import LoRA, PiSSA, attach
+from svdpeft import SVFT, LoRA, PiSSA, attach
 from svdpeft.layers.base import POSITIONS, SMALL
 from svdpeft.layers.conv import Conv
 from svdpeft.layers.linear import Linear
@@ -86,6 +86,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attention(x, x, x)[0])
+
+
+def test_a_bilinear_layer_is_one_matrix_per_output():
+    model = nn.ModuleDict({"score": nn.Bilinear(4, 3, 5)})
+    site = attach(model, SVFT()).sites["score"]
+    assert site.shape == (5, 4, 3)
+    for w, sigma in zip(model["score"]._parameters["weight"].detach(), site.factors.sigma, strict=True):
+        close(sigma.detach(), torch.linalg.svdvals(w))
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fast path"])
