@@ -59,6 +59,21 @@ def test_patterns_are_names_suffixes_or_whole_regular_expressions():
         adapter.detach()
 
 
+def test_all_linear_leaves_every_layer_of_a_head():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 5)
+            self.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+
+        def get_classifier(self) -> nn.Module:
+            return self.head
+
+    adapter = attach(Model(), LoRA(rank=1))
+    assert list(adapter.sites) == ["body"]
+    assert adapter.skipped == dict.fromkeys(("head.0", "head.2"), "output head; name it to adapt it")
+
+
 def test_all_linear_leaves_the_output_head_and_the_convolutions():
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -200,15 +200,15 @@ def test_output_that_a_later_layer_saved_is_still_right():
 
 def test_a_hook_of_the_user_sees_the_adapted_output_whichever_came_first():
     for first in (True, False):
-        seen = []
+        seen = []  # as it is then: the update is added in place
         model = nn.ModuleDict({"layer": nn.Linear(6, 5)})
         layer, x = model["layer"], torch.randn(2, 6)
         if first:
-            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.clone()))
         adapter = attach(model, LoRA(rank=2))
         perturb(adapter)
         if not first:
-            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.clone()))
         out = layer(x)
         assert torch.equal(seen[0], out)
         adapter.detach()
