@@ -89,8 +89,8 @@ class Block(nn.Module):
 
 
 def test_a_bilinear_layer_is_one_matrix_per_output():
-    model = nn.ModuleDict({"score": nn.Bilinear(4, 3, 5)})
-    site = attach(model, SVFT()).sites["score"]
+    model = nn.ModuleDict({"score": nn.Bilinear(4, 3, 5).double()})
+    site = attach(model, SVFT(), targets=["score"]).sites["score"]
     assert site.shape == (5, 4, 3)
     for w, sigma in zip(model["score"]._parameters["weight"].detach(), site.factors.sigma, strict=True):
         close(sigma.detach(), torch.linalg.svdvals(w))

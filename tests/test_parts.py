@@ -296,7 +296,7 @@ def test_a_raw_parameter_in_either_orientation_and_as_a_batch():
     assert {n: s.shape for n, s in adapter.sites.items()} == {"net.left": (1, 3, 6), "net.position": (1, 4, 3)}
 
 
-@pytest.mark.parametrize("axes", itertools.permutations(("in", "out", "mode")), ids=",".join)
+@pytest.mark.parametrize("axes", [*itertools.permutations(("in", "out", "mode"))], ids=",".join)
 def test_axes_in_any_order_come_back(axes: tuple[str, ...]):
     """Of six orders two are not their own inverse."""
     sizes = {"in": 3, "out": 5, "mode": 2}
