@@ -375,6 +375,8 @@ def test_a_loop_by_hand_goes_on_as_well(tmp_path):
     second.x = x
     restore(second.adapter, tmp_path / "adapter")
     load_training_state(second.adapter, tmp_path)
+    for name, site in first.adapter.sites.items():
+        assert second.adapter.sites[name].factors.memory.keys() == site.factors.memory.keys()
     second.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     for _ in range(4):
         second.step()
