@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -67,3 +68,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return not {"method", "kind"} <= values.keys() or defined(values["method"], values["kind"])
 
     items[:] = [item for item in items if exists(item)]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from walking torch, transformers and all items each time: half a second for every run of a
+    comparison, which collects before it measures memory."""
+    gc.collect()
+    gc.freeze()
