@@ -2,8 +2,14 @@
 
 import os
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "tests"))
+import shapes  # noqa: F401  before svdpeft, whose shapes it has checked
 
 import svdpeft
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from svdpeft.decomposition import Product
@@ -85,11 +86,11 @@ class LayerKind(ABC):
         return cls()
 
     @abstractmethod
-    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
+    def to_matrix(self, module: nn.Module, w: Float[Tensor, "*stored"]) -> Float[Tensor, "*b m n"]:
         """Show a stored weight as matrices, (*b, m, n) = (*batch, out, in)."""
 
     @abstractmethod
-    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
+    def from_matrix(self, module: nn.Module, matrix: Float[Tensor, "*b m n"]) -> Float[Tensor, "*stored"]:
         """The inverse: matrices (*b, m, n) as a weight in the layer's own layout."""
 
     @abstractmethod
@@ -133,7 +134,7 @@ class CalledKind(LayerKind):
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         """Return ``out`` plus the layer's bias, if it has one."""
 
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+    def inputs(self, module: nn.Module, x: Tensor) -> Float[Tensor, "... n"]:
         """Return the vectors that the layer's matrices multiply, (*b, *positions, n), of kinds that ``sees`` is of."""
         raise NotImplementedError
 
@@ -145,7 +146,7 @@ class CalledKind(LayerKind):
         """``run`` with the layer's whole weight; where the kind shows a part of it, the rest of the output is zero."""
         return self.run(module, x, w)
 
-    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
+    def per_row(self, module: nn.Module, x: Tensor, values: Float[Tensor, "*b m"]) -> Tensor | None:
         """Values (*b, m), one per row of the matrices, as what multiplies an output; ``None``: rows are no outputs."""
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import Product
@@ -18,15 +19,15 @@ class Call(Protocol):
     x: Tensor  # the layer's input
 
     @property
-    def w0(self) -> Tensor:
+    def w0(self) -> Float[Tensor, "*b m n"]:
         """W0 as matrices, (*b, m, n), at least float32."""
         ...
 
-    def rows(self, values: Tensor) -> Tensor:
+    def rows(self, values: Float[Tensor, "*b m"]) -> Tensor:
         """Return diag(values) W0 x, values (*b, m)."""
         ...
 
-    def columns(self, values: Tensor) -> Tensor:
+    def columns(self, values: Float[Tensor, "*b n"]) -> Tensor:
         """Return W0 diag(values) x, values (*b, n)."""
         ...
 
@@ -34,7 +35,7 @@ class Call(Protocol):
         """Return W0 x of another input; only where the layer multiplies the last axis of its input."""
         ...
 
-    def per_row(self, values: Tensor) -> Tensor:
+    def per_row(self, values: Float[Tensor, " m"]) -> Tensor:
         """Return one value per row, (m,), as what multiplies an output; only where ``frozen`` can be asked for."""
         ...
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
@@ -37,7 +38,7 @@ class Factored(PerSite):
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
     resolved: ClassVar = ("rank",)
 
-    def core(self, f: Factors) -> Tensor | None:
+    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None:
         """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
         return f.C if "C" in f._parameters else None
 
@@ -105,7 +106,7 @@ class Factored(PerSite):
     def product(self, f: Factors, folded: bool = False) -> Product:
         return self.now(f) if folded else self.update(f)
 
-    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+    def absolute(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         products = (self.now(f), self.anchor(f), self.update(f))
         return sum(p.absolute() for p in products if p is not None)  # type: ignore[return-value]
 
@@ -193,6 +194,6 @@ class Decomposed(Factored):
 
     driver: Driver = "auto"
 
-    def svd(self, w: Tensor, given: Given) -> SVD:
+    def svd(self, w: Float[Tensor, "*b m n"], given: Given) -> SVD:
         """The leading ``rank`` triplets of the weight."""
         return truncated_svd(w, self._rank, self.driver, seed=given.seed, where=given.name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.methods.base.factors import Factors, Tensors
@@ -66,7 +67,7 @@ class Hooks(Method):
 
     # Around an optimizer step, for all sites of the method at once, so that equal shapes can be batched.
 
-    def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
+    def penalty(self, sites: Sequence[Factors]) -> Float[Tensor, ""] | None:
         """Return what is added to the loss, a scalar that is differentiable in what trains, or ``None``."""
         return None
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import Product
@@ -32,7 +33,7 @@ class PerSite(Hooks):
     # -- what a method says ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def start(self, w: Tensor, given: Given) -> Tensors:
+    def start(self, w: Float[Tensor, "*b m n"], given: Given) -> Tensors:
         """Return the tensors of one site at the start.
 
         Args:
@@ -49,7 +50,7 @@ class PerSite(Hooks):
         """Number of values that train at one site of ``batch`` m×n matrices and nowhere else."""
 
     @abstractmethod
-    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+    def absolute(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         """Return the sum of the absolute values of all terms of which W' − W0 is made, (*b, m, n).
 
         It is what the rounding of the change is relative to, and so what the tests' bounds are made of.
@@ -112,7 +113,7 @@ class PerSite(Hooks):
         """Whether [L C A]start is all of W0, so that a folded site has no use for the weight."""
         return False
 
-    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+    def delta(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         """Return W' − W0 of matrices w0, (*b, m, n): only asked where there is no product."""
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.methods.base.call import Call
@@ -21,7 +22,7 @@ class Transform(PerSite):
     """
 
     @abstractmethod
-    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+    def delta(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         """Return W' − W0 of matrices w0, (*b, m, n), differentiable in the site's tensors."""
 
     def acts(self, linear: bool) -> bool:
