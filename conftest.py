@@ -1,7 +1,6 @@
 """Options of a run, names that every doctest has, and quiet maths: two threads, so that numbers and times repeat."""
 
 import os
-
 import sys
 from pathlib import Path
 

@@ -168,7 +168,7 @@ def test_hyper_parameters_that_cannot_be():
         with pytest.raises(ValueError, match="qk, vo"):
             CLOVER(pairs=bad)  # type: ignore[arg-type]
     assert CLOVER(pairs="vo") == CLOVER(pairs=("vo",)) == CLOVER(pairs=["vo"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="alpha"):
+    with pytest.raises(TypeError, match="alpha"):
         CLOVER(alpha=2.0)
     assert all("CLOVER" in (CLOVER().why_not(kind()) or "") for kind in KINDS.values())
 
