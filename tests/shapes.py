@@ -46,10 +46,18 @@ def size(v: Any) -> Any:
 
 
 def checked(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
-    """The function with a check of its arguments and its result; not while torch compiles, which would compile it.
+    """The function with a check of its arguments and its result; not while torch compiles, which would compile it."""
+    look, is_compiling = looking(fn, shapes), compiling  # the code below has its names from here alone
 
-    What was right once is right again: the same sizes are looked at once.
-    """
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs) if is_compiling() else look(args, kwargs)
+
+    # With the globals of the module that it is in: else doctest takes it for another module's.
+    return functools.update_wrapper(FunctionType(call.__code__, fn.__globals__, closure=call.__closure__), fn)
+
+
+def looking(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
+    """Call the function and look at the shapes; what was right once is right again: the same sizes are seen once."""
     bare = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     functools.update_wrapper(bare, fn)
     del bare.__wrapped__
@@ -60,27 +68,23 @@ def checked(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
         lambda: jaxtyped(functools.wraps(bare)(lambda *args, **kwargs: results.pop()), typechecker=beartype)
     )
     known: dict[tuple, set[tuple]] = {}
-    is_compiling, look = compiling, sizes  # the code below has its names from here alone
     again = not any("{self" in str(shape) for shape in shapes.values())  # self is not looked at
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
-            return fn(*args, **kwargs)
-        given = look((*args, *kwargs.items()))
+    def call(args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = sizes((*args, *kwargs.items()))
         if given not in known:
             result = strict()(*args, **kwargs)
             if again:
-                known[given] = {look((result,))}
+                known[given] = {sizes((result,))}
             return result
         result = fn(*args, **kwargs)
-        if (found := look((result,))) not in known[given]:
+        if (found := sizes((result,))) not in known[given]:
             results.append(result)
             returned()(*args, **kwargs)
             known[given].add(found)
         return result
 
-    # With the globals of the module that it is in: else doctest takes it for another module's.
-    return functools.update_wrapper(FunctionType(call.__code__, fn.__globals__, closure=call.__closure__), fn)
+    return call
 
 
 def held(cls: type) -> type:
