@@ -185,6 +185,18 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() > 1e-3)
 
 
+def near_by_change(found: Tensor, expected: Tensor, base: Tensor, share: float) -> None:
+    """Assert that ``found`` is ``expected`` to within a share of what the adapter changes: zeros, the base and a change
+    of the other sign are all far off, which they need not be of a tolerance in numbers.
+    """
+    found, expected, base = found.detach().double(), expected.detach().double(), base.detach().double()
+    change = (expected - base).norm()
+    assert change > 0.1 * base.norm(), "the adapter hardly changes anything"
+    assert expected.norm() > 0.5 * change, "zeros would be near"
+    off = float((found - expected).norm() / change)
+    assert off < share, f"off by {off:.3g} of the change"
+
+
 def paths(site: Site) -> list[bool]:
     """The values of ``site.dense`` that a called site can be computed with."""
     return [False, True] if site.method.product(site.factors) is not None or not site.dense else [True]
