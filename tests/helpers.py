@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import traceback
 import zlib
 from collections.abc import Iterator
@@ -242,6 +243,16 @@ def bits(t: Tensor) -> bytes:
     return bytes(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def digest(t: Tensor) -> bytes:
+    """Of a tensor's bits: a snapshot of a real model is not to be a second model."""
+    return hashlib.blake2b(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+
+
+def digests(model: nn.Module) -> dict[str, bytes]:
+    """Of everything in a model's state."""
+    return {name: digest(t) for name, t in model.state_dict().items()}
+
+
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
 
@@ -257,9 +268,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             "attributes": sorted(vars(module)),
             "children": list(module._modules),
             "parameters": {
-                k: None if p is None else (id(p), p.requires_grad, bits(p)) for k, p in module._parameters.items()
+                k: None if p is None else (id(p), p.requires_grad, digest(p)) for k, p in module._parameters.items()
             },
-            "buffers": {k: None if b is None else (id(b), bits(b)) for k, b in module._buffers.items()},
+            "buffers": {k: None if b is None else (id(b), digest(b)) for k, b in module._buffers.items()},
             "hooks": {k: list(v) for k, v in vars(module).items() if k.endswith(("_hooks", "_kwargs", "_called"))},
         }
     return seen
