@@ -240,6 +240,7 @@ def test_kasa_penalty_has_a_gradient_at_the_start_and_at_full_rank(regulariser: 
     adapter.penalty().backward()
     for p in adapter.parameters():
         assert torch.isfinite(p.grad).all()
+    assert any(bool((p.grad != 0).any()) for p in adapter.parameters())
 
 
 def test_kasa_without_weights_has_no_penalty():

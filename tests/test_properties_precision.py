@@ -126,6 +126,10 @@ def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: Kind):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x), base)
     perturb(adapter)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = site._product("cpu", folded=False)
+    if product is not None:  # formed in the factors' own precision: only what it does to the input is in bfloat16
+        assert torch.equal(product.dense(), site.method.product(site.factors).dense())
     wide, _ = host(kind)
     w = (stored(layer, "weight") + site.delta()).double()
     exact = found.add_bias(wide.layer, found.run(wide.layer, widened(x), w))
