@@ -13,7 +13,19 @@ from svdpeft.decomposition import Product
 class Call(Protocol):
     """A layer that is being called, as a method outside the equation sees it; what kind of layer it is stays hidden.
 
-    Outputs are without the bias, in the dtype that the layer computes in, and new tensors.
+    Outputs are without the bias, in the dtype that the layer computes in, and new tensors. A method gets one in
+    ``Transform.act``; ``sites.call.LayerCall`` is what it gets.
+
+    Example:
+        >>> class Doubling:  # W' = 2 W0, as a Transform's ``act`` may say it
+        ...     def act(self, f, call):
+        ...         return call.rows(torch.ones(call.w0.shape[:-1]))
+        >>> class Linear:  # as much of a call as it takes
+        ...     x, w0 = torch.ones(1, 3), torch.eye(2, 3)
+        ...     def rows(self, values):
+        ...         return self.x @ self.w0.mT * values
+        >>> Doubling().act(None, Linear())
+        tensor([[1., 1.]])
     """
 
     x: Tensor  # the layer's input

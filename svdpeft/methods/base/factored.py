@@ -27,7 +27,22 @@ SIZES = {"L": lambda m, n: m, "C": lambda m, n: 1, "A": lambda m, n: n}  # numbe
 
 @dataclass(frozen=True)
 class Factored(PerSite):
-    """Abstract: a method whose update is a product of factors.
+    """Abstract: a method whose update is a product of factors, W' = W0 + s([L C A]now − [L C A]start).
+
+    It must say ``start``; ``trains`` and ``anchored`` say the rest of most methods. Where C is more than stored
+    numbers, ``core`` makes it; where the update is no difference of two products, ``now``, ``anchor`` and ``update``
+    say so.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from svdpeft.methods.base import Factored
+        >>> @dataclass(frozen=True)
+        ... class Leading(Factored):
+        ...     def start(self, w, given):
+        ...         u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        ...         return {"L": u[..., : self.rank] * s[..., None, : self.rank], "A": vh[..., : self.rank, :]}
+        >>> Leading(rank=2).at("fc", 6, 4).count(1, 6, 4)
+        20
 
     Args:
         rank: r, the number of columns of L, or a mapping from site pattern to r (the first that matches wins).

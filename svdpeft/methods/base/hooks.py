@@ -21,6 +21,11 @@ class Hooks(Method):
     """Where a method has a say: its class attributes, what sites share, and the steps of a training.
 
     A method overrides the few of these that it needs; a method around another one (``DoRA``) forwards them all.
+
+    Example:
+        >>> from svdpeft.registry import KINDS
+        >>> svdpeft.CorDA().needs, svdpeft.CorDA().why_not(KINDS["linear"]()), svdpeft.VeRA(rank=4).draws
+        ('inputs', None, True)
     """
 
     exact_start: ClassVar[bool] = True  # the adapted model starts as the base model

@@ -20,7 +20,17 @@ from svdpeft.methods.base.hyperparameters import check_numbers
 
 @dataclass(frozen=True)
 class PerSite(Hooks):
-    """Abstract: a ``Factored`` method acts by a thin product, a ``Transform`` by another function of the weight."""
+    """Abstract: a ``Factored`` method acts by a thin product, a ``Transform`` by another function of the weight.
+
+    Example:
+        >>> from svdpeft.methods.base import Given
+        >>> w = torch.randn(6, 4)
+        >>> site = Given("fc", (1, 6, 4), 0, lambda: w)
+        >>> method = svdpeft.PiSSA(rank={"fc": 2}).at("fc", 6, 4)
+        >>> f = method.factors(site)
+        >>> f.L.shape, f.A.shape, method.count(1, 6, 4), bool((method.product(f).dense() == 0).all())
+        (torch.Size([6, 2]), torch.Size([2, 4]), 20, True)
+    """
 
     trains: ClassVar[tuple[str, ...]] = ("L", "A")  # names of the tensors that train
     resolved: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that ``at`` settles for one site
