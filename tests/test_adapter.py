@@ -59,6 +59,21 @@ def test_patterns_are_names_suffixes_or_whole_regular_expressions():
         adapter.detach()
 
 
+def test_all_linear_leaves_every_layer_of_a_head():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 5)
+            self.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+
+        def get_classifier(self) -> nn.Module:
+            return self.head
+
+    adapter = attach(Model(), LoRA(rank=1))
+    assert list(adapter.sites) == ["body"]
+    assert adapter.skipped == dict.fromkeys(("head.0", "head.2"), "output head; name it to adapt it")
+
+
 def test_all_linear_leaves_the_output_head_and_the_convolutions():
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -237,6 +252,17 @@ def test_merge_report_measures_what_bfloat16_loses(size: float):
         assert lost < 0.05 if size == 1e-1 else lost > 0.01
     assert report.worst == max(report.lost.values())
     assert f"at most {report.worst:.2%} at {max(report.lost, key=report.lost.__getitem__)}" in str(report)
+
+
+def test_two_adapters_in_one_bfloat16_weight_are_rounded_once():
+    model = nn.ModuleDict({"a": nn.Linear(64, 48).bfloat16()})
+    base = model["a"].weight.detach().clone()
+    adapters = [attach(model, LoRA(rank=4), name=name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    for adapter in adapters:
+        perturb(adapter, size=0.05)
+        adapter.merge()
+    exact = base.float() + adapters[0].delta("a") + adapters[1].delta("a")
+    assert equal_bits(stored(model["a"], "weight").detach(), exact.bfloat16())
 
 
 def test_permanent_merge_with_a_head_keeps_what_was_trained():

@@ -369,6 +369,10 @@ def test_a_loop_by_hand_goes_on_as_well(tmp_path):
     torch.save(first.optimizer.state_dict(), tmp_path / "optimizer.pt")
 
     second = Loop()
+    second.x, x = torch.randn(5, 6), second.x
+    for _ in range(second.total):
+        second.step()  # to the end, where a choice is remembered that the file knows nothing of
+    second.x = x
     restore(second.adapter, tmp_path / "adapter")
     load_training_state(second.adapter, tmp_path)
     second.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))

@@ -92,6 +92,8 @@ def test_every_share_of_energy_is_reached_whatever_the_rounding():
     exact = s.double().square().cumsum(0) / s.double().square().sum()
     for share in (0.1, 0.5, 0.9, 0.99):
         assert int(energy_rank(s, share)) == int((exact < share).sum()) + 1
+    equal = torch.full((10,), 0.1, dtype=torch.float64)  # each is a tenth, and none of the sums is r/10
+    assert [int(energy_rank(equal, r / 10)) for r in range(1, 11)] == list(range(1, 11))
 
 
 # -- ΔΣ and ΔD ----------------------------------------------------------------------------------------------------
@@ -276,6 +278,8 @@ def test_intruders_are_counted_among_the_leading_vectors():
     new = torch.ones(12, 1, dtype=torch.float64) / np.sqrt(12)
     plus = w + 40 * new @ random(1, 12, seed=3) / 12
     assert int(intruders(svd(w), svd(w))) == 0
+    turned = svd(w)
+    assert int(intruders(svd(w), SVD(-turned.u, turned.s, -turned.vh))) == 0, "a sign is no direction"
     assert int(intruders(svd(w), svd(plus))) >= 1
     assert int(intruders(svd(w), svd(plus), epsilon=0.0)) == 0
     u, u1 = np.linalg.svd(w.numpy())[0], np.linalg.svd(plus.numpy())[0]

@@ -21,6 +21,7 @@ from svdpeft.adapter import saving
 from svdpeft.adapter.file import HEADER, TENSORS
 from svdpeft.adapter.loading import restore
 from svdpeft.decomposition import digest
+from svdpeft.sites.weights import stored
 
 LINEAR = ("linear", 0)
 
@@ -76,6 +77,11 @@ def test_good_file_loads(saved: Path):
     assert list(adapter.sites) == ["layer", "other"]
     assert sorted(p.name for p in saved.iterdir()) == [HEADER, TENSORS]
     json.loads((saved / HEADER).read_text())
+
+
+def test_a_head_that_has_not_moved_is_in_the_file_too(tmp_path: Path):
+    attach(two_layers(), SORSA(rank=2), train=("head",)).save(tmp_path / "a")
+    assert list(load(two_layers(), tmp_path / "a").whole) == ["head.weight", "head.bias"]
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -424,6 +430,28 @@ def test_restore_refuses_another_adapter(tmp_path: Path):
             restore(other, tmp_path / "a")
         assert all(equal_bits(p, before[n]) for n, p in other.named_parameters())
         other.detach()
+
+
+def test_restore_refuses_another_base_and_other_shapes_before_it_copies(tmp_path: Path):
+    model = two_layers()
+    adapter = attach(model, SORSA(rank=2), targets=["layer", "other"])
+    perturb(adapter)
+    adapter.save(tmp_path / "a")
+    perturb(adapter, seed=9)
+    before = {n: p.clone() for n, p in adapter.named_parameters()}
+
+    def refuses(words: str) -> None:
+        with pytest.raises(CheckpointError, match=words):
+            restore(adapter, tmp_path / "a")
+        assert all(equal_bits(p, before[n]) for n, p in adapter.named_parameters())
+
+    with torch.no_grad():
+        stored(model.other, "weight").add_(1e-3)
+    refuses("another base: the weight of other differs")
+    with torch.no_grad():
+        stored(model.other, "weight").copy_(two_layers().other.weight)
+    retensor(tmp_path / "a", lambda tensors: tensors.update({"other/L": tensors["other/L"][:2].clone()}))
+    refuses(r"other/L is \[2, 2\] there, \[3, 2\] here")
 
 
 def test_restore_into_a_merged_adapter_is_seen_in_the_output(tmp_path: Path):

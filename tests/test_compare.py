@@ -243,7 +243,10 @@ def test_what_changes_a_result_changes_the_identity(tiny):
         run.Job(spec, entry, 100, 0).identity(),
         run.Job(spec, entry, None, 0, rung=0).identity(),
         run.Job(spec, entry, None, 0, share=0.5).identity(),
-        run.Job(read_spec(**{**tiny, "epochs": 2}, methods="lora"), entry, None, 0).identity(),
+        *(
+            run.Job(read_spec(**{**tiny, **change}, methods="lora"), entry, None, 0).identity()
+            for change in ({"epochs": 2}, {"exclude": ["wide"]}, {"targets": ["body"]}, {"dtype": "bfloat16"})
+        ),
         run.Job(read_spec(**tiny, methods="lora", task_options={"train_size": 8}), entry, None, 0).identity(),
         run.Job(spec, read_spec(**tiny, methods="lora:alpha=2").methods[0], None, 0).identity(),
         run.Job(spec, read_spec(**tiny, methods="lora:lr=0.7").methods[0], None, 0).identity(),
@@ -278,6 +281,15 @@ def test_the_command_line_from_start_to_report(tiny, tmp_path):
     again = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert again.exit_code == 0
     assert "LoRA rank=2" in again.output
+
+
+def test_the_command_line_ends_with_an_error_where_no_run_has_a_result(tiny, tmp_path, monkeypatch):
+    def breaks(job, *rest):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(runner, "run", breaks)
+    result = CliRunner().invoke(app, [*COMMAND.split(), "--methods", "full,head-only", "--out", str(tmp_path)])
+    assert result.exit_code == 1, result.output
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path):

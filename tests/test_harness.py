@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import svdpeft
 from svdpeft import SORSA, HeadOnly, LoRA, attach
+from svdpeft.adapter.adapter import Adapter
 from svdpeft.cli import app
 from svdpeft.cli.evaluate import bounds
 from svdpeft.interop.harness import harness
@@ -220,7 +221,7 @@ class Few:
 # -- tasks of ours ---------------------------------------------------------------------------------------------------
 
 
-def test_task_with_and_without_the_adapter(folder: Path):
+def test_task_with_and_without_the_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch):
     command = (folder / "model", "--task", "wordproblems", *(word for size in SIZES for word in ("--option", size)))
     base, found = read(*command), read(*command, "--adapter", folder / "adapter")
     loaded = load_model(str(folder / "model"))
@@ -238,7 +239,10 @@ def test_task_with_and_without_the_adapter(folder: Path):
         assert one["value"] == pytest.approx(sum(values) / 6)
         assert (one["low"], one["high"]) == pytest.approx(bounds(values))
         assert one["examples"] == 6
+    calls, merge = [], Adapter.merge
+    monkeypatch.setattr(Adapter, "merge", lambda self: calls.append(self.name) or merge(self))
     merged = read(*command, "--adapter", folder / "adapter", "--merged")
+    assert calls == ["default"], "numbers alone do not tell"
     assert merged["items"]["loss"] == pytest.approx(items["loss"], rel=1e-4)
     validation = read(*command, "--split", "validation")
     assert validation["items"] == data_of(folder, options, "validation")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import svdpeft
 from svdpeft.interop.peft import export_lora, export_ranks
@@ -61,6 +62,13 @@ def test_the_exported_lora_is_the_adapted_model(method, tmp_path):
     h = torch.relu(h).mean((2, 3))
     a, b = (tensors[f"base_model.model.fc.lora_{side}.weight"] for side in "AB")
     torch.testing.assert_close(h @ (base["fc.weight"] + b @ a).T + base["fc.bias"], model(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 6), Conv1D(6, 5)], ids=["linear", "gpt2"])
+def test_an_export_says_how_the_weights_lie(layer, tmp_path):
+    export_lora(tuned(svdpeft.LoRA(rank=2), nn.ModuleDict({"fc": layer})), tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == isinstance(layer, Conv1D)
 
 
 def test_what_a_lora_cannot_hold_is_refused_and_nothing_is_written(tmp_path):

@@ -9,7 +9,7 @@ from rows import kinds, label
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft import LoRA, PiSSA, attach
+from svdpeft import SVFT, LoRA, PiSSA, attach
 from svdpeft.layers.base import POSITIONS, SMALL
 from svdpeft.layers.conv import Conv
 from svdpeft.layers.linear import Linear
@@ -86,6 +86,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attention(x, x, x)[0])
+
+
+def test_a_bilinear_layer_is_one_matrix_per_output():
+    model = nn.ModuleDict({"score": nn.Bilinear(4, 3, 5).double()})
+    site = attach(model, SVFT(), targets=["score"]).sites["score"]
+    assert site.shape == (5, 4, 3)
+    for w, sigma in zip(model["score"]._parameters["weight"].detach(), site.factors.sigma, strict=True):
+        close(sigma.detach(), torch.linalg.svdvals(w))
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fast path"])
@@ -192,15 +200,15 @@ def test_output_that_a_later_layer_saved_is_still_right():
 
 def test_a_hook_of_the_user_sees_the_adapted_output_whichever_came_first():
     for first in (True, False):
-        seen = []
+        seen = []  # as it is then: the update is added in place
         model = nn.ModuleDict({"layer": nn.Linear(6, 5)})
         layer, x = model["layer"], torch.randn(2, 6)
         if first:
-            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.clone()))
         adapter = attach(model, LoRA(rank=2))
         perturb(adapter)
         if not first:
-            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+            layer.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.clone()))
         out = layer(x)
         assert torch.equal(seen[0], out)
         adapter.detach()

@@ -6,7 +6,9 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from helpers import digests
 from torch import Tensor
 
-from svdpeft.models import Loaded, embedded, load
+from svdpeft.models import Loaded, convert, embedded, load
 
 PARAMETERS = {
     "efficientnet-lite0": 4_652_008,
@@ -104,7 +106,20 @@ def test_dinov2_native_size_is_518() -> None:
     assert all(torch.equal(value, there[key]) for key, value in here.items())
 
 
-def test_dinov2_equals_its_onnx_graph() -> None:
+@pytest.fixture
+def converted_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The conversion itself, whatever the cache holds of an earlier one."""
+
+    def once(name: str, fill: Callable[[Path], None]) -> Path:
+        if not (folder := tmp_path / name).exists():
+            folder.mkdir()
+            fill(folder)
+        return folder
+
+    monkeypatch.setattr(convert, "cache", SimpleNamespace(once=once))
+
+
+def test_dinov2_equals_its_onnx_graph(converted_anew: None) -> None:
     """The slow path that the conversion must equal: ONNX's own NumPy evaluator on the published file."""
     loaded = model("dinov2-vits14", image_size=112)
     import onnx

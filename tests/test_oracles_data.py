@@ -193,6 +193,15 @@ def test_eva_ranks_do_not_depend_on_the_order_of_sites_with_equal_inputs():
     assert found[0] == found[1]
 
 
+def test_eva_gives_no_layer_more_rank_than_it_has_outputs():
+    """The narrow one explains more with a third direction than the wide one with any, and has two outputs."""
+    model = nn.ModuleDict({"narrow": nn.Linear(6, 2).double(), "wide": nn.Linear(6, 6).double()})
+    flat, few = torch.eye(6).double(), torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])).double()
+    seen = {name: Statistics(6, second, torch.zeros(6).double()) for name, second in (("narrow", few), ("wide", flat))}
+    adapter = attach(model, EVA(rank=2), list(seen), calibration=seen)
+    assert {name: site.method.rank for name, site in adapter.sites.items()} == {"narrow": 2, "wide": 2}
+
+
 def test_eva_of_groups_shares_by_the_layer():
     """A grouped convolution is one site: its groups have one rank, by their share of the layer's variance."""
     model = nn.ModuleDict({"conv": nn.Conv1d(6, 8, 1, groups=2).double(), "fc": nn.Linear(6, 5).double()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import close, differs, perturb, refused
 from torch import Tensor, nn
 
 from svdpeft import SORSA, LoRA, PiSSA, attach, load
+from svdpeft.layers.raw import Raw
 
 
 class Attention(nn.Module):
@@ -292,6 +294,16 @@ def test_a_raw_parameter_in_either_orientation_and_as_a_batch():
     adapter.detach()
     adapter = attach(model, LoRA(rank=1), targets=["net.left", "position"])  # as stored: (…, out, in)
     assert {n: s.shape for n, s in adapter.sites.items()} == {"net.left": (1, 3, 6), "net.position": (1, 4, 3)}
+
+
+@pytest.mark.parametrize("axes", [*itertools.permutations(("in", "out", "mode"))], ids=",".join)
+def test_axes_in_any_order_come_back(axes: tuple[str, ...]):
+    """Of six orders two are not their own inverse."""
+    sizes = {"in": 3, "out": 5, "mode": 2}
+    w, kind = torch.randn([sizes[axis] for axis in axes]), Raw(axes)
+    matrix = kind.to_matrix(nn.Module(), w)
+    assert matrix.shape == (2, 5, 3)
+    assert torch.equal(kind.from_matrix(nn.Module(), matrix), w)
 
 
 def test_raw_parameters_survive_a_file(tmp_path: Any):

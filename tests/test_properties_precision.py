@@ -26,8 +26,9 @@ from helpers import (
     widened,
 )
 from rows import Kind, called, every_called_pair, every_factored_pair, every_pair
-from torch import Tensor
+from torch import Tensor, nn
 
+from svdpeft import TinyLoRA, attach
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Method
 from svdpeft.registry import KINDS
@@ -150,3 +151,18 @@ def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: Kind):
                 p.grad = None
             out.float().square().sum().backward()
             assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_autocast_rounds_the_product_and_not_what_it_is_made_of():
+    """TinyLoRA's core is a sum of products: formed in float32, and rounded with the rest of the update."""
+    layer, x = nn.Linear(64, 48, bias=False), torch.randn(8, 64)
+    model = nn.ModuleDict({"layer": layer})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = layer(x)
+    adapter = attach(model, TinyLoRA(rank=4, u=5))
+    perturb(adapter)
+    site = adapter.sites["layer"]
+    product = site.method.product(site.factors).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        add = site.kind.add_dense if site.dense else site.kind.add
+        assert torch.equal(layer(x), add(layer, x.bfloat16(), base.clone(), product))

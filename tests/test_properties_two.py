@@ -125,6 +125,16 @@ def test_running_statistics_return_when_the_first_of_two_adapters_leaves_first()
     assert_same(before, snapshot(model))
 
 
+def test_the_one_that_stays_has_no_part_in_what_others_train_whole():
+    model, _ = host(LINEAR)
+    one, two = adapt(model, LoRA(rank=1), train=("head",)), adapt(model, LoRA(rank=1), name="two")
+    one.detach()
+    perturb(adapt(model, LoRA(rank=1), name="three", train=("head",)))
+    trained = {name: p.detach().clone() for name, p in model.head.named_parameters()}
+    with two.disabled():
+        assert all(equal_bits(p.detach(), trained[name]) for name, p in model.head.named_parameters())
+
+
 @every_factored
 @pytest.mark.parametrize("first", ["fold", "merge"])
 @pytest.mark.parametrize("second", ["fold", "merge"])

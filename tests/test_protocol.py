@@ -1,6 +1,7 @@
 """The protocol of a comparison: equal search for all, the test split touched once, everything measured."""
 
 import copy
+import itertools
 import math
 import time
 from dataclasses import replace
@@ -81,11 +82,12 @@ def test_halving_trains_fewer_rates_for_longer(tiny, tmp_path, monkeypatch):
     assert not records[0]["search"]["edge"]
 
 
-def test_the_best_rate_at_the_edge_of_its_grid_is_said(tiny, tmp_path, monkeypatch):
-    scripted(monkeypatch, lambda job: job.entry.lr)
+@pytest.mark.parametrize("sign", [1, -1], ids=["largest", "smallest"])
+def test_the_best_rate_at_the_edge_of_its_grid_is_said(tiny, tmp_path, monkeypatch, sign):
+    scripted(monkeypatch, lambda job: sign * job.entry.lr)
     records = runner.compare(read_spec(**{**tiny, "search": {}}, methods="full:lr=1e-3"), tmp_path)
     assert records[0]["search"]["edge"]
-    assert records[0]["identity"]["lr"] == 0.01
+    assert records[0]["identity"]["lr"] == (0.01 if sign > 0 else 0.0001)
     assert Search().rates(1e-3) == [1e-4, 0.000316228, 1e-3, 0.00316228, 1e-2]
 
 
@@ -163,6 +165,39 @@ def test_what_is_measured(tiny, tmp_path):
     assert len(spectra["delta_sigma"]) == len(spectra["steps"])
     assert len(spectra["delta_d"][0]) == len(spectra["sites"]) == record["sites"]
     assert max(spectra["delta_d"][-1]) > 0
+
+
+def test_the_error_of_merging_is_that_of_the_merged_model(tiny, tmp_path):
+    """In bfloat16 the rounded weight shows in the output; nothing of it stays."""
+    spec = read_spec(**{**tiny, "dtype": "bfloat16"}, methods="lora:rank=2")
+    training = run.Training(Job(spec, spec.methods[0], None, 0))
+    model = training.model
+    adapter, _ = training.attach(model)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    for example in training.data.train:
+        example["x"] = example["x"].bfloat16()
+    adapted = measures.outputs(model, training.data)
+    error = measures.merge_error(model, adapter, training.data)
+    assert adapter.state == "attached"
+    assert torch.equal(measures.outputs(model, training.data), adapted)
+    adapter.merge()
+    assert error == measures.gap(measures.outputs(model, training.data), adapted) > 0
+
+
+def test_each_seed_draws_its_own_factors(tiny, tmp_path, monkeypatch):
+    drawn, attach = [], run.Training.attach
+
+    def remembered(self, model):
+        adapter, seconds = attach(self, model)
+        drawn.append((self.job.seed, adapter.sites["body"].factors.A.detach().clone()))
+        return adapter, seconds
+
+    monkeypatch.setattr(run.Training, "attach", remembered)
+    runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
+    for (seed, a), (other, b) in itertools.combinations(drawn, 2):
+        assert torch.equal(a, b) == (seed == other)
 
 
 def test_the_warm_start_reads_every_svd(tiny, tmp_path, monkeypatch):

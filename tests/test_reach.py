@@ -350,8 +350,11 @@ def test_dropout_on_a_weight_that_is_read_is_refused():
     attach(model, LoRA(rank=2, dropout=0.5), targets=["qkv"])
     with pytest.raises(RuntimeError, match=r"dropout 0.5 at attention.qkv: the model reads the weight"):
         model(x)
+    heads = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
     with pytest.raises(ValueError, match=r"dropout 0.5 at attention.in_proj_weight\[q\]"):
-        attach(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}), LoRA(rank=2, dropout=0.5))
+        attach(heads, LoRA(rank=2, dropout=0.5))
+    with pytest.raises(ValueError, match=r"dropout 0.5 at attention.out_proj"):
+        attach(heads, LoRA(rank=2, dropout=0.5), targets=["out_proj"])
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -390,6 +393,25 @@ def test_a_class_that_somebody_derives_from_ours_stays():
     adapter.detach()
     assert type(model.attention.qkv) is theirs
     torch.testing.assert_close(model(x), build()[0](x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_weight_read_without_gradients_first_has_them_afterwards():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_transposed = False
+            self.down_proj = nn.Parameter(torch.randn(4, 5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                size = self.down_proj.norm()
+            return (x @ self.down_proj[0].mT / size).sum()
+
+    model = nn.ModuleDict({"experts": Normed()})
+    adapter = attach(model, LoRA(rank=1))
+    perturb(adapter)
+    model["experts"](torch.randn(2, 3)).backward()
+    assert all(p.grad is not None and p.grad[0].any() for p in adapter.parameters())
 
 
 def test_a_weight_read_many_times_in_one_call_is_computed_once(monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,14 @@ def test_of_two_runs_with_one_seed_the_newer_counts():
     assert "1 older run of LoRA, done again, is left out." in limits(found)
 
 
+def test_of_two_runs_of_one_moment_the_one_with_a_result_counts():
+    def change(head, runs, trials):
+        runs.append(failed(copy.deepcopy(runs_of(runs, "LoRA")[0])))
+
+    row = next(row for row in results(change).rows if row.label == "LoRA")
+    assert row.seeds == (0, 1, 2)
+
+
 def test_a_row_has_one_learning_rate_that_of_the_newest_run():
     """A trial failed, was tried again when the comparison went on, and won."""
 

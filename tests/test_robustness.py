@@ -11,6 +11,7 @@ from helpers import Both, adapt, assert_same, close, equal_bits, host, perturb, 
 from torch import Tensor, nn
 
 from svdpeft import SORSA, SVFT, LoRA, PiSSA, attach
+from svdpeft.methods.base import Method
 from svdpeft.sites.weights import BaseWeight, stored
 
 
@@ -103,6 +104,27 @@ def test_hooks_of_the_user_see_the_adapted_output(first: bool):
     close(seen[0], seen[1])
 
 
+def test_a_forward_that_somebody_put_on_a_layer_is_called_in_every_state():
+    model, x = nn.ModuleDict({"layer": nn.Linear(6, 5).double()}), torch.randn(2, 6).double()
+    layer, calls = model["layer"], []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return nn.Linear.forward(layer, x)
+
+    layer.forward = counted
+    adapter = attach(model, SVFT())  # folded, its factors alone would be enough
+    perturb(adapter)
+    expected = layer(x)
+    for into, back in (("fold", "unfold"), ("merge", "unmerge")):
+        getattr(adapter, into)()
+        close(layer(x), expected)
+        getattr(adapter, back)()
+    adapter.detach()
+    assert layer.forward is counted
+    assert calls == [2, 2, 2]
+
+
 def test_a_tied_weight_under_two_parameter_names():
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -128,11 +150,12 @@ def test_a_tied_weight_under_two_parameter_names():
     assert_same(before, snapshot(model))
 
 
-def test_two_methods_for_one_tied_weight_are_refused():
+@pytest.mark.parametrize("other", [SORSA(rank=2), LoRA(rank=3)], ids=str)
+def test_two_methods_for_one_tied_weight_are_refused(other: Method):
     model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": nn.Linear(5, 4)})
     model["b"].weight = model["a"].weight
-    with refused(model, "a cannot be adapted", "another method is named", "SORSA"):
-        attach(model, targets={"a": LoRA(rank=2), "b": SORSA(rank=2)})
+    with refused(model, "a cannot be adapted", "another method is named", str(other)):
+        attach(model, targets={"a": LoRA(rank=2), "b": other})
 
 
 def test_a_weight_is_adapted_or_trained_whole():

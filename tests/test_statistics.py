@@ -124,6 +124,21 @@ def test_components_and_standard_error_are_those_of_a_mixed_model():
     assert math.isclose(math.sqrt(variance), fit.bse_fe.iloc[0], rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 8])
+def test_half_the_interval_is_the_formula(alpha):
+    rng = np.random.default_rng(0)
+    d = 0.1 * rng.normal(size=(4, 1)) + rng.normal(size=30) + rng.normal(size=(4, 30))
+    found = MeanSquares.of(d)
+
+    def t2(freedom):
+        return stats.t.ppf(1 - alpha / 2, freedom) ** 2
+
+    of_seeds = max(t2(3) * found.seed, t2(3 * 29) * found.residual)
+    of_items = t2(29) * max(0, found.item - found.residual)
+    assert found.item > found.residual
+    assert found.half_width(alpha) == pytest.approx(math.sqrt((of_seeds + of_items) / (4 * 30)), rel=1e-9)
+
+
 def test_the_standard_error_is_that_of_a_bootstrap_over_seeds_and_items():
     rng = np.random.default_rng(2)
     d = drawn(rng, 1, 40, 60, (0.3, 0.5, 0.3))[0]
@@ -424,6 +439,14 @@ def test_one_seed_says_nothing_about_others():
         assert "seeds were not sampled, so this says nothing about other seeds" in text
     assert "With 1 seed and 200 test items, no difference from B is real." in conclusion(found, "loss")
     assert "nothing is said about other seeds" in conclusion(found, "loss")
+
+
+def test_runs_are_paired_by_their_seed_in_whatever_order_they_come():
+    rng = np.random.default_rng(0)
+    a, b = ({seed: rng.normal(size=40) + seed for seed in (0, 1, 2)} for _ in range(2))
+    mixed = {seed: b[seed] for seed in (2, 0, 1)}
+    (found,), (expected,) = (differences({"A": a, "B": each}, "A") for each in (mixed, b))
+    assert (found.mean, found.low, found.p) == pytest.approx((expected.mean, expected.low, expected.p), rel=1e-9)
 
 
 def test_only_common_seeds_count():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import svdpeft
 from svdpeft.adapter.loading import CheckpointError
 from svdpeft.decomposition.orthonormality import orthonormality_gradient
+from svdpeft.training.callback import StepCallback
 
 
 class Bare(nn.Module):
@@ -152,6 +153,47 @@ def test_the_regulariser_does_not_depend_on_gradient_accumulation(tmp_path):
         whole, parts = bases(mode, 4, 1), bases(mode, 2, 2)
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=f"{mode} {name}")
+
+
+class Normalised(Bare):
+    """Like a causal language model: its loss is the sum over the micro-batch by the count of the whole batch."""
+
+    def forward(self, x, labels, **kwargs):
+        logits = super().forward(x)
+        loss = F.cross_entropy(logits, labels, reduction="sum") / kwargs["num_items_in_batch"]
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_the_penalty_counts_once_where_the_model_normalises_its_own_loss(tmp_path):
+    def bases(batch, accumulation):
+        model = make(Normalised)
+        model.norm = nn.Identity()
+        adapter = svdpeft.attach(model, svdpeft.SORSA(rank=2, gamma=0.05, mode="loss"), ["body"])
+        with torch.no_grad():
+            adapter.site("body").factors.L.mul_(1.2)
+        args = arguments(
+            tmp_path, optim="sgd", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+        trainer(model, adapter, args).train()
+        return values(adapter)
+
+    whole, parts = bases(4, 1), bases(2, 2)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_that_the_optimizer_skipped_is_none(tmp_path):
+    adapter = svdpeft.attach(make(), svdpeft.SORSA(rank=2, gamma=0.1), ["body"])
+    with torch.no_grad():
+        adapter.site("body").factors.L.mul_(1.2)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    callback, state = StepCallback(adapter), transformers.TrainerState(max_steps=4)
+    for skipped in (True, False):
+        optimizer.step_was_skipped = skipped  # as accelerate says it of an overflow in float16
+        before = values(adapter)
+        callback.on_optimizer_step(arguments(tmp_path), state, transformers.TrainerControl(), optimizer=optimizer)
+        assert torch.equal(before["body/L"], values(adapter)["body/L"]) == skipped
+        assert adapter.steps == (0 if skipped else 1)
 
 
 def test_each_mode_of_the_regulariser_pulls_the_bases_back(tmp_path):
