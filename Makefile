@@ -6,13 +6,17 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test test-all test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Every variant of every method on every layer; `make test` has a covering set of them.
+test-all: lint types
+	$(BIN)/python -m pytest -n auto --dist loadgroup --all
 
 # Without the lock, on Python 3.10, 3.12 and 3.13 where they are found; PYTHONS="3.12" chooses.
 test-newest test-lowest: $(UV)

@@ -1,9 +1,14 @@
 """Options of a run, names that every doctest has, and quiet maths: two threads, so that numbers and times repeat."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "tests"))
+import shapes  # noqa: F401  before svdpeft, whose shapes it has checked
 
 import svdpeft
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import traceback
 import zlib
 from collections.abc import Iterator
@@ -185,6 +186,18 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() > 1e-3)
 
 
+def near_by_change(found: Tensor, expected: Tensor, base: Tensor, share: float) -> None:
+    """Assert that ``found`` is ``expected`` to within a share of what the adapter changes: zeros, the base and a change
+    of the other sign are all far off, which they need not be of a tolerance in numbers.
+    """
+    found, expected, base = found.detach().double(), expected.detach().double(), base.detach().double()
+    change = (expected - base).norm()
+    assert change > 0.1 * base.norm(), "the adapter hardly changes anything"
+    assert expected.norm() > 0.5 * change, "zeros would be near"
+    off = float((found - expected).norm() / change)
+    assert off < share, f"off by {off:.3g} of the change"
+
+
 def paths(site: Site) -> list[bool]:
     """The values of ``site.dense`` that a called site can be computed with."""
     return [False, True] if site.method.product(site.factors) is not None or not site.dense else [True]
@@ -230,6 +243,16 @@ def bits(t: Tensor) -> bytes:
     return bytes(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def digest(t: Tensor) -> bytes:
+    """Of a tensor's bits: a snapshot of a real model is not to be a second model."""
+    return hashlib.blake2b(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+
+
+def digests(model: nn.Module) -> dict[str, bytes]:
+    """Of everything in a model's state."""
+    return {name: digest(t) for name, t in model.state_dict().items()}
+
+
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
 
@@ -245,9 +268,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             "attributes": sorted(vars(module)),
             "children": list(module._modules),
             "parameters": {
-                k: None if p is None else (id(p), p.requires_grad, bits(p)) for k, p in module._parameters.items()
+                k: None if p is None else (id(p), p.requires_grad, digest(p)) for k, p in module._parameters.items()
             },
-            "buffers": {k: None if b is None else (id(b), bits(b)) for k, b in module._buffers.items()},
+            "buffers": {k: None if b is None else (id(b), digest(b)) for k, b in module._buffers.items()},
             "hooks": {k: list(v) for k, v in vars(module).items() if k.endswith(("_hooks", "_kwargs", "_called"))},
         }
     return seen

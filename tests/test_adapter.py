@@ -313,7 +313,6 @@ def test_dropout_acts_in_training_only_and_not_at_the_start(method: Any):
     layer.train()
     mean = torch.stack([layer(x).detach() for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, adapted.detach(), rtol=0, atol=0.1 * float((adapted - base).detach().abs().max()))
-    close(((layer(x) - base) * 0).detach(), torch.zeros_like(base))
 
 
 def test_penalty_sums_over_methods():
@@ -342,8 +341,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(method: Any):
         optimizer.step()
         adapter.after_step(1.0)
     assert losses[-1] < 0.8 * losses[0]
-    for n, p in model.named_parameters():
-        assert n not in frozen or equal_bits(p, frozen[n])
+    assert {"layer.weight", "layer.bias"} <= frozen.keys()
+    for n, p in frozen.items():
+        assert equal_bits(model.get_parameter(n), p)
 
 
 def test_flags_that_were_off_before_stay_off_afterwards():

@@ -39,7 +39,7 @@ def test_a_triplet_without_a_share_of_the_budget_leaves_no_update(cls: Any):
         # A triplet of which both factors moved changes two directions, one that went back changes none.
         assert rank_of(change) <= (3, 2, 1)[step] * (2 if cls in (MiLoRA, OLoRA) else 1)
     assert np.abs(change).max() > 1e-6
-    with pytest.raises(ValueError, match="allocate works with"):
+    with pytest.raises(TypeError, match="allocate"):
         OSF(allocate=Budget())
 
 
@@ -240,6 +240,7 @@ def test_kasa_penalty_has_a_gradient_at_the_start_and_at_full_rank(regulariser: 
     adapter.penalty().backward()
     for p in adapter.parameters():
         assert torch.isfinite(p.grad).all()
+    assert any(bool((p.grad != 0).any()) for p in adapter.parameters())
 
 
 def test_kasa_without_weights_has_no_penalty():
@@ -320,8 +321,6 @@ def test_spectral_adapter_windows_stay_within_the_triplets(method: Any):
         attach(linear((6, 9))[0], method(rank=3, offset=4))
     assert attach(linear((6, 9))[0], method(rank=3, offset=4), clip_rank=True).sites["layer"].method.rank == 2
     assert attach(linear((6, 9))[0], method(rank=None, offset=-4)).sites["layer"].method.rank == 4
-    with pytest.raises(ValueError, match="no scale"):
-        method(alpha=3.0)
 
 
 def cayley(x: Array) -> Array:

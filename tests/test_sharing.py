@@ -422,13 +422,17 @@ def test_random_numbers_follow_the_seed_and_not_the_other_sites(method: Method):
                 assert torch.equal(drawn(backwards, site.partition(".")[2])[role], expected)
 
 
-def test_the_global_random_state_is_left_alone():
-    for method in RANDOM:
+@pytest.mark.parametrize("method", RANDOM, ids=str)
+def test_the_global_random_state_is_left_alone_and_not_asked(method: Method):
+    found = []
+    for seed in (0, 1):
+        model = net()
+        torch.manual_seed(seed)
         state = torch.get_rng_state()
-        attach(net(), method)
-        torch.manual_seed(0)
-        attach(net(), method)
-        torch.set_rng_state(state)
+        found.append({name: site.factors.tensors() for name, site in attach(model, method).sites.items()})
+        assert torch.equal(torch.get_rng_state(), state)
+    for name, tensors in found[0].items():
+        assert all(equal_bits(tensor, found[1][name][role]) for role, tensor in tensors.items())
 
 
 def test_vera_depends_on_the_largest_layer_in_one_factor_only():

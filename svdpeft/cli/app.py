@@ -36,5 +36,5 @@ def quiet() -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Print what is wrong, in one line and without a traceback, and exit with 2."""
-    Console(stderr=True).print(f"svdpeft: {error}", style="red", markup=False, highlight=False)
+    Console(stderr=True).print(f"svdpeft: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)

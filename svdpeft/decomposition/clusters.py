@@ -6,11 +6,12 @@ Source: S. P. Lloyd, Least squares quantization in PCM, 1982, started from rows 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def kmeans(points: Tensor, clusters: int, seed: int = 0, steps: int = 10) -> Tensor:
+def kmeans(points: Float[Tensor, "*b m r"], clusters: int, seed: int = 0, steps: int = 10) -> Int[Tensor, "*b m"]:
     """Return the cluster of each row; clusters are numbered by their first row.
 
     Distances do not change when the columns are rotated or reflected, so the signs of singular vectors do not matter.
@@ -46,12 +47,12 @@ def kmeans(points: Tensor, clusters: int, seed: int = 0, steps: int = 10) -> Ten
     return first.argsort(-1).argsort(-1).gather(-1, labels).reshape(*batch, m)
 
 
-def _distances(x: Tensor, centres: Tensor) -> Tensor:
+def _distances(x: Float[Tensor, "b m r"], centres: Float[Tensor, "b k r"]) -> Float[Tensor, "b m k"]:
     """Squared distances, (b, m, k)."""
     return (x.square().sum(-1, keepdim=True) - 2 * x @ centres.mT + centres.square().sum(-1).unsqueeze(-2)).clamp(min=0)
 
 
-def _filled(distances: Tensor) -> Tensor:
+def _filled(distances: Float[Tensor, "b m k"]) -> Int[Tensor, "b m"]:
     """The nearest centre of each row; a cluster that got none takes the farthest row of those that have company."""
     nearest = distances.min(-1)
     labels, far = nearest.indices, nearest.values

@@ -11,10 +11,13 @@ Patterns follow SVFT (arXiv:2405.19597): all but the plain one have the size of 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def scatter_core(values: Tensor, index: Tensor, rank: int) -> Tensor:
+def scatter_core(
+    values: Float[Tensor, "*b k"], index: Int[Tensor, "*b k"] | Int[Tensor, " k"], rank: int
+) -> Float[Tensor, "*b {rank} {rank}"]:
     """Write the entries of a sparse core into a dense matrix; coordinates that occur twice add up.
 
     Args:
@@ -45,7 +48,7 @@ def band_count(rank: int, off_diagonals: int) -> int:
     return rank * (2 * d + 1) - d * (d + 1)
 
 
-def band_index(rank: int, off_diagonals: int) -> Tensor:
+def band_index(rank: int, off_diagonals: int) -> Int[Tensor, " k"]:
     """Positions with |i − j| <= ``off_diagonals``, ascending, (K,).
 
     Example:
@@ -56,12 +59,12 @@ def band_index(rank: int, off_diagonals: int) -> Tensor:
     return ((i[:, None] - i[None, :]).abs() <= off_diagonals).flatten().nonzero().squeeze(-1)
 
 
-def random_index(rank: int, count: int, generator: torch.Generator) -> Tensor:
+def random_index(rank: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
     """``count`` different positions drawn from a seeded generator, ascending, (count,)."""
     return torch.randperm(rank * rank, generator=generator)[:count].sort().values
 
 
-def top_index(score: Tensor, count: int) -> Tensor:
+def top_index(score: Float[Tensor, "*b p q"], count: int) -> Int[Tensor, "*b {count}"]:
     """Positions of the ``count`` largest scores of each matrix, ascending, (*b, count).
 
     Example:

@@ -8,10 +8,11 @@ Bases have their vectors as columns, (*b, m, r). The polar factor is the nearest
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def orthonormality_error(q: Tensor, norm: str = "frobenius") -> Tensor:
+def orthonormality_error(q: Float[Tensor, "*b m r"], norm: str = "frobenius") -> Float[Tensor, "*b"]:
     """Return ‖QᵀQ − I‖_F, or its square, of each basis.
 
     Args:
@@ -30,7 +31,7 @@ def orthonormality_error(q: Tensor, norm: str = "frobenius") -> Tensor:
     return error.square() if norm == "squared" else error
 
 
-def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
+def orthonormality_gradient(q: Float[Tensor, "*b m r"], norm: str = "frobenius") -> Float[Tensor, "*b m r"]:
     """Return the gradient of ``orthonormality_error`` in closed form, without an autograd graph, (*b, m, r)."""
     e = _gram_error(q)
     size = torch.linalg.matrix_norm(e)[..., None, None]  # (*b, 1, 1)
@@ -38,7 +39,9 @@ def orthonormality_gradient(q: Tensor, norm: str = "frobenius") -> Tensor:
     return torch.where(size > noise(q), slope, torch.zeros_like(size)) * (q @ e)
 
 
-def orthonormality_step(q: Tensor, gamma: Tensor | float, norm: str = "frobenius") -> Tensor:
+def orthonormality_step(
+    q: Float[Tensor, "*b m r"], gamma: Float[Tensor, ""] | float, norm: str = "frobenius"
+) -> Float[Tensor, "*b m r"]:
     """Return −γ times the gradient, but never more than −½ Q E, (*b, m, r).
 
     That is the step of Newton and Schulz to the polar factor, Q(3I − QᵀQ)/2: a longer one leads away from it again.
@@ -49,16 +52,16 @@ def orthonormality_step(q: Tensor, gamma: Tensor | float, norm: str = "frobenius
     return torch.where(size > noise(q), -slope.clamp(max=0.5), torch.zeros_like(size)) * (q @ e)
 
 
-def noise(q: Tensor) -> float:
+def noise(q: Float[Tensor, "*b m r"]) -> float:
     """‖QᵀQ − I‖_F of a basis that is orthonormal up to rounding: below this the direction means nothing."""
     return 10 * q.shape[-1] * torch.finfo(q.dtype).eps
 
 
-def polar(q: Tensor) -> Tensor:
+def polar(q: Float[Tensor, "*b m r"]) -> Float[Tensor, "*b m r"]:
     """Return the nearest matrix with orthonormal columns, U Vᵀ of Q = U Σ Vᵀ, (*b, m, r)."""
     u, _, vh = torch.linalg.svd(q.to(torch.promote_types(q.dtype, torch.float32)), full_matrices=False)
     return (u @ vh).to(q.dtype)
 
 
-def _gram_error(q: Tensor) -> Tensor:
+def _gram_error(q: Float[Tensor, "*b m r"]) -> Float[Tensor, "*b r r"]:
     return q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -20,9 +21,9 @@ class Product(NamedTuple):
         (torch.Size([3, 2]), tensor(1.), 1)
     """
 
-    L: Tensor
-    C: Tensor | None
-    A: Tensor
+    L: Float[Tensor, "*b m r"]
+    C: Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None
+    A: Float[Tensor, "*b r n"]
     scale: float = 1.0
 
     @property
@@ -30,17 +31,17 @@ class Product(NamedTuple):
         """The number of columns of ``L``: no update written like this has a larger rank."""
         return self.L.shape[-1]
 
-    def cored(self) -> Tensor:
+    def cored(self) -> Float[Tensor, "*b m r"]:
         """Return L C, (*b, m, r): the scale is left out."""
         if self.C is None:
             return self.L
         return self.L * self.C.unsqueeze(-2) if self.C.ndim < self.L.ndim else self.L @ self.C
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "*b m n"]:
         """Return the whole matrix, (*b, m, n)."""
         return self.cored() @ self.A * self.scale
 
-    def absolute(self) -> Tensor:
+    def absolute(self) -> Float[Tensor, "*b m n"]:
         """Return the dense product of the factors' absolute values: what rounding of the product is relative to."""
         core = None if self.C is None else self.C.abs()
         return Product(self.L.abs(), core, self.A.abs(), abs(self.scale)).dense()
@@ -99,7 +100,7 @@ def recompress(product: Product, tolerance: float | None = None) -> Product:
     )
 
 
-def exact_rank(product: Product, tolerance: float | None = None) -> Tensor:
+def exact_rank(product: Product, tolerance: float | None = None) -> Int[Tensor, "*b"]:
     """Return the numerical rank of each matrix of the update, (*b,), without building it.
 
     Args:
@@ -110,7 +111,7 @@ def exact_rank(product: Product, tolerance: float | None = None) -> Tensor:
     return (s > _cutoff(s, product, tolerance)).sum(-1)
 
 
-def _thin_svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+def _thin_svd(product: Product) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r"], Float[Tensor, "*b r n"]]:
     """SVD of ``scale · L C A`` through QR of L C and of Aᵀ: O((m + n) r²)."""
     p = product.to(torch.float64)
     left, right = torch.linalg.qr(p.cored() * p.scale), torch.linalg.qr(p.A.mT)
@@ -118,7 +119,7 @@ def _thin_svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     return left.Q @ u, s, vh @ right.Q.mT
 
 
-def _cutoff(s: Tensor, product: Product, tolerance: float | None) -> Tensor:
+def _cutoff(s: Float[Tensor, "*b r"], product: Product, tolerance: float | None) -> Float[Tensor, "*b 1"]:
     if tolerance is None:
         tolerance = max(product.L.shape[-2], product.A.shape[-1]) * torch.finfo(product.L.dtype).eps
     return tolerance * s.amax(-1, keepdim=True)

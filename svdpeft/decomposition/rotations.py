@@ -12,6 +12,7 @@ computed in float32 at least, under autocast too.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -25,7 +26,7 @@ def skew_count(size: int) -> int:
     return size * (size - 1) // 2
 
 
-def skew(values: Tensor, size: int) -> Tensor:
+def skew(values: Float[Tensor, "*b k"], size: int) -> Float[Tensor, "*b {size} {size}"]:
     """Write size(size − 1)/2 values below the diagonal of a skew-symmetric matrix, row by row.
 
     Args:
@@ -47,7 +48,7 @@ def skew(values: Tensor, size: int) -> Tensor:
     return lower - lower.mT
 
 
-def cayley(q: Tensor) -> Tensor:
+def cayley(q: Float[Tensor, "*b r r"]) -> Float[Tensor, "*b r r"]:
     """Return (I + Q)(I − Q)⁻¹ of skew-symmetric Q, (*b, r, r), by one solve; never singular, exact at Q = 0.
 
     Example:
@@ -58,7 +59,7 @@ def cayley(q: Tensor) -> Tensor:
     return _identity(q) + cayley_offset(q)
 
 
-def cayley_offset(q: Tensor) -> Tensor:
+def cayley_offset(q: Float[Tensor, "*b r r"]) -> Float[Tensor, "*b r r"]:
     """Return R − I = 2Q(I − Q)⁻¹ of the Cayley rotation.
 
     Example:
@@ -72,7 +73,7 @@ def cayley_offset(q: Tensor) -> Tensor:
         return (2 * torch.linalg.solve_ex(_identity(wide) - wide, wide).result).to(q.dtype)
 
 
-def cayley_neumann(q: Tensor, terms: int) -> Tensor:
+def cayley_neumann(q: Float[Tensor, "*b r r"], terms: int) -> Float[Tensor, "*b r r"]:
     """Return (I + Q)(I + Q + … + Q^terms): without a solve, and orthogonal up to the first power left out.
 
     Example:
@@ -83,7 +84,7 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
     return _identity(q) + cayley_neumann_offset(q, terms)
 
 
-def cayley_neumann_offset(q: Tensor, terms: int) -> Tensor:
+def cayley_neumann_offset(q: Float[Tensor, "*b r r"], terms: int) -> Float[Tensor, "*b r r"]:
     """Return R − I = 2Q + 2Q² + … + 2Q^terms + Q^(terms + 1) of the Neumann form.
 
     Example:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition.cache import remembered
@@ -24,18 +25,18 @@ POWER_ITERATIONS = 8  # each multiplies the spectral gap by a square; 8 leaves ~
 class SVD(NamedTuple):
     """Singular triplets: ``u`` (*b, m, r), ``s`` (*b, r) descending and >= 0, ``vh`` (*b, r, n)."""
 
-    u: Tensor
-    s: Tensor
-    vh: Tensor
+    u: Float[Tensor, "*b m r"]
+    s: Float[Tensor, "*b r"]
+    vh: Float[Tensor, "*b r n"]
 
-    def balanced(self) -> tuple[Tensor, Tensor]:
+    def balanced(self) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r n"]]:
         """Return U √Σ (*b, m, r) and √Σ Vᵀ (*b, r, n): two factors of equal size whose product is U Σ Vᵀ."""
         root = self.s.sqrt()
         return self.u * root.unsqueeze(-2), root.unsqueeze(-1) * self.vh
 
 
 def truncated_svd(
-    w: Tensor,
+    w: Tensor,  # refused in words by check_matrix
     rank: int | None = None,
     driver: Driver = "auto",
     *,
@@ -123,7 +124,9 @@ def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None
     return rank
 
 
-def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+def canonical_signs(
+    u: Float[Tensor, "*b m r"], vh: Float[Tensor, "*b r n"]
+) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r n"]]:
     """Flip pairs of singular vectors so that the largest-magnitude entry of each column of ``u`` is positive.
 
     Example:
@@ -136,7 +139,7 @@ def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     return u * sign, vh * sign.mT
 
 
-def _exact(w: Tensor, where: str) -> SVD:
+def _exact(w: Float[Tensor, "*b m n"], where: str) -> SVD:
     """Full thin SVD; where the solver does not converge, again in float64, then through the Gram matrix."""
     try:
         return SVD(*torch.linalg.svd(w, full_matrices=False))
@@ -149,7 +152,7 @@ def _exact(w: Tensor, where: str) -> SVD:
         return SVD(*(t.to(w.dtype) for t in _gram(w.double(), where)))
 
 
-def _gram(w: Tensor, where: str) -> SVD:
+def _gram(w: Float[Tensor, "*b m n"], where: str) -> SVD:
     """SVD by the eigenvectors of the smaller Gram matrix: slower to lose digits than to fail.
 
     Small singular values are known to sqrt(eps) of the largest only; QR makes both bases orthonormal again.
@@ -173,7 +176,7 @@ def _gram(w: Tensor, where: str) -> SVD:
     return SVD(u, s, v.mT)
 
 
-def _randomized(w: Tensor, rank: int, seed: int, where: str) -> SVD:
+def _randomized(w: Float[Tensor, "*b m n"], rank: int, seed: int, where: str) -> SVD:
     """Project on a random range, sharpened by power iterations, and decompose the small matrix exactly."""
     *_, m, n = w.shape
     width = min(rank + OVERSAMPLING, m, n)

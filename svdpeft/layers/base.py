@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from svdpeft.decomposition import Product
@@ -35,9 +36,20 @@ class Example(NamedTuple):
 
 
 class LayerKind(ABC):
-    """How a weight is a batch of matrices. Every method takes the layer that holds it."""
+    """Abstract: how one kind of layer shows its weight as a batch of matrices, (*b, m, n) = (*batch, out, in).
 
-    name: str
+    A kind is made without arguments, and every method takes the layer that holds the weight. ``to_matrix``,
+    ``from_matrix`` and ``examples`` are what it must say; every other default means "nothing special".
+
+    Example:
+        >>> from svdpeft.registry import KINDS
+        >>> conv, kind = nn.Conv2d(4, 6, 3, groups=2), KINDS["conv"]()
+        >>> matrix = kind.to_matrix(conv, conv.weight)  # 2 groups of 3 outputs and 2·3·3 inputs
+        >>> matrix.shape, kind.from_matrix(conv, matrix).shape
+        (torch.Size([2, 3, 18]), torch.Size([6, 2, 3, 3]))
+    """
+
+    name: str  # in the registry, written by ``KINDS.register``
     classes: ClassVar[tuple[str, ...]] = ()  # dotted names, so that an optional library is not imported
     parameter: ClassVar[str] = "weight"
     heads: int = 0  # of an attention, where the kind shows a matrix for each
@@ -47,7 +59,16 @@ class LayerKind(ABC):
 
     @classmethod
     def match(cls, module: nn.Module, parameter: str) -> int | None:
-        """How far up the layer's class hierarchy this kind's class is, or ``None``: the nearest kind adapts it."""
+        """Whether the kind adapts a parameter of a layer.
+
+        Args:
+            module: any layer.
+            parameter: name of one of its parameters.
+
+        Returns:
+            How far up the layer's class hierarchy this kind's class is: of several kinds the nearest adapts it.
+            ``None``: this one does not. The default looks the class up in ``classes``.
+        """
         if parameter != cls.parameter:
             return None
         return next((i for i, c in enumerate(type(module).__mro__) if dotted(c) in cls.classes), None)
@@ -59,20 +80,23 @@ class LayerKind(ABC):
 
     @classmethod
     def roles(cls, model: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Further names by which targets may call the weights of a model this kind knows: site name -> roles."""
+        """Further names by which targets may call the weights of a model: site name -> roles. By default none."""
         return {}
 
     @classmethod
     def objection(cls, model: nn.Module) -> str | None:
-        """Why no adapter could be right on this model, or ``None``."""
+        """Why no adapter could be right on this model, or ``None``, the default; ``attach`` raises it."""
         return None
 
     def called(self, module: nn.Module) -> bool:
-        """Whether the layer's own ``forward`` is one that this kind can add an update to."""
+        """Whether the layer's own ``forward`` is one that this kind can add an update to; by default it is not.
+
+        Then the weight is adapted where it is read: W0 + ΔW stands in its place.
+        """
         return False
 
     def parts(self, module: nn.Module, parameter: str) -> dict[str, Ranges]:
-        """Parts of the weight that this kind knows of, as rows of its matrix."""
+        """Parts of a fused weight that this kind knows of: name -> (start, stop, step) ranges of rows of its matrix."""
         return {}
 
     def to_json(self) -> dict[str, Any]:
@@ -85,16 +109,32 @@ class LayerKind(ABC):
         return cls()
 
     @abstractmethod
-    def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
-        """Show a stored weight as matrices, (*b, m, n) = (*batch, out, in)."""
+    def to_matrix(self, module: nn.Module, w: Float[Tensor, "*stored"]) -> Float[Tensor, "*b m n"]:
+        """Show a weight as matrices.
+
+        Args:
+            module: the layer.
+            w: in the layout in which the layer stores it, and not necessarily its own parameter.
+
+        Returns:
+            (*b, m, n) = (*batch, out, in), a view where that is possible; differentiable.
+        """
 
     @abstractmethod
-    def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        """The inverse: matrices (*b, m, n) as a weight in the layer's own layout."""
+    def from_matrix(self, module: nn.Module, matrix: Float[Tensor, "*b m n"]) -> Float[Tensor, "*stored"]:
+        """The inverse of ``to_matrix``.
+
+        Args:
+            module: the layer.
+            matrix: (*b, m, n).
+
+        Returns:
+            A weight in the layer's own layout; differentiable.
+        """
 
     @abstractmethod
     def examples(self) -> list[Example]:
-        """What every property test runs over."""
+        """Return small layers in float64, each with an input: what every property test runs over; none is square."""
 
     def prefers_dense(self, shape: tuple[int, int, int], rank: int, mixes: bool) -> bool:
         """Whether building ΔW costs fewer multiplications than going through the factors.
@@ -111,7 +151,22 @@ class LayerKind(ABC):
 
 
 class CalledKind(LayerKind):
-    """A layer that is called with one input. An update is never given a bias; the base layer has added it."""
+    """Abstract: a kind of layer that is called with one input x, and to whose output an update can be added.
+
+        out + s L C A x        L (*b, m, r)    C none, (*b, r) or (*b, r, r)    A (*b, r, n)
+
+    ``apply``, ``run`` and ``add_bias`` are what it must say beside ``LayerKind``; the rest follows from them, and is
+    overridden where a layer can do it faster. An update never has a bias: the base layer has added it.
+
+    Example:
+        >>> from svdpeft.decomposition import Product
+        >>> from svdpeft.registry import KINDS
+        >>> linear, kind, x = nn.Linear(7, 5), KINDS["linear"](), torch.randn(2, 7)
+        >>> update = Product(torch.randn(5, 1), None, torch.randn(1, 7), scale=0.5)
+        >>> thin, whole = kind.apply(linear, x, update), kind.run(linear, x, update.dense())
+        >>> torch.allclose(thin, whole, atol=1e-5)
+        True
+    """
 
     multiplies: bool = True  # its own forward is a product that factors of the whole weight can replace
 
@@ -123,17 +178,26 @@ class CalledKind(LayerKind):
 
     @abstractmethod
     def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        """Return what the layer would give for ``x`` with weight ``s L C A`` and no bias, without building it."""
+        """Return what the layer would give with the weight s L C A and no bias, without building that.
+
+        Args:
+            module: the layer.
+            x: its input, in the dtype of the product.
+            product: of thin factors: L (*b, m, r), C none, (*b, r) or (*b, r, r), A (*b, r, n), s its ``scale``.
+
+        Returns:
+            A tensor of the shape of the layer's output, differentiable in ``x`` and in the factors.
+        """
 
     @abstractmethod
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-        """Return what the layer gives for ``x`` with weight ``w`` (stored layout) and no bias."""
+        """Return what the layer gives for ``x`` with another weight, in the stored layout, and no bias."""
 
     @abstractmethod
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         """Return ``out`` plus the layer's bias, if it has one."""
 
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+    def inputs(self, module: nn.Module, x: Tensor) -> Float[Tensor, "... n"]:
         """Return the vectors that the layer's matrices multiply, (*b, *positions, n), of kinds that ``sees`` is of."""
         raise NotImplementedError
 
@@ -145,7 +209,7 @@ class CalledKind(LayerKind):
         """``run`` with the layer's whole weight; where the kind shows a part of it, the rest of the output is zero."""
         return self.run(module, x, w)
 
-    def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
+    def per_row(self, module: nn.Module, x: Tensor, values: Float[Tensor, "*b m"]) -> Tensor | None:
         """Values (*b, m), one per row of the matrices, as what multiplies an output; ``None``: rows are no outputs."""
         return None
 

@@ -12,7 +12,6 @@ Adaptation. ICML 2024, arXiv:2402.09353.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -186,7 +185,12 @@ class DoRA(Transform):
         return dataclasses.replace(self, inner=inner)
 
 
+def _of_inner(name: str) -> property:
+    """What the inner method says: a closure, which a compiler can follow."""
+    return property(lambda self: getattr(self.inner, name))
+
+
 # In everything else that a method may say the inner one has the word.
-for name in vars(Hooks):
-    if not name.startswith("_") and name not in vars(DoRA):
-        setattr(DoRA, name, property(operator.attrgetter(f"inner.{name}")))
+for hook in vars(Hooks):
+    if not hook.startswith("_") and hook not in vars(DoRA):
+        setattr(DoRA, hook, _of_inner(hook))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,13 +105,13 @@ class Site:
         own = ((name, p) for name, p in self.factors.named_parameters() if name not in self.factors.tied)
         return sum(p.numel() for _, p in own if p.requires_grad)
 
-    def base_matrix(self) -> Tensor:
+    def base_matrix(self) -> Float[Tensor, "*b {self.shape[1]} {self.shape[2]}"]:
         """W0 as matrices, at least float32, whatever is written into the weight at present."""
         w = self.weight.original
         w = w.to(torch.promote_types(w.dtype, torch.float32))
         return self.kind.to_matrix(self.places[0].module, w)
 
-    def matrix(self, folded: bool = False) -> Tensor:
+    def matrix(self, folded: bool = False) -> Float[Tensor, "*b {self.shape[1]} {self.shape[2]}"]:
         """What is added to the layer's own weight as matrices, dense: ΔW, or all of L C A where the site is folded."""
         product = self.method.product(self.factors, folded)
         return self.method.delta(self.factors, self.base_matrix()) if product is None else product.dense()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition.orthonormality import orthonormality_error
@@ -16,7 +17,7 @@ def bases(sites: Sequence[Factors], of: Callable[[Tensor], Tensor] = lambda p: p
     return [q for f in sites for q in (of(f.L), of(f.A).mT)]
 
 
-def errors(sites: Sequence[Factors], norm: str = "frobenius") -> Tensor:
+def errors(sites: Sequence[Factors], norm: str = "frobenius") -> Float[Tensor, " count"]:
     """Return the orthonormality errors of all bases, one after the other, grouped by shape."""
     q = bases(sites)
     found = [orthonormality_error(torch.stack([q[i] for i in group]), norm).flatten() for group in by_shape(q)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
@@ -26,7 +27,22 @@ SIZES = {"L": lambda m, n: m, "C": lambda m, n: 1, "A": lambda m, n: n}  # numbe
 
 @dataclass(frozen=True)
 class Factored(PerSite):
-    """Abstract: a method whose update is a product of factors.
+    """Abstract: a method whose update is a product of factors, W' = W0 + s([L C A]now − [L C A]start).
+
+    It must say ``start``; ``trains`` and ``anchored`` say the rest of most methods. Where C is more than stored
+    numbers, ``core`` makes it; where the update is no difference of two products, ``now``, ``anchor`` and ``update``
+    say so.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from svdpeft.methods.base import Factored
+        >>> @dataclass(frozen=True)
+        ... class Leading(Factored):
+        ...     def start(self, w, given):
+        ...         u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        ...         return {"L": u[..., : self.rank] * s[..., None, : self.rank], "A": vh[..., : self.rank, :]}
+        >>> Leading(rank=2).at("fc", 6, 4).count(1, 6, 4)
+        20
 
     Args:
         rank: r, the number of columns of L, or a mapping from site pattern to r (the first that matches wins).
@@ -37,7 +53,7 @@ class Factored(PerSite):
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
     resolved: ClassVar = ("rank",)
 
-    def core(self, f: Factors) -> Tensor | None:
+    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None:
         """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
         return f.C if "C" in f._parameters else None
 
@@ -105,7 +121,7 @@ class Factored(PerSite):
     def product(self, f: Factors, folded: bool = False) -> Product:
         return self.now(f) if folded else self.update(f)
 
-    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+    def absolute(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         products = (self.now(f), self.anchor(f), self.update(f))
         return sum(p.absolute() for p in products if p is not None)  # type: ignore[return-value]
 
@@ -193,6 +209,6 @@ class Decomposed(Factored):
 
     driver: Driver = "auto"
 
-    def svd(self, w: Tensor, given: Given) -> SVD:
+    def svd(self, w: Float[Tensor, "*b m n"], given: Given) -> SVD:
         """The leading ``rank`` triplets of the weight."""
         return truncated_svd(w, self._rank, self.driver, seed=given.seed, where=given.name)

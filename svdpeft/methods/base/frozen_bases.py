@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import Product
@@ -25,15 +26,15 @@ class FrozenBases(Decomposed, Unscaled):
     anchored: ClassVar = False  # Σ_r is kept itself, under its own name
 
     @abstractmethod
-    def change(self, f: Factors) -> Tensor:
+    def change(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"]:
         """Return C − Σ_r, a diagonal (*b, r) or a matrix (*b, r, r): exactly zero at the start."""
 
-    def bases(self, w: Tensor, given: Given) -> Tensors:
+    def bases(self, w: Float[Tensor, "*b m n"], given: Given) -> Tensors:
         """What is frozen: L = U_r, sigma = the diagonal of Σ_r, A = V_rᵀ."""
         u, s, vh = self.svd(w, given)
         return {"L": u, "sigma": s, "A": vh}
 
-    def core(self, f: Factors) -> Tensor:
+    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"]:
         change = self.change(f)
         return change + (f.sigma if change.ndim == f.sigma.ndim else torch.diag_embed(f.sigma))
 

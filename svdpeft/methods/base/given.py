@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -25,9 +26,9 @@ class Statistics(NamedTuple):
     """
 
     count: int = 0
-    second: Tensor | None = None
-    total: Tensor | None = None
-    gradient: Tensor | None = None
+    second: Float[Tensor, "*b n n"] | None = None
+    total: Float[Tensor, "*b n"] | None = None
+    gradient: Float[Tensor, "*b m n"] | None = None
 
 
 class Partner(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.methods.base.factors import Factors, Tensors
@@ -20,6 +21,11 @@ class Hooks(Method):
     """Where a method has a say: its class attributes, what sites share, and the steps of a training.
 
     A method overrides the few of these that it needs; a method around another one (``DoRA``) forwards them all.
+
+    Example:
+        >>> from svdpeft.registry import KINDS
+        >>> svdpeft.CorDA().needs, svdpeft.CorDA().why_not(KINDS["linear"]()), svdpeft.VeRA(rank=4).draws
+        ('inputs', None, True)
     """
 
     exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
@@ -66,7 +72,7 @@ class Hooks(Method):
 
     # Around an optimizer step, for all sites of the method at once, so that equal shapes can be batched.
 
-    def penalty(self, sites: Sequence[Factors]) -> Tensor | None:
+    def penalty(self, sites: Sequence[Factors]) -> Float[Tensor, ""] | None:
         """Return what is added to the loss, a scalar that is differentiable in what trains, or ``None``."""
         return None
 

@@ -16,7 +16,15 @@ from svdpeft.methods.base.reference import Reference
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A fine-tuning method; the class attributes are what a comparison and the documentation say of it."""
+    """Abstract: a fine-tuning method; its class attributes are what a comparison and the documentation say of it.
+
+    A method is a frozen dataclass of hyper-parameters, registered under a name by ``METHODS.register``.
+
+    Example:
+        >>> method = svdpeft.LoRA(rank=4)
+        >>> method.to_json()["name"], svdpeft.method("lora")(rank=4) == method, str(method)
+        ('lora', True, 'LoRA(rank=4)')
+    """
 
     name: ClassVar[str]
     reference: ClassVar[Reference | None] = None

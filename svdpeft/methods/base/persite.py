@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition import Product
@@ -19,7 +20,17 @@ from svdpeft.methods.base.hyperparameters import check_numbers
 
 @dataclass(frozen=True)
 class PerSite(Hooks):
-    """Abstract: a ``Factored`` method acts by a thin product, a ``Transform`` by another function of the weight."""
+    """Abstract: a ``Factored`` method acts by a thin product, a ``Transform`` by another function of the weight.
+
+    Example:
+        >>> from svdpeft.methods.base import Given
+        >>> w = torch.randn(6, 4)
+        >>> site = Given("fc", (1, 6, 4), 0, lambda: w)
+        >>> method = svdpeft.PiSSA(rank={"fc": 2}).at("fc", 6, 4)
+        >>> f = method.factors(site)
+        >>> f.L.shape, f.A.shape, method.count(1, 6, 4), bool((method.product(f).dense() == 0).all())
+        (torch.Size([6, 2]), torch.Size([2, 4]), 20, True)
+    """
 
     trains: ClassVar[tuple[str, ...]] = ("L", "A")  # names of the tensors that train
     resolved: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that ``at`` settles for one site
@@ -32,7 +43,7 @@ class PerSite(Hooks):
     # -- what a method says ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def start(self, w: Tensor, given: Given) -> Tensors:
+    def start(self, w: Float[Tensor, "*b m n"], given: Given) -> Tensors:
         """Return the tensors of one site at the start.
 
         Args:
@@ -49,7 +60,7 @@ class PerSite(Hooks):
         """Number of values that train at one site of ``batch`` m×n matrices and nowhere else."""
 
     @abstractmethod
-    def absolute(self, f: Factors, w0: Tensor) -> Tensor:
+    def absolute(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         """Return the sum of the absolute values of all terms of which W' − W0 is made, (*b, m, n).
 
         It is what the rounding of the change is relative to, and so what the tests' bounds are made of.
@@ -112,7 +123,7 @@ class PerSite(Hooks):
         """Whether [L C A]start is all of W0, so that a folded site has no use for the weight."""
         return False
 
-    def delta(self, f: Factors, w0: Tensor) -> Tensor:
+    def delta(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
         """Return W' − W0 of matrices w0, (*b, m, n): only asked where there is no product."""
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.methods.base.hyperparameters import check_numbers
@@ -54,7 +55,9 @@ class Schedule:
             share = (1 - math.cos(math.pi * share)) / 2
         return self.start + (self.end - self.start) * share
 
-    def after(self, state: Tensor | None, progress: Progress, error: Callable[[], Tensor]) -> Tensor:
+    def after(
+        self, state: Float[Tensor, " 1"] | None, progress: Progress, error: Callable[[], Tensor]
+    ) -> Float[Tensor, " 1"]:
         """Return γ of the step after this one, and nothing else that is kept, (1,)."""
         following = Progress(progress.step + 1, progress.total)
         return torch.tensor([self.at(following)], dtype=torch.float64)  # on the CPU: a number to every device
@@ -89,7 +92,9 @@ class Adaptive:
         if not 0 < self.low <= self.start <= self.high:
             raise ValueError(f"gamma: start {self.start} is outside [{self.low}, {self.high}], or low is not positive")
 
-    def after(self, state: Tensor | None, progress: Progress, error: Callable[[], Tensor]) -> Tensor:
+    def after(
+        self, state: Float[Tensor, " 2"] | None, progress: Progress, error: Callable[[], Tensor]
+    ) -> Float[Tensor, " 2"]:
         """Return γ of the next step and g, (2,), without a word to the host."""
         ratio = (error() / self.target).float().clamp(1 / REACH, REACH)
         g = torch.full_like(ratio, self.start) if state is None else state[1].to(ratio.device)
