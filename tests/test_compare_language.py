@@ -68,7 +68,7 @@ def test_what_is_measured_of_a_language_model(place, tmp_path):
 def test_a_comparison_on_rwkv(version, place, tmp_path):
     # Of all layers a step of the recurrence over a text in bytes keeps 3 GB for the backward pass.
     save_file(state(version, 2), tmp_path / "cut.safetensors")
-    options = {"targets": ["rwkv"], "budgets": ["5%"], "probe": str(place / "prose.txt")}
+    options = {"targets": ["rwkv"], "budgets": ["5%"], "probe": str(place / "prose.txt"), "batch_size": 2}
     for record in compared(tmp_path / "cut.safetensors", tmp_path / "out", **options):
         assert "error" not in record
         assert len(record["items"]["accuracy"]) == 4

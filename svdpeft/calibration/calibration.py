@@ -87,13 +87,13 @@ class Calibration(Mapping[str, Statistics]):
         sites = {}
         for name, entry in listed.items():
             try:
-                found = {field: tensors[entry[field]] for field in FIELDS if field in entry}
-                seen = Statistics(int(entry["count"]), **found)
+                count, found = int(entry["count"]), {field: tensors[entry[field]] for field in FIELDS if field in entry}
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} is damaged: {name} lacks {error}") from error
-            if (a := seen.second) is not None and ((b := seen.total) is None or a.shape != (*b.shape, b.shape[-1])):
-                raise ValueError(f"{path} is damaged: at {name} Σxxᵀ has shape {list(a.shape)}")
-            sites[name] = seen
+            second, summed = found.get("second"), found.get("total")
+            if second is not None and (summed is None or second.shape != (*summed.shape, summed.shape[-1])):
+                raise ValueError(f"{path} is damaged: at {name} Σxxᵀ has shape {list(second.shape)}")
+            sites[name] = Statistics(count, **found)
         return cls(sites)
 
 
