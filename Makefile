@@ -6,7 +6,7 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test test-all test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test test-all mutants test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
@@ -17,6 +17,10 @@ test: lint types
 # Every variant of every method on every layer; `make test` has a covering set of them.
 test-all: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup --all
+
+# One deliberate defect after the other, and the test that notices: tests/mutants/README.md.
+mutants: $(DONE)
+	$(BIN)/python tests/mutants/run.py
 
 # Without the lock, on Python 3.10, 3.12 and 3.13 where they are found; PYTHONS="3.12" chooses.
 test-newest test-lowest: $(UV)
