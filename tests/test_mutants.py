@@ -55,7 +55,8 @@ def mutant(before: str, after: str, *tests: str) -> Mutant:
     return Mutant("one", "svdpeft/sums.py", before, after, "the sum", list(tests or ("tests/test_sums.py",)))
 
 
-def test_a_mutant_is_killed_or_survives_and_is_gone_afterwards(tree: Path):
+def test_a_mutant_is_killed_or_survives_and_is_gone_afterwards(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half the time of a start
     text = (tree / "svdpeft" / "sums.py").read_text()
     with copied(tree) as copy:
         killed = judge(mutant("a + b", "a + b + 1"), copy)
