@@ -41,13 +41,6 @@ def known_random_state() -> Iterator[None]:
 
 
 @pytest.fixture
-def collected() -> Iterator[None]:
-    """Give back what the test has built: a model with hooks lies in circles, and waits for the collector."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The task ``signs`` and a model called ``tiny``; each method at its own learning rate."""
     from comparison import Net, Signs  # these import transformers, which most tests do without

@@ -23,8 +23,6 @@ from svdpeft.calibration.calibration import FORMAT
 from svdpeft.layers.base import CalledKind
 from svdpeft.registry import KINDS
 
-pytestmark = pytest.mark.usefixtures("collected")  # models of real size
-
 FROM_DATA = [CorDA(rank=2), CorDA(rank=2, mode="kpm"), LoRANull(rank=2), LoRANull(rank=2, version="v2"), EVA(rank=2)]
 FROM_DATA.append(LoRAGA(rank=2))
 

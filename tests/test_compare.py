@@ -15,8 +15,6 @@ from svdpeft.compare.reading import read_spec
 from svdpeft.compare.store import Store
 from svdpeft.models import load
 
-pytestmark = pytest.mark.usefixtures("collected")  # models of real size
-
 COMMAND = "compare --model tiny --task signs --seeds 0 --no-search"
 
 

@@ -21,8 +21,6 @@ from svdpeft.compare.store import Store
 from svdpeft.models import embedded
 from svdpeft.tasks import sandbox
 
-pytestmark = pytest.mark.usefixtures("collected")  # models of real size
-
 PROSE = "It was a bright day, and nobody in the village had anything to do. " * 20
 SIZES = {"train_size": 8, "validation_size": 3, "test_size": 4, "max_new_tokens": 6}
 

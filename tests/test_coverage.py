@@ -11,8 +11,6 @@ from benchmarks.coverage import timm_models, transformers_models
 from benchmarks.coverage.check import Row, check, perturb
 from benchmarks.coverage.page import page
 
-pytestmark = pytest.mark.usefixtures("collected")  # models of real size
-
 ROOT = Path(__file__).parent.parent
 
 TIMM = [

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from svdpeft.models import Loaded, convert, embedded, load
 
-pytestmark = pytest.mark.usefixtures("collected")  # models of real size
-
 PARAMETERS = {
     "efficientnet-lite0": 4_652_008,
     "dinov2-vits14": 22_056_192,

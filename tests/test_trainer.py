@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import svdpeft
-from svdpeft.adapter.loading import CheckpointError
+from svdpeft.adapter.file import CheckpointError
 from svdpeft.decomposition.orthonormality import orthonormality_gradient
 from svdpeft.training.callback import StepCallback
 

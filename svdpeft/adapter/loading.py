@@ -17,7 +17,7 @@ from svdpeft.decomposition import digest
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
 from svdpeft.methods.base import Factors, Method, PerSite, share
-from svdpeft.registry import KINDS, Registry, near_miss
+from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
 from svdpeft.sites.site import base_weight
@@ -150,13 +150,6 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         site.factors.settle()
 
 
-def _known(registry: Registry, name: str, path: Path) -> Any:
-    try:
-        return registry[name]
-    except ValueError as error:
-        raise CheckpointError(f"{path / HEADER}: {error}") from error
-
-
 def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]], path: Path) -> dict[str, Tensor]:
     """Take a site's tensors out of ``remaining``; each must be there in the shape that the header states."""
     taken = {}
@@ -215,7 +208,11 @@ def _place(
         raise CheckpointError(
             f"{path} adapts {site}, which this model does not have: {near_miss(missing, filter(None, known))}"
         )
-    module, cls = modules[layer], _known(KINDS, entry["kind"], path)
+    module = modules[layer]
+    try:
+        cls = KINDS[entry["kind"]]
+    except ValueError as error:
+        raise CheckpointError(f"{path / HEADER}: {error}") from error
     if not cls.fits(module, parameter):
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
     kind = cls.from_json(entry)

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from svdpeft.sites.place import CHILD
+from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import stored
 
@@ -40,7 +40,7 @@ class Roster(Generic[M]):
 
     def __init__(self, model: nn.Module) -> None:
         self.adapters: dict[str, M] = {}
-        base = ((name, p) for name, p in model.named_parameters() if f".{CHILD}." not in f".{name}")
+        base = ((name, p) for name, p in model.named_parameters() if not is_factor(name))
         self.required_grad = {name: p.requires_grad for name, p in base}
 
     def sites(self) -> list[Site]:

@@ -47,10 +47,10 @@ def check_no_transform_beside(sites: Iterable[Site], all_sites: Iterable[Site]) 
         sites: whose update will become part of the base for good.
         all_sites: of the model.
     """
-    mine = {id(site): site for site in sites}
-    weights = {id(site.weight) for site in mine.values()}
+    mine = set(sites)
+    weights = {id(site.weight) for site in mine}
     for site in all_sites:
-        if id(site) not in mine and id(site.weight) in weights and site.method.product(site.factors) is None:
+        if site not in mine and id(site.weight) in weights and site.method.product(site.factors) is None:
             raise ValueError(
                 f"another adapter transforms the weight of {site.name} ({site.method}): with another base "
                 "it would no longer be what was trained; merge or detach that one first"

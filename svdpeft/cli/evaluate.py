@@ -135,7 +135,7 @@ def _load(
     import torch
 
     import svdpeft
-    from svdpeft.adapter.loading import CheckpointError
+    from svdpeft.adapter.file import CheckpointError
     from svdpeft.models import load
 
     loaded: Any = load(model, num_classes=num_classes, image_size=image_size, dtype=getattr(torch, dtype))

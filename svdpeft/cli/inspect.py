@@ -82,7 +82,7 @@ def inspect(
 def _attached(loaded: Loaded, adapter: Path, num_classes: int | None) -> Adapter:
     """Load the adapter; where it does not fit, say first which option of this command makes it fit."""
     import svdpeft
-    from svdpeft.adapter.loading import CheckpointError
+    from svdpeft.adapter.file import CheckpointError
 
     try:
         return svdpeft.load(loaded.model, adapter)

@@ -22,15 +22,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import (
-    Product,
-    band_count,
-    band_index,
-    random_index,
-    scatter_core,
-    top_index,
-)
-from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled, generator
+from svdpeft.decomposition import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.methods.base import Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.frozen_bases import FrozenBases
 from svdpeft.registry import METHODS
 
 PATTERNS = ("plain", "banded", "random", "topk")
@@ -38,7 +32,7 @@ PATTERNS = ("plain", "banded", "random", "topk")
 
 @METHODS.register("svft")
 @dataclass(frozen=True)
-class SVFT(Decomposed, Unscaled):
+class SVFT(FrozenBases):
     """Few coefficients, full reach: the update lives in the weight's own singular bases.
 
     When to use:
@@ -71,7 +65,6 @@ class SVFT(Decomposed, Unscaled):
     reference_init: bool = False
 
     latex: ClassVar[str] = r"W' = W_0 + U M V^\top = U(\Sigma + M)V^\top,\qquad M_0 = 0\ \mathrm{on\ a\ fixed\ pattern}"
-    anchored: ClassVar = False
     reference: ClassVar = Reference(
         key="lingam2024svft",
         authors="Lingam, Vijay and Tejaswi, Atula and Vavre, Aditya and Shetty, Aneesh and Gudur, Gautham Krishna and "
@@ -106,9 +99,8 @@ class SVFT(Decomposed, Unscaled):
         return "rank" if self.pattern == "plain" else "off_diagonals"
 
     def start(self, w: Tensor, given: Given) -> Tensors:
-        u, s, vh = self.svd(w, given)
-        batch = w.shape[:-2]
-        tensors = {"L": u, "A": vh, "sigma": s}
+        batch, tensors = w.shape[:-2], self.bases(w, given)
+        u, vh = tensors["L"], tensors["A"]
         count = self._rank
         if self.pattern != "plain":
             tensors["index"] = self._index(u, vh, given.seed).to(u.device)
@@ -137,24 +129,9 @@ class SVFT(Decomposed, Unscaled):
             score = (u[..., :shared, :].mT @ vh[..., :shared].mT).abs()  # (*b, k, k): |⟨u_i, v_j⟩|
         return top_index(score, count)
 
-    def core(self, f: Factors) -> Tensor:
+    def change(self, f: Factors) -> Tensor:
         values = f.C * torch.sigmoid(f.gate) if self.reference_init else f.C
         return values if self.pattern == "plain" else scatter_core(values, f.index, self._rank)
-
-    def now(self, f: Factors) -> Product:
-        # The papers' layout: U Σ Vᵀ has left the weight, and Σ + M is the core.
-        core = self.core(f)
-        return Product(f.L, f.sigma + core if self.pattern == "plain" else torch.diag_embed(f.sigma) + core, f.A)
-
-    def anchor(self, f: Factors) -> Product:
-        return Product(f.L, f.sigma, f.A)
-
-    def update(self, f: Factors) -> Product:
-        # Not the difference of now and anchor: Σ + M − Σ would round a small M away.
-        return Product(f.L, self.core(f), f.A)
-
-    def replaces_weight(self, m: int, n: int) -> bool:
-        return self._rank == min(m, n)
 
     def count(self, batch: int, m: int, n: int) -> int:
         """K(d) per matrix, k for the plain pattern; one gate more in the official code."""

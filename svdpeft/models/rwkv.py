@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.roster import ROSTER
+from svdpeft.adapter.roster import adapters_in
 from svdpeft.models import rwkv_layout
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -243,10 +243,10 @@ def _package(module: str, name: str, number: int) -> Any:
 
 def _refuse(model: nn.Module, *states: str) -> None:
     """Raise where the weights are not the model's own, or where an adapter is in one of these states."""
+    for adapter in adapters_in(model):
+        if adapter.state in states:
+            raise ValueError(f"adapter {adapter.name!r} is {adapter.state}: {REFUSED[adapter.state]}")
     for module in model.modules():
-        for adapter in getattr(vars(module).get(ROSTER), "adapters", {}).values():
-            if adapter.state in states:
-                raise ValueError(f"adapter {adapter.name!r} is {adapter.state}: {REFUSED[adapter.state]}")
         if vars(module).get("layers_are_rescaled") and (every := vars(module)["config"].rescale_every) > 0:
             why = "transformers has divided weights in place for inference"
             raise ValueError(f"rescale_every={every}: {why}; set it to 0 in the config before the first forward")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.registry import near_miss
-from svdpeft.sites.place import CHILD
+from svdpeft.sites.place import is_factor
 
 KEPT = "_svdpeft_rwkv"  # plain attribute of a model: the layout of the file that filled it
 PARTS = {  # of a name: the implementations' words for the official ones
@@ -53,7 +53,7 @@ def official_name(key: str) -> str:
 
 def names(model: nn.Module) -> dict[str, str]:
     """Return official name -> name in the model's state_dict, without the tensors of adapters."""
-    return {official_name(key): key for key in model.state_dict() if f".{CHILD}." not in key}
+    return {official_name(key): key for key in model.state_dict() if not is_factor(key)}
 
 
 def from_official(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

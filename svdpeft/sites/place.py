@@ -18,6 +18,16 @@ PLACES = "_svdpeft_places"  # plain attribute of an adapted layer: its places, i
 CHILD = "svdpeft"  # name of the child module that holds a layer's factors, by adapter and parameter
 
 
+def is_factor(name: str) -> bool:
+    """Whether a dotted name, of a module or of a tensor, is one of an adapter's factors and none of the model's own.
+
+    Example:
+        >>> is_factor("fc.svdpeft.default:weight.L"), is_factor("fc.weight")
+        (True, False)
+    """
+    return f".{CHILD}." in f".{name}."
+
+
 @dataclass(eq=False)
 class Place:
     """One use of a weight: most weights have one, a tied weight several.

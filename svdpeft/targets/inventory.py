@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Factors
 from svdpeft.registry import KINDS
-from svdpeft.sites.place import CHILD
+from svdpeft.sites.place import is_factor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
     found: list[Weight] = []
     for name, module in model.named_modules():
         inside = isinstance(module, (Factors, nn.utils.parametrize.ParametrizationList))
-        if inside or f".{CHILD}." in f".{name}.":
+        if inside or is_factor(name):
             continue
         for parameter, tensor in module._parameters.items():
             if tensor is None or isinstance(tensor, nn.UninitializedParameter) or tensor.ndim < 2:

@@ -104,7 +104,7 @@ def _verdict(survey: Survey, weight: Weight, taken: set[int]) -> _Verdict:
         return _Verdict(left=[_Left(weight.name, refusal.why, () if named is None else (named,))])
     taken.add(id(weight.tensor))
     verdict = _by_parts(survey, weight, wanting)
-    return _Verdict(*_by_heads(survey, verdict)) if any(rule.method.pairs for rule in wanting) else verdict
+    return _by_heads(survey, verdict) if any(rule.method.pairs for rule in wanting) else verdict
 
 
 def _by_parts(survey: Survey, weight: Weight, wanting: Sequence[Rule]) -> _Verdict:
@@ -143,7 +143,7 @@ def _by_parts(survey: Survey, weight: Weight, wanting: Sequence[Rule]) -> _Verdi
     return verdict
 
 
-def _by_heads(survey: Survey, verdict: _Verdict) -> tuple[list[tuple[Rule, Choice]], list[_Left]]:
+def _by_heads(survey: Survey, verdict: _Verdict) -> _Verdict:
     """The choices of methods that work on pairs, shown head by head; what is no half of a pair is left."""
     chosen, left = [], list(verdict.left)
     for rule, choice in verdict.chosen:
@@ -153,7 +153,7 @@ def _by_heads(survey: Survey, verdict: _Verdict) -> tuple[list[tuple[Rule, Choic
                 left.append(_Left(choice.name, why, (rule,), elsewhere=why in (STAYS, UNKNOWN)))
                 continue
         chosen.append((rule, choice))
-    return chosen, left
+    return _Verdict(chosen, left)
 
 
 def _half(survey: Survey, choice: Choice) -> tuple[Choice, str | None]:

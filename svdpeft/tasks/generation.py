@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.roster import adapters_in
-from svdpeft.sites.place import CHILD
+from svdpeft.sites.place import is_factor
 from svdpeft.tasks.base import evaluating
 
 ROUND = 128  # tokens after which finished rows leave their batch, and the others are packed anew
@@ -173,7 +173,7 @@ def save_merged(model: nn.Module, tokenizer: Any, folder: str) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} cannot be written as a folder in transformers' layout")
     with merged(model), _generation_config(model, GenerationConfig()):
-        weights = {name: w for name, w in model.state_dict().items() if f".{CHILD}." not in f".{name}"}
+        weights = {name: w for name, w in model.state_dict().items() if not is_factor(name)}
         model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 

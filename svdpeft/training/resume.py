@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.loading import CheckpointError
+from svdpeft.adapter.file import CheckpointError
 
 FILE = "training.safetensors"  # beside the folder of the adapter
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 
@@ -22,19 +21,14 @@ def inherit_args(cls: type) -> None:
     for base in reversed(cls.__mro__[1:]):
         known |= entries(inspect.cleandoc(vars(base).get("__doc__") or "").split("\n"))
     own = entries(lines)
-    order = [f.name for base in reversed(cls.__mro__[1:]) if "__dataclass_fields__" in vars(base) for f in fields(base)]
-    order = [*dict.fromkeys([*order, *vars(cls).get("__annotations__", {}), *own])]
+    declared = [name for base in reversed(cls.__mro__) for name in vars(base).get("__annotations__", {})]
+    order = dict.fromkeys([*declared, *own])
     found = {name: own.get(name, known.get(name)) for name in order}
     args = [line for entry in found.values() if entry for line in entry]
     if not args:
         return
     start, stop = section(lines)
     cls.__doc__ = "\n".join([*lines[:start], *([""] if start == stop else []), "Args:", *args, *lines[stop:]])
-
-
-def fields(cls: type) -> tuple[dataclasses.Field, ...]:
-    """The fields of a dataclass."""
-    return dataclasses.fields(cls)  # type: ignore[arg-type]
 
 
 def section(lines: list[str]) -> tuple[int, int]:
