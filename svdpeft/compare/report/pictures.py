@@ -53,7 +53,7 @@ def curves(results: Results) -> bytes:
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.5, "linestyle": dash}
             style["label"] = results.name(row.label, row.budget)
         axes.plot(steps, losses, **style)
-    axes.set(xlabel="optimizer step", ylabel="training loss with penalties, running mean of seeds and 5 % of the steps")
+    axes.set(xlabel="optimizer step", ylabel="training loss with penalties\nrunning mean of seeds and 5 % of the steps")
     return _finish(figure, axes, results, reverse=True)
 
 
