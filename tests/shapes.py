@@ -39,10 +39,14 @@ def sizes(values: Iterable[Any]) -> tuple:
 
 def size(v: Any) -> Any:
     if isinstance(v, Tensor):
-        return v.dtype, None if v.is_nested else v.shape
+        return v.dtype, v.shape
     if v is None or isinstance(v, int):
         return v
     return sizes(v) if isinstance(v, tuple) else type(v)
+
+
+def nested(v: Any) -> bool:
+    return isinstance(v, Tensor) and v.is_nested
 
 
 def checked(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
@@ -71,7 +75,9 @@ def looking(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
     again = not any("{self" in str(shape) for shape in shapes.values())  # self is not looked at
 
     def call(args: tuple, kwargs: dict[str, Any]) -> Any:
-        if torch.jit.is_tracing():  # sizes are tensors there
+        if torch.jit.is_tracing() or any(
+            map(nested, (*args, *kwargs.values()))
+        ):  # sizes are tensors, or there are none
             return fn(*args, **kwargs)
         given = sizes((*args, *kwargs.items()))
         if given not in known:

@@ -192,8 +192,8 @@ def test_several_runs_in_one_picture_and_records_as_they_are_kept(tmp_path):
 def test_the_lines_of_a_drift_start_at_zero_and_the_thick_one_is_the_mean(monkeypatch, tmp_path):
     from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (drawn.append(figure), save(figure, *args)))
     tracker = table()
     plot_drift(tracker.table, tmp_path / "drift.png")
     for axes, column in zip(drawn[0].axes, ("delta_d", "delta_d_assigned"), strict=True):

@@ -594,7 +594,7 @@ def test_a_vision_model_starts_at_its_base(method: Any):
 
 @pytest.mark.parametrize("method", [CorDA(rank=4), LoRAGA(rank=4)], ids=str)
 def test_a_language_model_starts_at_its_base(method: Any):
-    model = real("smollm2-135m").model
+    model = real("smollm2-135m", dtype=torch.bfloat16).model
     ids = torch.randint(20, 2000, (2, 24))
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0

@@ -299,20 +299,62 @@ def test_file_does_not_depend_on_the_state(method: Any, tmp_path: Path):
     assert not (tmp_path / "never").exists()
 
 
-def test_what_is_not_an_adapter_folder_is_not_overwritten(tmp_path: Path):
+def test_only_files_of_our_own_are_replaced(tmp_path: Path):
+    """A folder with other things in it keeps them, and a file that is called as ours is not taken for ours."""
+    model, x = host(LINEAR)
+    adapter = adapt(model, LoRA(rank=1))
+    for name in ("README.md", "tokenizer.json", "checkpoints/1/thesis.txt"):
+        (tmp_path / "full" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "full" / name).write_text(name)
+    (tmp_path / "full" / "link").symlink_to("README.md")
+    before = {file: file.read_bytes() for file in (tmp_path / "full").rglob("*") if file.is_file()}
+    for seed in range(2):
+        perturb(adapter, seed=seed)
+        adapter.save(tmp_path / "full")
+        after = {file: file.read_bytes() for file in (tmp_path / "full").rglob("*") if file.is_file()}
+        ours = {tmp_path / "full" / name for name in (HEADER, TENSORS)}
+        assert {file: after[file] for file in before} == before
+        assert after.keys() - before.keys() == ours
+        assert (tmp_path / "full" / "link").is_symlink()
+    out = model(x)
+    adapter.detach()
+    load(model, tmp_path / "full")
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (HEADER, b'{"scan": "page 1"}'),
+        (HEADER, b"[1, 2]"),
+        (HEADER, b"\xff\xfe"),
+        (HEADER, b'{"format": 3, "sites": {'),
+        (TENSORS, b"not of ours"),
+        (TENSORS, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"),  # tensors of somebody else: none
+    ],
+)
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, name: str, content: bytes):
     model, _ = host(LINEAR)
     adapter = adapt(model, LoRA(rank=1))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("words")
-    (tmp_path / "file").write_text("words")
-    for name in ("full", "file"):
-        with pytest.raises(FileExistsError, match="is not an adapter folder: it is not overwritten"):
-            adapter.save(tmp_path / name)
-    assert (tmp_path / "full" / "thesis.txt").read_text() == "words"
-    (tmp_path / "empty").mkdir()
-    adapter.save(tmp_path / "empty")
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(FileExistsError, match=rf"{name} is damaged or was not written by svdpeft: .* move it away"):
+        adapter.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {name: content, "thesis.txt": b"words"}
+    with pytest.raises(FileExistsError, match=r"thesis.txt is a file: an adapter is a folder"):
+        adapter.save(tmp_path / "thesis.txt")
     adapter.save(str(tmp_path / "deep" / "er" / "adapter"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "file", "full"]
+
+
+def test_an_adapter_of_an_earlier_revision_is_replaced(tmp_path: Path):
+    """Its tensors did not carry the header."""
+    model, _ = host(LINEAR)
+    adapter = adapt(model, LoRA(rank=1))
+    adapter.save(tmp_path)
+    retensor(tmp_path, lambda tensors: None)
+    adapter.save(tmp_path)
+    (tmp_path / HEADER).unlink()  # the first save was cut off between the two
+    adapter.save(tmp_path)
 
 
 def test_replacing_leaves_one_complete_folder(tmp_path: Path):
@@ -330,49 +372,63 @@ def test_replacing_leaves_one_complete_folder(tmp_path: Path):
 
 @pytest.mark.parametrize("place", ["save_file", "write_text", "first rename", "second rename"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_failure_while_writing_leaves_the_old_folder(
+def test_failure_while_writing_leaves_the_old_adapter_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
 ):
+    """The two differ in tensors and header, so that a mixture of their files would not load."""
     model, x = host(LINEAR)
-    adapter = adapt(model, SORSA(rank=2))
-    perturb(adapter)
-    old = model(x)
-    adapter.save(tmp_path / "a")
-    perturb(adapter, seed=3)
-    count = {"renames": 0}
+    outputs = {}
+    for rank in (1, 2):
+        adapter = adapt(model, SORSA(rank=rank))
+        perturb(adapter)
+        outputs[rank] = model(x)
+        if rank == 1:
+            adapter.save(tmp_path / "a")
+            adapter.detach()
+    renames = []
 
     def fail(*_: Any, **__: Any) -> None:
         raise error("the disk is full")
+
+    def counted(*args: Any, real: Any = os.replace) -> None:
+        renames.append(args)
+        if len(renames) == (1 if place == "first rename" else 2):
+            fail()
+        real(*args)
 
     if place == "save_file":
         monkeypatch.setattr(saving, "save_file", fail)
     elif place == "write_text":
         monkeypatch.setattr(Path, "write_text", fail)
     else:
-        for name in ("replace", "rename"):
-            real = getattr(os, name)
-
-            def counted(*args: Any, real: Any = real) -> None:
-                count["renames"] += 1
-                if count["renames"] == (1 if place == "first rename" else 2):
-                    fail()
-                real(*args)
-
-            monkeypatch.setattr(os, name, counted)
+        monkeypatch.setattr(os, "replace", counted)
     with pytest.raises(error):
         adapter.save(tmp_path / "a")
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [HEADER, TENSORS]
     adapter.detach()
     load(model, tmp_path / "a")
-    assert torch.equal(model(x), old)
+    assert torch.equal(model(x), outputs[2 if place == "second rename" else 1])
 
 
-def test_folder_can_be_read_by_those_who_may_read_its_neighbours(tmp_path: Path):
+def test_files_can_be_read_by_those_who_may_read_their_neighbours(tmp_path: Path):
     model, _ = host(LINEAR)
     adapt(model, LoRA(rank=1)).save(tmp_path / "a")
     (tmp_path / "plain").mkdir()
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    (tmp_path / "plain" / "file").touch()
+    for ours, plain in (("a", "plain"), (f"a/{HEADER}", "plain/file"), (f"a/{TENSORS}", "plain/file")):
+        assert stat.S_IMODE((tmp_path / ours).stat().st_mode) == stat.S_IMODE((tmp_path / plain).stat().st_mode)
+
+
+def test_a_training_s_folder_is_where_its_adapter_is_found(tmp_path: Path):
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=1))
+    perturb(adapter)
+    adapter.save(tmp_path / "out" / "adapter")
+    out = model(x)
+    adapter.detach()
+    load(model, tmp_path / "out")
+    assert torch.equal(model(x), out)
 
 
 def test_digest():

@@ -2,18 +2,22 @@
 
 A file is complete: it holds frozen factors and start values too, so loading decomposes nothing and depends on no random
 state. It names the base it was made for by a hash of every adapted weight, and refuses another.
+
+The tensors' file carries the header as well. Two files cannot be replaced in one step: where a crash, or another
+process, has left two of different adapters, the one in the tensors' file is theirs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdpeft.methods.base import Method
@@ -22,6 +26,7 @@ from svdpeft.sites.site import Site
 
 FORMAT = 3
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+FOLDER = "adapter"  # of an adapter beside other things, as in a trainer's checkpoint
 KEYS = {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"}  # of the header
 SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors", "tied"}
 NEUTRAL = {"alpha": None, "rs": False, "allocate": None}  # what earlier revisions wrote of methods that have none
@@ -52,8 +57,57 @@ def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[s
     return found
 
 
+def identified(header: dict[str, Any]) -> dict[str, Any]:
+    """The header with a name for what it says, by which it is known in both files."""
+    return {**header, "id": hashlib.sha256(json.dumps(header).encode()).hexdigest()}
+
+
+def check_ours(path: Path) -> None:
+    """Refuse to write an adapter where it would replace a file of somebody else.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or one of the two files there is not one that svdpeft has written.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: an adapter is a folder")
+    header, tensors = path / HEADER, path / TENSORS
+    ours = header.is_file() and _holds_header(header)
+    for file, known in ((header, ours), (tensors, ours or (tensors.is_file() and _carries_header(tensors)))):
+        if file.exists() and not known:
+            raise FileExistsError(
+                f"{file} is damaged or was not written by svdpeft: it is not overwritten; move it away, or save to "
+                "another folder"
+            )
+
+
+def _is_header(found: Any) -> bool:
+    return isinstance(found, dict) and {"format", "sites"} <= found.keys()
+
+
+def _holds_header(file: Path) -> bool:
+    try:
+        return _is_header(json.loads(file.read_text()))
+    except ValueError:  # no JSON, or no text
+        return False
+
+
+def _carries_header(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as opened:
+            return HEADER in (opened.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder that holds an adapter's files: ``path``, or the folder ``adapter`` in it, as a training leaves it."""
+    path = Path(path)
+    inner = path / FOLDER
+    return inner if not (path / HEADER).is_file() and (inner / HEADER).is_file() else path
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors.
+    """Return header and tensors of the adapter in a folder.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version.
@@ -62,9 +116,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is not an adapter folder: it must hold {HEADER} and {TENSORS}")
     try:
         header = json.loads((path / HEADER).read_text())
-        tensors = load_file(path / TENSORS)
+        with safe_open(path / TENSORS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            inside = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    if inside and _is_header(header) and inside["id"] != header.get("id"):
+        header = inside  # the other file is of another save
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         version = header.get("format") if isinstance(header, dict) else None
         raise CheckpointError(f"{path / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import install
-from svdpeft.adapter.file import HEADER, PLACE_KEYS, SITE_KEYS, TENSORS, CheckpointError, held, method_in, read
+from svdpeft.adapter.file import (
+    HEADER,
+    PLACE_KEYS,
+    SITE_KEYS,
+    TENSORS,
+    CheckpointError,
+    folder_of,
+    held,
+    method_in,
+    read,
+)
 from svdpeft.decomposition import digest
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
@@ -31,7 +41,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
     Args:
         model: the base; unchanged if anything is wrong with the file.
-        path: folder written by ``Adapter.save``.
+        path: folder written by ``Adapter.save``, or one in which a training has left a folder ``adapter``.
         name: of the adapter in this model; default the name it was saved under.
         check_base: refuse a base whose adapted weights differ in a single bit. Switch off to put an adapter on the
             same model in another dtype.
@@ -40,7 +50,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
             tensor, a wrong shape.
     """
-    path = Path(path)
+    path = folder_of(path)
     header, tensors = read(path)
     try:
         parts = _parts(model, header, tensors, path, check_base)
@@ -119,7 +129,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
-    path = Path(path)
+    path = folder_of(path)
     header, saved = read(path)
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})

@@ -1,11 +1,9 @@
-"""Writing an adapter file: what an adapter holds, as tensors and a header, into a folder that is there whole or not."""
+"""Writing an adapter file: what an adapter holds, as tensors and a header; nothing else in its folder is touched."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,8 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, held
+from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, check_ours, held, identified
+from svdpeft.atomic import replacing
 from svdpeft.decomposition import digest
 from svdpeft.methods.base import Method
 from svdpeft.sites.site import Site
@@ -44,31 +43,24 @@ class Contents(NamedTuple):
 
 
 def save(contents: Contents, path: str | os.PathLike[str]) -> None:
-    """Write an adapter into the folder ``path``, replacing an adapter that is there.
+    """Write an adapter into the folder ``path``: two files, beside whatever else is in it.
 
-    Written under a temporary name beside it and renamed, so that a crash leaves the old folder or the new one.
+    Each is written under a temporary name and moved. The tensors carry the header, too, so that a crash in between
+    leaves an adapter that is whole: the old one or the new one.
 
     Args:
         contents: of the adapter.
-        path: of the folder.
+        path: of the folder; it is made where it is missing.
 
     Raises:
-        FileExistsError: ``path`` exists and is not an adapter folder.
+        FileExistsError: ``path`` is a file, or one of the two files there is not one that svdpeft has written.
     """
     path = Path(path)
-    if path.exists() and not (path / HEADER).exists() and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an adapter folder: it is not overwritten")
+    check_ours(path)
     tensors, header = to_file(contents)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = temporary / "new"  # a folder of its own: mkdtemp's is readable by its owner alone
-        new.mkdir()
-        save_file(tensors, new / TENSORS)
-        (new / HEADER).write_text(json.dumps(header, indent=1) + "\n")
-        _replace(new, path, temporary / "old")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
+        save_file(tensors, tensors_file, metadata={HEADER: json.dumps(header)})
+        json_file.write_text(json.dumps(header, indent=1) + "\n")
 
 
 def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,7 +92,7 @@ def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "skipped": dict(contents.skipped),
         "batch_norm": contents.batch_norm,
     }
-    return tensors, header
+    return tensors, identified(header)
 
 
 def _describe(site: Site, names: Mapping[int, str]) -> dict[str, Any]:
@@ -111,16 +103,3 @@ def _describe(site: Site, names: Mapping[int, str]) -> dict[str, Any]:
     ]
     parts = [place.pop("part", None) for place in places]  # the same of every place
     return {"places": places, "part": None if parts[0] is None else {"name": site.part, **parts[0]}}
-
-
-def _replace(new: Path, path: Path, aside: Path) -> None:
-    """Move a finished folder to its place; a folder cannot be renamed over a full one, so that one steps aside."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    os.rename(path, aside)
-    try:
-        os.replace(new, path)
-    except BaseException:
-        os.rename(aside, path)
-        raise

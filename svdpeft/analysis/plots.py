@@ -17,6 +17,7 @@ from svdpeft.analysis.inspection import Inspection
 from svdpeft.analysis.spectra import energy as energy_of
 from svdpeft.analysis.spectra import energy_rank
 from svdpeft.analysis.tables import Row, Table, check_file, to_rows, write_csv
+from svdpeft.atomic import replacing
 from svdpeft.registry import near_miss
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ class _picture:
         handles, labels = self.axes[0].get_legend_handles_labels()
         if labels and self.axes[0].get_legend() is None:
             self.figure.legend(handles, labels, loc="outside right upper", frameon=False)
-        self.figure.savefig(self.path, dpi=150)
+        with replacing(self.path) as new:
+            self.figure.savefig(new, dpi=150)
         write_csv(self.rows, self.path.with_suffix(".csv"))
 
 

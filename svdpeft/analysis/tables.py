@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svdpeft.atomic import replacing
+
 Row = dict[str, Any]
 Spectra = Mapping[str, Any]  # {"steps": […], "sites": […], column: [[of each site] of each step]}
 Table = Sequence[Row] | Spectra
@@ -60,4 +62,5 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    Path(path).write_text(text.getvalue())
+    with replacing(path) as new:
+        new.write_text(text.getvalue())

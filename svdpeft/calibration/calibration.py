@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdpeft.atomic import replacing
 from svdpeft.methods.base import Statistics
 
 FORMAT = "svdpeft calibration 1"
@@ -65,13 +64,8 @@ class Calibration(Mapping[str, Statistics]):
                     key = sites[name][field] = keys.setdefault(id(tensor), f"{name}/{field}")
                     if key not in tensors:
                         tensors[key] = tensor.detach().cpu().contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            save_file(tensors, temporary / "new", metadata={"format": FORMAT, "sites": json.dumps(sites)})
-            os.replace(temporary / "new", path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata={"format": FORMAT, "sites": json.dumps(sites)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

@@ -17,7 +17,6 @@ import numbers
 import os
 import posixpath
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
+from svdpeft.atomic import replacing
 from svdpeft.registry import near_miss
 
 Kind = Literal["runs", "trials"]
@@ -198,7 +198,8 @@ class Store:
         """Write a file such as ``pictures/loss.png`` beside the runs, whole or not at all."""
         path = f"{self._root}/{name}"
         if self._local:
-            _replace(path, data)
+            with replacing(path) as new:
+                new.write_bytes(data)
         else:
             self._files.pipe_file(path, data)
 
@@ -246,23 +247,6 @@ def _plain(value: Any, where: str) -> Any:
 
 def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _replace(path: str, data: bytes) -> None:
-    """Write a local file beside its place, flush it to the disk, and move it there."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    beside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-        raise
 
 
 def _union(old: Record, new: Record, folder: str) -> Record:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from svdpeft.atomic import replacing
 
 _FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
 
@@ -113,12 +114,7 @@ def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, 
 
 def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
-        try:
-            save_file({"u": u.contiguous(), "s": s.contiguous(), "vh": vh.contiguous()}, temporary)
-            os.replace(temporary, file)  # a reader finds a whole file or none
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(file) as new:  # a reader finds a whole file or none
+            save_file({"u": u.contiguous(), "s": s.contiguous(), "vh": vh.contiguous()}, new)
     except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
         warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.atomic import replacing
 from svdpeft.decomposition import Product, exact_rank, recompress
 from svdpeft.sites.site import Site
 
@@ -78,13 +78,10 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        new = Path(temporary, "new")
+    with replacing(path) as new:
         new.mkdir()
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        os.replace(new, path)
     return ranks
 
 

@@ -177,7 +177,7 @@ class CalledKind(LayerKind):
         return dotted(owner) in self.classes
 
     @abstractmethod
-    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
+    def apply(self, module: nn.Module, x: Tensor, product: Product) -> Float[Tensor, "*out"]:
         """Return what the layer would give with the weight s L C A and no bias, without building that.
 
         Args:
@@ -190,7 +190,7 @@ class CalledKind(LayerKind):
         """
 
     @abstractmethod
-    def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    def run(self, module: nn.Module, x: Tensor, w: Float[Tensor, "*stored"]) -> Float[Tensor, "*out"]:
         """Return what the layer gives for ``x`` with another weight, in the stored layout, and no bias."""
 
     @abstractmethod
@@ -201,11 +201,13 @@ class CalledKind(LayerKind):
         """Return the vectors that the layer's matrices multiply, (*b, *positions, n), of kinds that ``sees`` is of."""
         raise NotImplementedError
 
-    def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    def run_like(
+        self, module: nn.Module, x: Tensor, w: Float[Tensor, "*stored"], out: Float[Tensor, "*out"]
+    ) -> Float[Tensor, "*out"]:
         """``run``, where the size of the output is up to the caller: that of ``out``."""
         return self.run(module, x, w)
 
-    def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    def run_whole(self, module: nn.Module, x: Tensor, w: Float[Tensor, "*stored"]) -> Float[Tensor, "*out"]:
         """``run`` with the layer's whole weight; where the kind shows a part of it, the rest of the output is zero."""
         return self.run(module, x, w)
 
@@ -213,11 +215,13 @@ class CalledKind(LayerKind):
         """Values (*b, m), one per row of the matrices, as what multiplies an output; ``None``: rows are no outputs."""
         return None
 
-    def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+    def add(self, module: nn.Module, x: Tensor, out: Float[Tensor, "*out"], product: Product) -> Float[Tensor, "*out"]:
         """Add the update to the layer's fresh output, in place."""
         return out.add_(self.apply(module, x, product))
 
-    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
+    def add_dense(
+        self, module: nn.Module, x: Tensor, out: Float[Tensor, "*out"], product: Product
+    ) -> Float[Tensor, "*out"]:
         """The same by way of the dense ΔW: cheaper where the matrices are tiny."""
         return out.add_(self.run(module, x, self.from_matrix(module, product.dense())))
 

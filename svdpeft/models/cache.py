@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
+
+from svdpeft.atomic import replacing
 
 
 class AssetError(RuntimeError):
@@ -60,14 +61,8 @@ def once(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def _fill(target: Path, fill: Callable[[Path], None]) -> None:
-    for left in target.parent.glob(f".{target.name}.tmp-*"):  # we hold the lock, so its writer was killed
+    for left in target.parent.glob(f".{target.name}.*"):  # we hold the lock, so its writer was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as work:
-        done = Path(work, target.name)
-        done.mkdir()
-        fill(done)
-        for file in filter(Path.is_file, done.rglob("*")):
-            file.chmod(0o644)  # safetensors writes for the owner alone; who may enter is for the folder to say
-            with file.open("rb+") as handle:  # a rename may reach the disk before the data does
-                os.fsync(handle.fileno())
-        done.rename(target)
+    with replacing(target) as new:
+        new.mkdir()
+        fill(new)

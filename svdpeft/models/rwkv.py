@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.atomic import replacing
 from svdpeft.models import rwkv_layout
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -183,11 +183,8 @@ def write(model: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | N
     path = _checked(path)
     _refuse(model, "attached")
     state = {name: value.cpu() for name, value in official_state(model, dtype).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        new = Path(folder, path.name)
+    with replacing(path) as new:
         save_file(state, new) if path.suffix == ".safetensors" else torch.save(state, new)
-        os.replace(new, path)
 
 
 def _build4(state: Mapping[str, Tensor], shape: Shape) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +21,12 @@ class LayerCall:
         self._w0: Tensor | None = None
 
     @property
-    def w0(self) -> Tensor:
+    def w0(self) -> Float[Tensor, "*b m n"]:
         if self._w0 is None:  # no cached_property: a compiler cannot enter its lock
             self._w0 = self.site.base_matrix()
         return self._w0
 
-    def rows(self, values: Tensor) -> Tensor:
+    def rows(self, values: Float[Tensor, "*b m"]) -> Float[Tensor, "*out"]:
         factor = self.kind.per_row(self.module, self.x, values)
         if factor is None:
             return self._dense(values.unsqueeze(-1) * self.w0)
@@ -35,7 +36,7 @@ class LayerCall:
             base = self.own - self.kind.add_bias(self.module, self.own.new_zeros(()))
         return factor.to(base.dtype) * base
 
-    def columns(self, values: Tensor) -> Tensor:
+    def columns(self, values: Float[Tensor, "*b n"]) -> Float[Tensor, "*out"]:
         if self.kind.linear:
             return self.frozen(self.x * values.to(self.x.dtype))
         return self._dense(self.w0 * values.unsqueeze(-2))
@@ -43,12 +44,12 @@ class LayerCall:
     def frozen(self, x: Tensor) -> Tensor:
         return self.kind.run_whole(self.module, x, self._stored())
 
-    def per_row(self, values: Tensor) -> Tensor:
+    def per_row(self, values: Float[Tensor, " m"]) -> Tensor:
         factor = self.kind.per_row(self.module, self.x, values)
         assert factor is not None
         return factor.to(self.like.dtype)
 
-    def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
+    def add(self, out: Float[Tensor, "*out"], product: Product, dropout: float) -> Float[Tensor, "*out"]:
         x = self.x
         if dropout and self.module.training and x.is_floating_point():
             x = F.dropout(x, dropout)

@@ -7,15 +7,12 @@ A row is an index of the first axis. Nothing else is known of a layer's input, s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from svdpeft.registry import near_miss
-
-if TYPE_CHECKING:
-    pass
 
 BASE = "base"  # a row without an adapter, as ``None`` is
 

@@ -11,9 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.file import FOLDER
 from svdpeft.training.resume import load_training_state, save_training_state
-
-FOLDER = "adapter"  # inside a trainer's checkpoint folder
 
 
 class StepCallback(TrainerCallback):

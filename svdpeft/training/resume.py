@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import CheckpointError
+from svdpeft.atomic import replacing
 
 FILE = "training.safetensors"  # beside the folder of the adapter
 
@@ -30,8 +31,8 @@ def save_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> Non
     if keeps_state(adapter):
         sites = adapter.sites.items()
         tensors = {f"{name}/{key}": t.contiguous().clone() for name, s in sites for key, t in s.factors.memory.items()}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(folder) / FILE, metadata={"steps": str(adapter.steps)})
+        with replacing(Path(folder) / FILE) as new:
+            save_file(tensors, new, metadata={"steps": str(adapter.steps)})
 
 
 def load_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

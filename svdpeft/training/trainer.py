@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.file import FOLDER
 from svdpeft.adapter.loading import restore
 from svdpeft.registry import near_miss
-from svdpeft.training.callback import FOLDER, StepCallback
+from svdpeft.training.callback import StepCallback
 from svdpeft.training.memory import peak_memory
 from svdpeft.training.resume import load_training_state, save_training_state
 

@@ -35,11 +35,11 @@ class Call(Protocol):
         """W0 as matrices, (*b, m, n), at least float32."""
         ...
 
-    def rows(self, values: Float[Tensor, "*b m"]) -> Tensor:
+    def rows(self, values: Float[Tensor, "*b m"]) -> Float[Tensor, "*out"]:
         """Return diag(values) W0 x, values (*b, m)."""
         ...
 
-    def columns(self, values: Float[Tensor, "*b n"]) -> Tensor:
+    def columns(self, values: Float[Tensor, "*b n"]) -> Float[Tensor, "*out"]:
         """Return W0 diag(values) x, values (*b, n)."""
         ...
 
@@ -51,6 +51,6 @@ class Call(Protocol):
         """Return one value per row, (m,), as what multiplies an output; only where ``frozen`` can be asked for."""
         ...
 
-    def add(self, out: Tensor, product: Product, dropout: float) -> Tensor:
+    def add(self, out: Float[Tensor, "*out"], product: Product, dropout: float) -> Float[Tensor, "*out"]:
         """Add s L C A x to ``out``, in place, with this dropout on x in training."""
         ...

@@ -44,6 +44,6 @@ class Transform(PerSite):
         """Whether ``act`` is defined on a layer that is called; ``linear``: it multiplies its input's last axis."""
         return False
 
-    def act(self, f: Factors, call: Call) -> Tensor:
+    def act(self, f: Factors, call: Call) -> Float[Tensor, "*out"]:
         """Return ΔW x of a layer in its own call, without its bias; only asked where ``acts`` says so."""
         raise NotImplementedError
