@@ -469,6 +469,21 @@ def test_restore(tmp_path: Path):
     assert not hasattr(model, "_svdpeft")
 
 
+def test_restore_gives_the_base_s_statistics_where_the_file_has_none(tmp_path: Path):
+    """It was saved before they had changed, and the training went on."""
+    model, x = host(LINEAR)
+    adapter = adapt(model, SORSA(rank=2))
+    perturb(adapter)
+    adapter.save(tmp_path / "a")
+    out = model.eval()(x)
+    perturb(adapter, seed=9)
+    for _ in range(3):
+        model.train()(x)
+    restore(adapter, tmp_path / "a")
+    assert torch.equal(model.eval()(x), out)
+    assert not adapter.borrowed.changed()
+
+
 def test_restore_refuses_another_adapter(tmp_path: Path):
     model, _ = host(LINEAR)
     adapter = adapt(model, SORSA(rank=2))

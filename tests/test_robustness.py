@@ -51,7 +51,7 @@ def test_an_interrupted_change_leaves_the_adapter_attached(change: str, method: 
         adapter.disabled().__enter__() if change == "disabled" else getattr(adapter, change)()
     monkeypatch.undo()
     assert adapter.state == "attached"
-    assert all(site.active and not site.folded and not site.weight.written(site.key) for site in adapter.sites.values())
+    assert all(site.active and not site.folded and not site.weight.written(site) for site in adapter.sites.values())
     close(model(x), expected)
     adapter.merge()
     close(model(x), expected)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter import steering
 from svdpeft.adapter.reach import run_once, unwatch
-from svdpeft.adapter.roster import ROSTER, Roster, adapters_in, set_requires_grad
+from svdpeft.adapter.roster import LIVE, ROSTER, Roster, adapters_in
 from svdpeft.adapter.routing import routed
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.adapter.steps import Steps
@@ -54,10 +54,15 @@ class Adapter:
         self.state: Condition = "attached"
         taken = {n for a in getattr(model, ROSTER).adapters.values() for n in a.borrowed.places}
         statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
-        self.borrowed = Borrowed({**whole, **statistics})
+        self.borrowed = Borrowed(model, {**whole, **statistics})
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._steps = Steps(sites.values())
+        LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        LIVE.add(self)  # a copy, or one that was pickled
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -307,10 +312,10 @@ class Adapter:
         roster: Roster[Adapter] = getattr(self.model, ROSTER)
         for site in self.sites.values():
             if not restore:
-                site.weight.keep(site.key)
+                site.weight.keep(site)
             site.remove()
         if restore:
-            self.borrowed.swap()
+            self.borrowed.give_back()
         if self.frozen:
             self.frozen.release()
         del roster.adapters[self.name]
@@ -318,14 +323,11 @@ class Adapter:
         if roster.adapters:
             heir = next(iter(roster.adapters.values()))
             heir.borrowed.add({n: place for n, place in self.borrowed.places.items() if n not in self.whole})
-            set_requires_grad(self.model, roster)
+            roster.freeze()
             return
         unwatch(self.model)
         delattr(self.model, ROSTER)
-        parameters = dict(self.model.named_parameters())
-        for name, required in roster.required_grad.items():
-            if name in parameters:  # the user may have replaced a head since
-                parameters[name].requires_grad_(required)
+        roster.release()
 
     def _must_be(self, *states: str) -> None:
         if self.state not in states:

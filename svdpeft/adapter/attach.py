@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,12 @@ from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.reach import watch
-from svdpeft.adapter.roster import ROSTER, Roster, set_requires_grad
+from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, trained
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import Factors, Given, Method, Partner, PerSite, Statistics, grouped, share
 from svdpeft.registry import near_miss
 from svdpeft.sites.place import CHILD
-from svdpeft.sites.site import Site, base_weight
+from svdpeft.sites.site import Site
 from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.rules import Targets, rules
@@ -75,10 +74,10 @@ def attach(
         raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
     pairs = rules(targets, method)
     whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole(model))])
-    _check_whole(whole, roster)
+    _check_whole(whole)
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
-    trained = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
-    selection = select(model, factored, exclude, trained) if factored else Selection()
+    unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
+    selection = select(model, factored, exclude, unavailable) if factored else Selection()
     built = _build(selection.choices, seed, clip_rank, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
@@ -91,9 +90,10 @@ def _build(
     """Make the factors of every site; nothing of the model changes."""
     rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
     known: dict[str, Given] = {}
+    others = adapted()
     for choice in choices:
         sites = rules.setdefault(repr(choice.method), [])
-        known[choice.name] = given(choice, seed, calibration, len(sites))
+        known[choice.name] = given(choice, seed, calibration, others, len(sites))
         sites.append(known[choice.name])
     for choice in choices:
         _check_seen(choice, known[choice.name], calibration)
@@ -114,10 +114,12 @@ def _build(
     return built
 
 
-def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics], position: int = 0) -> Given:
+def given(
+    choice: Choice, seed: int, calibration: Mapping[str, Statistics], others: Mapping[int, Site], position: int = 0
+) -> Given:
     """What a method may know of a site. The weight is looked at when it is asked for, one at a time."""
     place = choice.places[0]
-    raw = base_weight(place.module, place.parameter).original
+    raw = base_weight(place.module, place.parameter, others).original
     check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
     *batch, m, n = place.kind.to_matrix(place.module, raw).shape
 
@@ -127,7 +129,7 @@ def given(choice: Choice, seed: int, calibration: Mapping[str, Statistics], posi
     partner = None
     if (half := choice.half) is not None:
         module, parameter, _, kind = half.partner
-        other = base_weight(module, parameter).original
+        other = base_weight(module, parameter, others).original
         check_matrix(other, f"the other weight of {choice.name}'s pair")
         partner = Partner(
             half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
@@ -152,14 +154,15 @@ def install(
     """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
     roster: Roster = getattr(model, ROSTER, None) or Roster(model)
     _check_name(name, roster)
-    _check_whole(whole, roster)
-    _check_free(built, whole, roster, name)
+    _check_whole(whole)
+    _check_free(built, name)
     sites: dict[str, Site] = {}
+    others = adapted()
     weights: dict[int, BaseWeight] = {}  # several sites may be parts of one weight
     for choice, method, factors in built:
         place = choice.places[0]
         parameter = place.module._parameters[place.parameter]
-        weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter))
+        weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         matrix = place.kind.to_matrix(place.module, weight.original)
         shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
         factors.to(matrix.device)
@@ -169,24 +172,18 @@ def install(
     roster.adapters[name] = adapter
     for site in sites.values():
         site.install(name)
-    set_requires_grad(model, roster)
+    roster.freeze()
     if sites:
         watch(model, roster.sites)
     return adapter
 
 
-def _check_free(
-    built: Sequence[tuple[Choice, PerSite, Factors]], whole: Mapping[str, Any], roster: Roster, name: str
-) -> None:
+def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> None:
     """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
-    adapted = {id(site.weight.stored): n for a in roster.adapters.values() for n, site in a.sites.items()}
-    for parameter, place in whole.items():
-        if (site := adapted.get(id(stored(*place)))) is not None:
-            raise ValueError(f"{parameter} cannot be trained whole: another adapter adapts it, as {site}")
-    trained = {id(stored(*place)): n for a in roster.adapters.values() for n, place in a.whole.items()}
+    whole = trained()
     for choice, _, _ in built:
         for place in choice.places:
-            if (parameter := trained.get(id(stored(place.module, place.parameter)))) is not None:
+            if (parameter := whole.get(id(stored(place.module, place.parameter)))) is not None:
                 raise ValueError(f"{choice.name} cannot be adapted: another adapter trains {parameter} whole")
             if place.key_for(name, choice.part) in getattr(place.module, CHILD, {}):
                 raise ValueError(
@@ -224,6 +221,15 @@ def _check_name(name: str, roster: Roster) -> None:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
 
 
-def _check_whole(whole: Mapping[str, Any], roster: Roster) -> None:
-    if clash := {n for a in roster.adapters.values() for n in a.whole} & set(whole):
-        raise ValueError(f"{min(clash)} is trained whole by another adapter already")
+def _check_whole(whole: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """No parameter has two masters, in whichever model or part of it they were named."""
+    others, sites = trained(), adapted()
+    for name in sorted(whole):
+        parameter = id(stored(*whole[name]))
+        if parameter in others:
+            known = others[parameter]
+            raise ValueError(
+                f"{name} is trained whole by another adapter already" + (f", as {known}" if known != name else "")
+            )
+        if parameter in sites:
+            raise ValueError(f"{name} cannot be trained whole: another adapter adapts it, as {sites[parameter].name}")

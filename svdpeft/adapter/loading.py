@@ -23,6 +23,7 @@ from svdpeft.adapter.file import (
     method_in,
     read,
 )
+from svdpeft.adapter.roster import adapted, base_weight
 from svdpeft.decomposition import digest
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
@@ -30,7 +31,6 @@ from svdpeft.methods.base import Factors, Method, PerSite, share
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
-from svdpeft.sites.site import base_weight
 from svdpeft.sites.weights import stored
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
@@ -91,7 +91,7 @@ def _parts(
         raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
     pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
-    remaining, built, checked = dict(tensors), [], set()
+    remaining, built, checked, others = dict(tensors), [], set(), adapted()
     groups: dict[str, dict[str, Tensor]] = {}
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
@@ -103,7 +103,7 @@ def _parts(
         here = users[id(parameter)]
         if set(here) != there:
             raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
-        weight = base_weight(first.module, first.parameter).original
+        weight = base_weight(first.module, first.parameter, others).original
         _check_base(site, entry, weight, path, check_base and id(parameter) not in checked)
         checked.add(id(parameter))  # the parts of a fused weight have one hash
         method = method_in(entry["method"], path)
@@ -154,6 +154,8 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
     with adapter.unwritten(), torch.no_grad():
+        for name in adapter.borrowed.places.keys() - saved.keys():  # statistics that had not changed when it was saved
+            adapter.borrowed.reset(name)
         for name, tensor in places.items():
             tensor.copy_(saved[name])
     for site in adapter.sites.values():

@@ -1,15 +1,16 @@
-"""What the adapters of one model share: each other's names, and what the base required gradients for before them."""
+"""What adapters share: names in one model, what the base required gradients for before them, records of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
-from svdpeft.sites.weights import stored
+from svdpeft.sites.weights import BaseWeight, stored
 
 ROSTER = "_svdpeft"  # plain attribute of an adapted model
 
@@ -35,29 +36,76 @@ class Roster(Generic[M]):
     """The adapters of one model by name, and the flags of its parameters before the first came.
 
     Args:
-        model: not adapted yet.
+        model: not adapted yet; parts of it, or what it is a part of, may be.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.adapters: dict[str, M] = {}
+        known = {id(p): other.required_grad[name] for other in rosters() for name, p in other.parameters()}
         base = ((name, p) for name, p in model.named_parameters() if not is_factor(name))
-        self.required_grad = {name: p.requires_grad for name, p in base}
+        self.required_grad = {name: known.get(id(p), p.requires_grad) for name, p in base}
 
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
         return [site for adapter in self.adapters.values() for site in adapter.sites.values()]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's parameters; the user may have replaced some since."""
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        return ((name, found[name]) for name in self.required_grad if name in found)
+
+    def freeze(self) -> None:
+        """Freeze the base but for what adapters train whole, of this model or of another that has the parameter."""
+        whole = trained()
+        for _, parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in whole)
+
+    def release(self) -> None:
+        """Give the flags back, but for parameters that the adapters of another model, or of a part of it, hold."""
+        others = [other for other in rosters() if other is not self]
+        held = {id(p) for other in others for _, p in other.parameters()}
+        for name, parameter in self.parameters():
+            if id(parameter) not in held:
+                parameter.requires_grad_(self.required_grad[name])
+        for other in others:
+            other.freeze()
+
+
+LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # all adapters of the program: parts of one model may share parameters
+
+
+def rosters() -> list[Roster[Any]]:
+    """The rosters of all adapters that are attached somewhere."""
+    models = [adapter.model for adapter in LIVE if adapter.state != "detached"]
+    return list(dict.fromkeys(vars(model)[ROSTER] for model in models if ROSTER in vars(model)))
+
+
+def adapted() -> dict[int, Site]:
+    """The parameters that adapters of whatever model adapt, by identity: one of their sites."""
+    adapters = [adapter for adapter in LIVE if adapter.state != "detached"]
+    return {id(site.weight.stored): site for adapter in adapters for site in adapter.sites.values()}
+
+
+def trained() -> dict[int, str]:
+    """The parameters that adapters of whatever model train whole, by identity: their names there."""
+    adapters = [adapter for adapter in LIVE if adapter.state != "detached"]
+    return {id(stored(*place)): name for adapter in adapters for name, place in adapter.whole.items()}
+
+
+def base_weight(owner: nn.Module, parameter: str, known: Mapping[int, Site]) -> BaseWeight:
+    """The one record of a parameter, however many adapters write into it.
+
+    Args:
+        owner: the layer.
+        parameter: its name there.
+        known: what ``adapted`` says: another layer may have the same parameter, and an adapter of its own.
+    """
+    site = known.get(id(stored(owner, parameter)))
+    return BaseWeight(owner, parameter) if site is None else site.weight
 
 
 def adapters_in(model: nn.Module) -> list[Any]:
     """Return the adapters of a model and those of its parts."""
     rosters = [vars(module)[ROSTER] for module in model.modules() if ROSTER in vars(module)]
     return [adapter for roster in dict.fromkeys(rosters) for adapter in roster.adapters.values()]
-
-
-def set_requires_grad(model: nn.Module, roster: Roster) -> None:
-    """Freeze the base but for what an adapter of the model, or of a part of it, trains whole."""
-    trained = {id(stored(*place)) for adapter in adapters_in(model) for place in adapter.whole.values()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in roster.required_grad:
-        if name in parameters:
-            parameters[name].requires_grad_(id(parameters[name]) in trained)

@@ -28,7 +28,7 @@ def routed(model: nn.Module, mine: Mapping[Site, Rows]) -> Iterator[None]:
             its.refuse_read(site.name)
     placed = {place.site: None for module in model.modules() for place in vars(module).get(PLACES, ())}
     for site in placed:  # of adapters of a larger model too
-        if site.folded or site.weight.written(site.key):
+        if site.folded or site.weight.written(site):
             raise RuntimeError(f"an adapter is merged or folded at {site.name}: every row would have it")
     silenced = [site for site in placed if site.active and site not in mine]
     for site, its in mine.items():

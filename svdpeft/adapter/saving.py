@@ -54,6 +54,7 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileExistsError: ``path`` is a file, or one of the two files there is not one that svdpeft has written.
+        ValueError: a value is not finite.
     """
     path = Path(path)
     check_ours(path)
@@ -82,6 +83,11 @@ def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }
     tensors |= {n: t.contiguous().clone() for n, t in contents.values.items()}
+    if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise ValueError(
+            f"{bad[0]} holds values that are not finite{f', and {len(bad) - 1} more do' if len(bad) > 1 else ''}: the "
+            "training has diverged, and nothing is written"
+        )
     header = {
         "format": FORMAT,
         "name": contents.name,

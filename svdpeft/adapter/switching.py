@@ -20,7 +20,10 @@ def go(sites: Sequence[Site], state: str) -> MergeReport:
     lost: dict[str, float] = {}
     try:
         for site in sites:
-            lost[site.name] = site.go(state)
+            try:
+                lost[site.name] = site.go(state)
+            except ValueError as error:
+                raise ValueError(f"{site.name} cannot be {state}: {error}") from error
     except BaseException:  # out of memory, or Ctrl-C: half of the sites must not stay merged
         for site in sites:
             site.go("attached")

@@ -48,6 +48,7 @@ HEAD = {
     },
     "error?": str,
     "undefined?": str,
+    "diverged?": str,
 }
 TRIAL = HEAD | {"rung": int}
 TRIED = {"metric": str, "value": MEASURED}
@@ -85,8 +86,8 @@ NAMES = {str: "text", int: "a whole number", NUMBER: "a number", MEASURED: "a nu
 
 
 def finished(record: Record) -> bool:
-    """Whether a run has a result: it did not fail, and its method is defined on the model."""
-    return "error" not in record and "undefined" not in record
+    """Whether a run has a result: it did not fail or diverge, and its method is defined on the model."""
+    return not {"error", "undefined", "diverged"} & record.keys()
 
 
 def without_factors(method: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
 from svdpeft.tasks.base import TaskData
 from svdpeft.tasks.probes import probe
+from svdpeft.training.divergence import Diverged
 from svdpeft.training.memory import peak_memory, reset_peak_memory
 from svdpeft.training.trainer import Trainer
 
@@ -206,11 +207,23 @@ def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         training.train(Path(folder), callbacks)
     data = training.data
-    items = data.evaluate(training.model, data.validation, (search.metric,) if search.metric else ())
-    values = {name: statistics.fmean(each) for name, each in items.items()}
+    # The loss, too: an accuracy can be had of logits that are no numbers.
+    values = averages(data.evaluate(training.model, data.validation, (search.metric, "loss") if search.metric else ()))
     # A task may have no answers to check on its validation split: then the loss decides.
     metric = next(name for name in (search.metric, training.task.metric, "loss") if name in values)
-    return {"metric": metric, "value": values[metric], "loss": values.get("loss")}
+    return {"metric": metric, "value": values[metric], **({"loss": values["loss"]} if "loss" in values else {})}
+
+
+def averages(items: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the mean of every metric.
+
+    Raises:
+        Diverged: one of them is not a number.
+    """
+    found = {name: statistics.fmean(values) for name, values in items.items()}
+    if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise Diverged(f"after the training the {bad[0]} of the model is {found[bad[0]]}")
+    return found
 
 
 def run(
@@ -236,12 +249,13 @@ def run(
         folder = Path(temporary)
         training.train(log_folder or folder, [*callbacks, *([tracker] if tracker else [])], report_to)
         items = data.evaluate(model, data.test)
+        metrics = averages(items)
         peak = peak_memory() - held
         adapter.save(folder / "adapter")
         record = {
             "method": {**training.method.to_json(), "text": str(training.method)},
-            "metric": {"name": training.task.metric, "value": statistics.fmean(items[training.task.metric])},
-            "metrics": {name: statistics.fmean(values) for name, values in items.items()},
+            "metric": {"name": training.task.metric, "value": metrics[training.task.metric]},
+            "metrics": metrics,
             "items": items,
             "search": job.search,
             **_sizes(training),

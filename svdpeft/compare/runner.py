@@ -29,6 +29,7 @@ from svdpeft.registry import near_miss
 from svdpeft.targets.choice import NotDefined
 from svdpeft.tasks.base import higher_is_better
 from svdpeft.tasks.probes import probe
+from svdpeft.training.divergence import Diverged
 
 MOST = 4  # runs at once where nobody said how many: each holds a model, and torch
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -148,11 +149,10 @@ _WORST = (-math.inf, -math.inf)
 
 def _worth(record: dict[str, Any] | None) -> tuple[float, float]:
     """Sort key of a trial: by its metric, then by its loss; one that failed or diverged is the worst."""
-    if record is None or record.get("value") is None:
+    if record is None or record.get("value") is None or record.get("loss", 0.0) is None:
         return _WORST
-    loss = record.get("loss")
     value = record["value"] if higher_is_better(record["metric"]) else -record["value"]
-    return value, -math.inf if loss is None else -loss
+    return value, -record.get("loss", math.inf)
 
 
 def check_tracker(name: str) -> None:
@@ -232,6 +232,8 @@ def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | 
                 record |= trial(job, callbacks)
         except NotDefined as reason:  # no failure: a method of attention on a CNN
             record["undefined"] = str(reason)
+        except Diverged as reason:  # a result: of this method at this rate
+            record["diverged"] = str(reason)
         except Exception as error:  # recorded: one method's failure does not cost the others their runs
             record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     store.write(job.kind, _name(job, store), {**record, "seconds": time.perf_counter() - started})
@@ -278,6 +280,8 @@ def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
             record = store.load(job.kind, _name(job, store))
             if "error" in record:
                 progress.console.print(f"{job} failed: {record['error']}", style="red", markup=False, highlight=False)
+            elif "diverged" in record and job.rung is None:
+                progress.console.print(f"{job} diverged: {record['diverged']}", markup=False, highlight=False)
             elif "metric" in record and job.rung is None:
                 progress.console.print(f"{job}: {_result(record)}", markup=False, highlight=False)
             progress.advance(bar)

@@ -100,6 +100,8 @@ def _check(adapter: Adapter) -> None:
     if changed := adapter.borrowed.changed():
         raise ValueError(f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only")
     for name, site in adapter.sites.items():
+        if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
+            raise ValueError(f"{name} holds values that are not finite: the training has diverged")
         if site.method.product(site.factors) is None:
             raise ValueError(f"{site.method} at {name} has an update of full rank: no LoRA can hold it; merge instead")
         if len(site.owners) > 1:

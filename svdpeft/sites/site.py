@@ -76,11 +76,6 @@ class Site:
         return [place.module for place in self.places]
 
     @property
-    def key(self) -> str:
-        """Of this site among all that write into the weight, once it is installed."""
-        return self.places[0].key
-
-    @property
     def path(self) -> str:
         """How the update reaches the output, for the summary."""
         if self.skips:
@@ -263,14 +258,14 @@ class Site:
         lost = 0.0
         if state == "attached":
             self.skip_base(False)
-            if self.weight.written(self.key):
-                self.weight.erase(self.key)
+            if self.weight.written(self):
+                self.weight.erase(self)
         elif state == "merged":
-            lost = self.weight.write(self.key, self.delta)
+            lost = self.weight.write(self, self.delta)
         elif self.can_skip_base():
             self.skip_base(True)
         elif self.method.anchor(self.factors) is not None:
-            self.weight.write(self.key, self.minus_start)
+            self.weight.write(self, self.minus_start)
         self.folded, self.active = state == "folded", state != "merged"
         return lost
 
@@ -289,7 +284,7 @@ class Site:
         """Compute a folded layer from its weight again: somebody else has a hand in it now."""
         if self.skips:
             self.skip_base(False)
-            self.weight.write(self.key, self.minus_start)
+            self.weight.write(self, self.minus_start)
 
     def can_skip_base(self) -> bool:
         """Whether the factors hold the whole weight and nobody else has a hand in the layer's forward."""
@@ -300,9 +295,3 @@ class Site:
             and getattr(p.module, PLACES) == [p]
             for p in self.places
         )
-
-
-def base_weight(owner: nn.Module, parameter: str) -> BaseWeight:
-    """The one record of a parameter, however many adapters write into it; kept by its sites, so that copies have it."""
-    places = (p for p in vars(owner).get(PLACES, []) if p.parameter == parameter)
-    return next((p.site.weight for p in places), None) or BaseWeight(owner, parameter)

@@ -6,7 +6,7 @@ is copied back when nothing is: it is never reached by subtracting, so every bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class BaseWeight:
         self.owner = owner
         self.parameter = parameter
         self._original: Tensor | None = None
-        self._written: dict[str, Callable[[], Tensor]] = {}
+        self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
 
     @property
     def stored(self) -> Tensor:
@@ -53,25 +53,32 @@ class BaseWeight:
         self._original = self._original.to(self.stored.device)  # the model may have moved since
         return self._original
 
-    def write(self, key: str, part: Callable[[], Tensor]) -> float:
+    def write(self, key: Hashable, part: Callable[[], Tensor]) -> float:
         """Add ``part()``, in the stored layout, to the weight.
 
         The sum is formed in at least float32 and rounded once.
 
         Returns:
             The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
+
+        Raises:
+            ValueError: the sum is not finite, or not in the weight's dtype; nothing is written then.
         """
+        before, added = self._exact(), part()
+        exact = before + added.to(before.dtype)
+        rounded = exact.to(self.stored.dtype)
+        if not torch.isfinite(rounded).all():
+            why = f"it overflows {rounded.dtype}" if torch.isfinite(exact).all() else "the training has diverged"
+            raise ValueError(f"the weight with its update would not be finite: {why}")
         if self._original is None:
             self._original = self.tensor.clone()
-        before = self._exact()
         self._written[key] = part
-        exact = self._exact()
-        self.tensor.copy_(exact)
+        self.tensor.copy_(rounded)
         size = torch.linalg.vector_norm(exact - before)
         lost = torch.linalg.vector_norm(self.tensor.to(exact.dtype) - exact)
         return float(lost / size) if size > 0 else 0.0
 
-    def erase(self, key: str) -> None:
+    def erase(self, key: Hashable) -> None:
         """Take back what was written under ``key``; the last one to go restores every bit."""
         rest = {other: part for other, part in self._written.items() if other != key}
         self.tensor.copy_(self._exact(rest) if rest else self.original)
@@ -79,7 +86,7 @@ class BaseWeight:
         if not rest:
             self._original = None
 
-    def keep(self, key: str) -> None:
+    def keep(self, key: Hashable) -> None:
         """Make what was written under ``key`` part of the original; what others have written stays theirs."""
         part = self._written.pop(key)
         if self._written:
@@ -94,11 +101,11 @@ class BaseWeight:
         """Whether anything is written at present."""
         return bool(self._written)
 
-    def written(self, key: str) -> bool:
+    def written(self, key: Hashable) -> bool:
         """Whether something is written under ``key``."""
         return key in self._written
 
-    def _exact(self, written: Mapping[str, Callable[[], Tensor]] | None = None) -> Tensor:
+    def _exact(self, written: Mapping[Hashable, Callable[[], Tensor]] | None = None) -> Tensor:
         total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
         for part in (self._written if written is None else written).values():
             total = total + part().to(total.dtype)

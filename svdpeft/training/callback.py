@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
+from svdpeft.training.divergence import check_skipped
 from svdpeft.training.resume import load_training_state, save_training_state
 
 
@@ -24,6 +25,7 @@ class StepCallback(TrainerCallback):
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
+        self.skipped = 0  # steps in a row that a scaler of float16 left out
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,7 +38,10 @@ class StepCallback(TrainerCallback):
     ) -> None:
         optimizer = kwargs["optimizer"]
         if getattr(optimizer, "step_was_skipped", False):  # fp16 overflow: the factors did not move either
+            self.skipped += 1
+            check_skipped(self.skipped)
             return
+        self.skipped = 0
         # A scheduler scales all groups alike and notes their peaks; a role may have a learning rate of zero.
         peak, lr = max((group.get("initial_lr", args.learning_rate), group["lr"]) for group in optimizer.param_groups)
         self.adapter.after_step(lr / peak if peak else 0.0, state.max_steps)

@@ -32,9 +32,13 @@ def table(results: Results) -> list[tuple[str, Callable[[Row], str], Callable[[R
         *([("budget", budget, budget)] if len(results.budgets) > 1 else []),
         (metric_heading(results), lambda row: spread_text(row, results), lambda row: row.mean),
         ("deviation", lambda row: metric_text(row.std, results), lambda row: row.std),
-        ("seeds", lambda row: str(len(row.values)), lambda row: len(row.values)),
+        ("seeds", _seeds, lambda row: len(row.values)),
         *((column.heading, column.text, column.value) for column in columns(results)),
     ]
+
+
+def _seeds(row: Row) -> str:
+    return str(len(row.values)) + (f", {row.diverged} more diverged" if row.diverged else "")
 
 
 def compared(results: Results) -> tuple[str, ...]:
@@ -92,7 +96,8 @@ def stopped(results: Results) -> bool:
 
 def as_run(record: Record, results: Results) -> tuple[str, str, str]:
     """Return a method's name, the method with its hyper-parameters or why there is none, and its learning rate."""
-    text = record["method"]["text"] if "method" in record else record.get("error") or record["undefined"]
+    why = (record[reason] for reason in ("error", "undefined", "diverged") if reason in record)
+    text = record["method"]["text"] if "method" in record else next(why)
     name = results.name(record["label"], record["identity"]["budget"])
     return name, re.sub(r"\s+", " ", text), f"{record['identity']['lr']:g}"
 
@@ -107,6 +112,7 @@ def left_out(results: Results) -> list[tuple[str, list[str]]]:
     """Return headings, and what was left out for that reason."""
     found = [
         ("Failed", results.without("error")),
+        ("Diverged", results.without("diverged")),
         ("Not defined on this model", results.without("undefined")),
         ("Damaged files", [f"{file.path}: {file.reason}" for file in results.damaged]),
     ]

@@ -120,12 +120,14 @@ def _tests(results: Results) -> Iterator[str]:
 
 
 def _missing(results: Results) -> Iterator[str]:
-    for what, words in (("error", "failed"), ("undefined", "not defined on this model")):
+    reasons = (("error", "failed"), ("diverged", "diverged"), ("undefined", "not defined on this model"))
+    for what, words in reasons:
         if found := [record for record in results.records if what in record]:
             names = dict.fromkeys(results.name(r["label"], r["identity"]["budget"]) for r in found)
             are = "is" if len(found) == 1 else "are"
-            said = words if what == "error" else f"{are} {words}"
-            yield f"{_runs(len(found))} {said} and {are} left out: {_listed(names)}."
+            said = f"{are} {words}" if what == "undefined" else words
+            rest = "; the other seeds of their methods stand last and are not tested" if what == "diverged" else ""
+            yield f"{_runs(len(found))} {said} and {are} left out: {_listed(names)}{rest}."
     wanted = {
         (entry["label"], None if without_factors(entry["method"]) else budget, seed)
         for entry in results.spec.get("methods", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,6 +28,7 @@ class Row:
         runs: finished ones, in the order of their seeds.
         interval: mean, deviation and interval of the metric over seeds.
         free: whether it has no factors, so that no budget holds it and it stands beside the rows of every budget.
+        diverged: number of seeds that gave no result, as the training diverged: the mean is of the others.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Row:
     runs: tuple[Record, ...]
     interval: Interval
     free: bool = False
+    diverged: int = 0
 
     @property
     def method(self) -> str:
@@ -152,7 +155,8 @@ class Results:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """A row per method and budget, best first; a mean that is no number comes last."""
+        """A row per method and budget, best first; one that diverged with any seed comes last."""
+        lost = Counter((r["label"], r["identity"]["budget"]) for r in self.records if "diverged" in r)
         groups: dict[tuple[str, Any], list[Record]] = {}
         for record in filter(finished, self.records):
             groups.setdefault((record["label"], record["identity"]["budget"]), []).append(record)
@@ -160,9 +164,15 @@ class Results:
         for (label, budget), records in groups.items():
             runs = tuple(sorted(records, key=lambda record: record["identity"]["seed"]))
             values = [number(run["metric"]["value"]) for run in runs]
-            found.append(Row(label, budget, runs, interval(values, self.confidence), _free(runs[0])))
+            spread = interval(values, self.confidence)
+            found.append(Row(label, budget, runs, spread, _free(runs[0]), lost[label, budget]))
         sign = -1 if self.higher else 1
-        return sorted(found, key=lambda r: (math.isnan(r.mean), 0 if math.isnan(r.mean) else sign * r.mean, r.label))
+
+        def place(row: Row) -> tuple[bool, float, str]:
+            last = math.isnan(row.mean)
+            return last or row.diverged > 0, 0 if last else sign * row.mean, row.label
+
+        return sorted(found, key=place)
 
     def baseline_of(self, row: Row) -> Row | None:
         """The row that this one is compared with; ``None`` where there is none, or one for each of several budgets."""
@@ -177,12 +187,12 @@ class Results:
             scores = {
                 row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
                 for row in self.rows
-                if row.free or row.budget == budget
+                if (row.free or row.budget == budget) and not row.diverged  # the seeds that are left are no sample
             }
             if self.baseline is None:
                 found[budget] = "no baseline is named: the folder has no comparison.json"
             elif self.baseline not in scores:
-                found[budget] = f"the baseline {self.baseline} has no finished run"
+                found[budget] = f"the baseline {self.baseline} {self._lacks()}"
             else:
                 try:
                     found[budget] = differences(scores, self.baseline, confidence=self.confidence)
@@ -209,7 +219,7 @@ class Results:
         return found
 
     def without(self, what: str) -> list[str]:
-        """The runs without a result, for one of two reasons: "error" or "undefined"; equal ones are one line."""
+        """The runs without a result, for a reason: "error", "undefined" or "diverged"; equal ones are one line."""
         groups: dict[tuple[str, str], list[str]] = {}
         for record in self.records:
             if what in record:
@@ -227,6 +237,10 @@ class Results:
         if label in self._free:
             return label if budget is None else f"{label} against {budget}"
         return f"{label} at {budget or 'no budget'}"
+
+    def _lacks(self) -> str:
+        diverged = any(r["label"] == self.baseline for r in self.records if "diverged" in r)
+        return "diverged" if diverged else "has no finished run"
 
     @cached_property
     def _free(self) -> set[str]:

@@ -16,7 +16,7 @@ class Tried:
         rung: the last one that it reached.
         share: of the epochs that it was trained for; below 1 where halving stopped it.
         value: of the metric; ``None`` where there is none.
-        why: there is none: "failed", "not defined" or "not a number".
+        why: there is none: "failed", "not defined", "diverged" or "not a number".
         error: of a failed trial.
     """
 
@@ -67,7 +67,8 @@ class Search:
 def tried(trial: Record, epochs: float) -> Tried:
     """What the record of a trial says; ``epochs`` are those of a whole training."""
     value = trial.get("value")
-    why = "not defined" if "undefined" in trial else "failed" if "error" in trial else "not a number"
+    words = {"undefined": "not defined", "error": "failed", "diverged": "diverged"}
+    why = next((word for key, word in words.items() if key in trial), "not a number")
     share = min(1.0, trial["identity"]["epochs"] / epochs)
     rate, why = trial["identity"]["lr"], "" if value is not None else why
     return Tried(rate, trial["rung"], share, value, why, trial.get("error", ""))

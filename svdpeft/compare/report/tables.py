@@ -38,6 +38,7 @@ FIELDS = (
     "date",
     "error",
     "undefined",
+    "diverged",
 )
 
 

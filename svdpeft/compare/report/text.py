@@ -35,7 +35,7 @@ IN_TERMINAL = ("trainable", "attach", "step", "memory", "file", "merge")  # what
 def terminal(results: Results) -> Group:
     """Return the table for a terminal, for which 80 columns are enough, and what it shows."""
     lines = []
-    for what, words in (("error", "failed"), ("undefined", "not defined")):
+    for what, words in (("error", "failed"), ("diverged", "diverged"), ("undefined", "not defined")):
         lines += [f"{words}: {line}" for line in results.without(what)]
     lines += [f"damaged: {file.path}: {file.reason}" for file in results.damaged]
     shape = Table(title=Text(results.title), caption=Text("\n".join(lines)) if lines else None, box=None)
