@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter import steering
+from svdpeft.adapter.pretrained import NAME, plain
 from svdpeft.adapter.reach import run_once, unwatch
 from svdpeft.adapter.roster import LIVE, ROSTER, Roster, adapters_in
 from svdpeft.adapter.routing import routed
@@ -273,6 +274,33 @@ class Adapter:
         self._must_be("merged")
         self._to("attached")
 
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """Return the ``state_dict`` of the plain model with W0 + ΔW, under the names that it had before the adapter.
+
+        The model itself stays as it is. For a plain model in memory instead, call ``merge(permanent=True)``.
+
+        Returns:
+            Copies of all tensors of the model, those of other adapters left out.
+
+        Raises:
+            ValueError: a merged weight would not be finite.
+            RuntimeError: the adapter is disabled or detached.
+
+        Example:
+            >>> model = nn.Linear(4, 3)
+            >>> adapter = svdpeft.attach(model, svdpeft.LoRA(rank=1))
+            >>> list(adapter.merged_state_dict())
+            ['weight', 'bias']
+        """
+        if self.state == "merged":
+            return {name: tensor.detach().clone() for name, tensor in plain(self.model.state_dict()).items()}
+        with self.unwritten():
+            self._to("merged")
+            try:
+                return self.merged_state_dict()
+            finally:
+                self._to("attached")
+
     def fold(self) -> None:
         """Write W0 − [L C A]start into the base weights: the papers' layout, one low-rank path less per layer.
 
@@ -326,6 +354,7 @@ class Adapter:
             roster.freeze()
             return
         unwatch(self.model)
+        vars(self.model).pop(NAME, None)
         delattr(self.model, ROSTER)
         roster.release()
 

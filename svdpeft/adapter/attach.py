@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter, BatchNorm
+from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, trained
 from svdpeft.decomposition import check_matrix
@@ -23,6 +24,7 @@ from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.rules import Targets, rules
 from svdpeft.targets.select import select
 from svdpeft.targets.whole import trained_whole
+from svdpeft.targets.wrappers import unwrapped
 
 
 def attach(
@@ -40,7 +42,8 @@ def attach(
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
     Args:
-        model: any module with its weights loaded. Bad input raises before anything of it changes.
+        model: any module with its weights loaded; what torch.compile and DataParallel put around it is seen through.
+            Bad input raises before anything of it changes.
         method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
         targets: ``"all-linear"`` (every weight that multiplies the features of its input, but the output head),
             ``"all"`` (every weight of a known kind but the head), patterns, or a mapping from pattern to method. A
@@ -68,6 +71,7 @@ def attach(
         >>> adapter.trainable_count  # 2 · (6 + 8 + 1)
         30
     """
+    model = unwrapped(model)
     roster = getattr(model, ROSTER, None) or Roster(model)
     _check_name(name, roster)
     if batch_norm not in ("train", "frozen"):
@@ -168,6 +172,8 @@ def install(
         factors.to(matrix.device)
         sites[choice.name] = Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
     setattr(model, ROSTER, roster)
+    if callable(getattr(type(model), NAME, None)):
+        vars(model)[NAME] = SavePretrained(model)
     adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
     roster.adapters[name] = adapter
     for site in sites.values():

@@ -34,6 +34,7 @@ from svdpeft.sites.place import Place
 from svdpeft.sites.weights import stored
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
+from svdpeft.targets.wrappers import unwrapped
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, check_base: bool = True) -> Adapter:
@@ -50,7 +51,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
             tensor, a wrong shape.
     """
-    path = folder_of(path)
+    path, model = folder_of(path), unwrapped(model)
     header, tensors = read(path)
     try:
         parts = _parts(model, header, tensors, path, check_base)

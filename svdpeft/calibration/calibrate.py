@@ -27,6 +27,7 @@ from svdpeft.sites.place import PLACES, Place
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.rules import Targets, rules
 from svdpeft.targets.select import select
+from svdpeft.targets.wrappers import unwrapped
 
 SHOWN = 5  # names in a message
 
@@ -74,6 +75,7 @@ def calibrate(
         >>> seen["0"].count, seen["2"].second.shape
         (9, torch.Size([8, 8]))
     """
+    model = unwrapped(model)
     if not inputs and not gradients:
         raise ValueError("inputs=False and gradients=False: there is nothing to look at")
     pairs = [(pattern, m) for pattern, m in rules(targets, LoRA(rank=1)) if isinstance(m, PerSite)]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
-from svdpeft.training.divergence import check_skipped
+from svdpeft.adapter.loading import restore
+from svdpeft.adapter.pretrained import NAME
+from svdpeft.atomic import replacing
+from svdpeft.sites.place import is_factor
+from svdpeft.training.divergence import check_gradients, check_skipped
 from svdpeft.training.resume import load_training_state, save_training_state
+from svdpeft.training.trained import check_trains
 
 
 class StepCallback(TrainerCallback):
@@ -51,8 +59,9 @@ class AdapterCallback(StepCallback):
     """Train an adapter with a stock ``transformers.Trainer``, or a trainer built on one (TRL and the like).
 
     Does what ``svdpeft.Trainer`` does without replacing it: calls the method around each step, adds its penalty to the
-    loss that the model returns, and saves the adapter beside every checkpoint, in its folder ``adapter``. A resumed run
-    finds what the method remembers in ``output_dir/checkpoint-N``.
+    loss that the model returns, stops at a gradient that is not finite, and keeps adapters alone in the checkpoints:
+    ``checkpoint-N/adapter``, beside a ``model.safetensors`` with the same tensors, from which the trainer resumes and
+    brings back the best.
 
     Args:
         adapter: attached to the model that is trained.
@@ -62,45 +71,98 @@ class AdapterCallback(StepCallback):
         trainer = trl.SFTTrainer(model=model, callbacks=[svdpeft.AdapterCallback(adapter)], ...)
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        super().__init__(adapter)
-        self._handle: RemovableHandle | None = None
+    accumulates = 1  # batches of the optimizer step that runs
+    hooks: ClassVar[weakref.WeakKeyDictionary[Adapter, RemovableHandle]] = weakref.WeakKeyDictionary()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        shared = next((n for n, site in self.adapter.sites.items() if site.factors.tied), None)
-        if shared is not None and args.save_strategy != "no":
+        release(self.adapter)  # of a training that was interrupted
+        check_trains(self.adapter, kwargs["model"], kwargs.get("optimizer"))
+        shared = next((n for n, site in self.adapter.sites.items() if site.factors.tied or len(site.places) > 1), None)
+        if shared is not None and args.save_strategy != "no" and not hasattr(self.adapter.model, NAME):
             raise ValueError(
-                f"{self.adapter.sites[shared].method} shares tensors between sites, which a stock trainer cannot save "
-                "with its model: use svdpeft.Trainer, or save_strategy='no' and adapter.save()"
+                f"{shared} shares tensors between sites or layers, which a stock trainer cannot save with its model: "
+                "use svdpeft.Trainer, or save_strategy='no' and adapter.save()"
             )
-        if state.global_step:  # resumed: the trainer has loaded the model, factors and all
-            load_training_state(self.adapter, self._folder(args, state))
+        if state.global_step:  # resumed: the trainer has loaded the same values, and asked nothing about the base
+            self._restore(self._folder(args, state))
         if self.adapter.penalty() is not None:
-            self._handle = self.adapter.model.register_forward_hook(self._add_penalty)
+            self.hooks[self.adapter] = self.adapter.model.register_forward_hook(self._add_penalty, with_kwargs=True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.accumulates = micro_batches(args.gradient_accumulation_steps, kwargs.get("train_dataloader"), state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.fp16:  # else a scaler leaves such a step out
+            check_gradients(self.adapter, state.global_step + 1)
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        release(self.adapter)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore(Path(state.best_model_checkpoint))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and args.output_dir is not None:
-            folder = self._folder(args, state)
-            self.adapter.save(folder / FOLDER)
-            save_training_state(self.adapter, folder)
+        if not args.should_save:
+            return
+        folder = self._folder(args, state)
+        self.adapter.save(folder / FOLDER)
+        save_training_state(self.adapter, folder)
+        with replacing(
+            folder / SAFE_WEIGHTS_NAME
+        ) as new:  # the trainer has written the whole model, if it is a bare one
+            save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
+
+    def _restore(self, folder: Path) -> None:
+        restore(self.adapter, folder / FOLDER)
+        load_training_state(self.adapter, folder)
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
-    def _add_penalty(self, model: nn.Module, args: Any, output: Any) -> None:
-        if not model.training:
+    def _add_penalty(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not model.training or (penalty := self.adapter.penalty()) is None:
             return
         if getattr(output, "loss", None) is None:
             raise RuntimeError(
-                "the method adds a penalty to the loss, but the model returned none: use svdpeft.Trainer, or "
-                "mode='decoupled'"
+                "the method adds a penalty to the loss, but the model returned none (a trainer with a loss function or "
+                "label smoothing of its own takes the labels away): use svdpeft.Trainer, or mode='decoupled'"
             )
-        output.loss = output.loss + self.adapter.penalty()
+        # A loss that the model normalises over the whole accumulated batch is not divided by its steps later on.
+        normalised = kwargs.get("num_items_in_batch") is not None
+        output.loss = output.loss + penalty / (self.accumulates if normalised else 1)
+
+
+def release(adapter: Adapter) -> None:
+    """Take a callback's penalty out of the model, should a training have been interrupted."""
+    if (handle := AdapterCallback.hooks.pop(adapter, None)) is not None:
+        handle.remove()
+
+
+def micro_batches(accumulation: int, batches: Any, state: TrainerState) -> int:
+    """Number of batches of the optimizer step that begins: the last one of an epoch may have fewer.
+
+    Example:
+        >>> state = TrainerState(global_step=5)  # three steps of two, two and one batches in an epoch
+        >>> micro_batches(2, range(5), state), micro_batches(2, range(6), state)
+        (1, 2)
+    """
+    if not hasattr(batches, "__len__"):
+        return accumulation
+    whole, rest = divmod(len(batches), accumulation)
+    last = rest and state.global_step % (whole + 1) == whole
+    return rest if last else accumulation
+
+
+def trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What a checkpoint needs of the model's state dict: factors, parameters that train whole, changed statistics."""
+    changed = adapter.contents().values
+    state = adapter.model.state_dict()
+    return {name: t.contiguous().clone() for name, t in state.items() if is_factor(name) or name in changed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,36 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import can_return_loss, find_labels
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
 from svdpeft.adapter.loading import restore
 from svdpeft.registry import near_miss
-from svdpeft.training.callback import StepCallback
+from svdpeft.targets.wrappers import unwrapped
+from svdpeft.training.callback import StepCallback, release
+from svdpeft.training.divergence import check_gradients
 from svdpeft.training.memory import peak_memory
 from svdpeft.training.resume import load_training_state, save_training_state
+from svdpeft.training.trained import alone, check_trains
 
 
-def returns_loss(model: nn.Module) -> bool:
-    """Whether a model takes labels and gives a loss of its own, as those of transformers do and timm's do not."""
-    return "labels" in inspect.signature(model.forward).parameters
+def returns_loss(model: nn.Module, label_names: Sequence[str] | None = None) -> bool:
+    """Whether a model takes labels and gives a loss of its own, as those of transformers do and timm's do not.
+
+    Args:
+        model: wrappers of it are seen through.
+        label_names: what the labels are called, where the user says it.
+    """
+    inner = unwrapped(model)
+    known = inspect.signature(inner.forward).parameters
+    labels = find_labels(type(inner)) if label_names is None else [name for name in label_names if name in known]
+    return bool(labels) or "return_loss" in known
+
+
+def named(output: Any) -> Any:
+    """A bare tensor as the one field of a dictionary: of anything else the trainer takes the first as the loss."""
+    return {"logits": output} if isinstance(output, Tensor) else output
 
 
 ASKED = ("_save", "_load_from_checkpoint", "_load_best_model")
@@ -70,9 +87,12 @@ class Trainer(transformers.Trainer):
         self.adapter = adapter
         self.role_lr = dict(role_lr or {})
         self.add_callback(StepCallback(adapter))
-        self._returns_loss = returns_loss(model)
+        self._returns_loss = returns_loss(model, args.label_names)
+        if args.label_names is None:  # transformers does not see through torch.compile
+            self.label_names = find_labels(type(unwrapped(model))) or self.label_names
+            self.can_return_loss = can_return_loss(type(unwrapped(model)))
         if not self._returns_loss:
-            self.label_names = ["labels"]
+            self.label_names = self.label_names or ["labels"]
             if self.compute_loss_func is None:
                 self.loss_is_scaled_for_ga = False  # ours is a mean over the batch
         self._logged_at = (time.perf_counter(), 0)
@@ -85,24 +105,58 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, plus the method's penalty while training."""
-        own = self._returns_loss or self.compute_loss_func is not None
-        if own:
+        if self._returns_loss or self.compute_loss_func is not None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            outputs = named(outputs)
         else:
-            inputs = dict(inputs)
-            labels = inputs.pop("labels")
-            logits = model(**inputs)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor)
-            outputs = {"logits": logits}
+            loss, outputs = self._cross_entropy(model, dict(inputs))
         if model.training and (penalty := self.adapter.penalty()) is not None:
-            # A loss that is normalised over the whole accumulated batch is not divided by its steps later on.
-            scaled = (
-                own
-                and num_items_in_batch is not None
-                and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+            loss = loss + penalty / (
+                self.current_gradient_accumulation_steps if self._scales(num_items_in_batch) else 1
             )
-            loss = loss + penalty / (self.current_gradient_accumulation_steps if scaled else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _cross_entropy(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a model that has none of its own."""
+        (name, *others) = self.label_names
+        if name not in inputs:
+            raise ValueError(
+                f"the batch has no {name!r}, but {', '.join(map(repr, inputs))}: name what holds the labels in "
+                "TrainingArguments(label_names=[…]), or give a compute_loss_func"
+            )
+        labels = inputs.pop(name)
+        logits = model(**inputs)
+        if not isinstance(logits, Tensor) or others:
+            what = f"{len(self.label_names)} labels" if others else f"a {type(logits).__name__} and no loss"
+            raise ValueError(
+                f"cross-entropy is of one tensor of logits and one of labels, and here are {what}: "
+                "give the trainer a compute_loss_func"
+            )
+        return F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor), {"logits": logits}
+
+    def _scales(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the loss is normalised over the whole accumulated batch, and not divided by its steps later on."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """``transformers.Trainer``'s, which would take the first row of a bare tensor for the loss."""
+        if not self._returns_loss and any(inputs.get(name) is None for name in self.label_names):
+            bare = model
+            return super().prediction_step(lambda **inputs: named(bare(**inputs)), inputs, *args, **kwargs)  # type: ignore[arg-type]
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``transformers.Trainer``'s, and a look at the gradients before they are clipped and the optimizer takes them.
+
+        Raises:
+            Diverged: a gradient is not finite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            check_gradients(self.adapter, self.state.global_step + 1)
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The stock optimizer, its groups split by role where a role has a learning rate of its own."""
@@ -131,9 +185,22 @@ class Trainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """``transformers.Trainer``'s; the time of the first steps counts from here."""
+        """``transformers.Trainer``'s: exactly what the adapter trains, while other adapters of the model rest.
+
+        Raises:
+            RuntimeError: the adapter is merged, disabled or detached.
+            ValueError: the adapter is of another model; the model or the optimizer has something else to train.
+            Diverged: a gradient is not finite; the adapter holds what the last good step left.
+        """
+        model: Any = self.model
+        optimizer: Any = self.optimizer
+        # A step callback of its own says of another adapter that it trains beside this one.
+        training = [each.adapter for each in self.callback_handler.callbacks if isinstance(each, StepCallback)]
+        release(self.adapter)
+        check_trains(self.adapter, model, optimizer)
         self._logged_at = (time.perf_counter(), self.state.global_step)
-        return super().train(*args, **kwargs)
+        with alone(training, model):
+            return super().train(*args, **kwargs)
 
     # Adapter-only checkpoints: transformers asks these three (``ASKED``) where a whole model would be written or read.
 
