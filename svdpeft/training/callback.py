@@ -59,9 +59,9 @@ class AdapterCallback(StepCallback):
     """Train an adapter with a stock ``transformers.Trainer``, or a trainer built on one (TRL and the like).
 
     Does what ``svdpeft.Trainer`` does without replacing it: calls the method around each step, adds its penalty to the
-    loss that the model returns, stops at a gradient that is not finite, and keeps adapters alone in the checkpoints:
-    ``checkpoint-N/adapter``, beside a ``model.safetensors`` with the same tensors, from which the trainer resumes and
-    brings back the best.
+    loss that the model returns, stops at a gradient that is not finite, and saves ``checkpoint-N/adapter``. Of a model
+    of transformers a checkpoint holds the adapter alone, and the same tensors in a ``model.safetensors``, from which
+    the trainer resumes; of any other module the trainer itself has written the whole.
 
     Args:
         adapter: attached to the model that is trained.
@@ -115,10 +115,9 @@ class AdapterCallback(StepCallback):
         folder = self._folder(args, state)
         self.adapter.save(folder / FOLDER)
         save_training_state(self.adapter, folder)
-        with replacing(
-            folder / SAFE_WEIGHTS_NAME
-        ) as new:  # the trainer has written the whole model, if it is a bare one
-            save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
+        if hasattr(self.adapter.model, NAME):  # its save_pretrained has written nothing that a trainer resumes from
+            with replacing(folder / SAFE_WEIGHTS_NAME) as new:
+                save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
 
     def _restore(self, folder: Path) -> None:
         restore(self.adapter, folder / FOLDER)

@@ -59,8 +59,8 @@ def check_trains(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Opti
     steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if extra := [name for p, name in {**trains, **of_others}.items() if p in steps and p not in own]:
         raise ValueError(
-            f"the optimizer has parameters beside those of adapter {adapter.name!r}, such as {extra[0]}: it would train them, and "
-            "nothing would save them. Make it of adapter.parameters(); of another adapter of the model, set "
+            f"the optimizer has parameters beside those of adapter {adapter.name!r}, such as {extra[0]}: it would "
+            "train them, and nothing would save them. Make it of adapter.parameters(); of another adapter, set "
             "requires_grad of its parameters to False before the trainer is made"
         )
     if lost := [name for p, name in own.items() if p not in steps]:

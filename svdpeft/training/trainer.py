@@ -88,9 +88,12 @@ class Trainer(transformers.Trainer):
         self.role_lr = dict(role_lr or {})
         self.add_callback(StepCallback(adapter))
         self._returns_loss = returns_loss(model, args.label_names)
-        if args.label_names is None:  # transformers does not see through torch.compile
-            self.label_names = find_labels(type(unwrapped(model))) or self.label_names
-            self.can_return_loss = can_return_loss(type(unwrapped(model)))
+        if (inner := unwrapped(model)) is not model:  # transformers takes the signature of a wrapper for the model's
+            self.label_names = args.label_names or find_labels(type(inner))
+            self.can_return_loss = can_return_loss(type(inner))
+            every = inspect.signature(inner.forward).parameters.values()
+            takes = any(parameter.kind is parameter.VAR_KEYWORD for parameter in every)
+            self.model_accepts_loss_kwargs = getattr(inner, "accepts_loss_kwargs", takes)
         if not self._returns_loss:
             self.label_names = self.label_names or ["labels"]
             if self.compute_loss_func is None:
@@ -125,12 +128,12 @@ class Trainer(transformers.Trainer):
                 "TrainingArguments(label_names=[…]), or give a compute_loss_func"
             )
         labels = inputs.pop(name)
-        logits = model(**inputs)
-        if not isinstance(logits, Tensor) or others:
+        logits = None if others else model(**inputs)
+        if not isinstance(logits, Tensor):
             what = f"{len(self.label_names)} labels" if others else f"a {type(logits).__name__} and no loss"
             raise ValueError(
-                f"cross-entropy is of one tensor of logits and one of labels, and here are {what}: "
-                "give the trainer a compute_loss_func"
+                f"cross-entropy is of one tensor of logits and one of labels, and here are {what}: give the trainer a "
+                "compute_loss_func"
             )
         return F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor), {"logits": logits}
 
