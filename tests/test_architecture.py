@@ -30,9 +30,9 @@ TIERS = [
     ("decomposition",),
     ("atomic", "registry", "patterns"),
 ]
-ARROWS = 76  # between parts: a new one is a decision, and docs/architecture.md says the number
+ARROWS = 78  # between parts: a new one is a decision, and docs/architecture.md says the number
 LONGEST = 350  # lines of a file
-LONGER = {"svdpeft.adapter.adapter": 400}  # half of it are the docstrings of what users call
+LONGER = {"svdpeft.adapter.adapter": 410}  # half of it are the docstrings of what users call
 
 
 def module(file: Path) -> str:

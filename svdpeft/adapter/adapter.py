@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from svdpeft.adapter import steering
 from svdpeft.adapter.pretrained import NAME, plain
 from svdpeft.adapter.reach import run_once, unwatch
-from svdpeft.adapter.roster import LIVE, ROSTER, Roster, adapters_in
-from svdpeft.adapter.routing import routed
+from svdpeft.adapter.roster import LIVE, ROSTER, Roster
+from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import summarise
@@ -25,7 +25,6 @@ from svdpeft.adapter.switching import check_foldable, check_no_transform_beside,
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Borrowed, Frozen, running_statistics
-from svdpeft.sites.rows import rows_of
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import MergeReport, stored
 
@@ -222,31 +221,8 @@ class Adapter:
         """
         self._must_be("attached", "merged", "folded", "disabled")
         roster: Roster[Adapter] = getattr(self.model, ROSTER)
-        adapters: list[Adapter] = adapters_in(self.model)
-        for adapter in adapters:
-            adapter._must_be("attached", "disabled")
-        rows = rows_of(names, roster.adapters, flattened)
-        for name in rows:
-            roster.adapters[name]._must_be("attached")
-        attached = [adapter for adapter in adapters if adapter.state == "attached"]
-        for adapter in attached:
-            adapter._check_one_per_batch()
-        with routed(self.model, {s: its for n, its in rows.items() for s in roster.adapters[n].sites.values()}):
-            try:
-                for adapter in attached:
-                    adapter.state = "in a per_example block"
-                yield
-            finally:
-                for adapter in attached:
-                    adapter.state = "attached"
-
-    def _check_one_per_batch(self) -> None:
-        """Refuse what the adapter changes of the base itself."""
-        if one := next(iter({**self.whole, **self.borrowed.changed()}), None):
-            raise ValueError(
-                f"adapter {self.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
-                "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
-            )
+        with by_example(self.model, roster.adapters, names, flattened):
+            yield
 
     def merge(self, permanent: bool = False) -> MergeReport:
         """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
@@ -358,9 +334,8 @@ class Adapter:
         delattr(self.model, ROSTER)
         roster.release()
 
-    def _must_be(self, *states: str) -> None:
-        if self.state not in states:
-            raise RuntimeError(f"adapter {self.name!r} is {self.state}; this needs it to be {' or '.join(states)}")
+    def _must_be(self, *states: Condition) -> None:
+        must_be(self, *states)
 
     # -- training -------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from svdpeft.adapter.roster import adapters_in
 from svdpeft.sites.place import PLACES
-from svdpeft.sites.rows import Rows
+from svdpeft.sites.rows import Rows, rows_of
 from svdpeft.sites.site import Site
+
+
+@contextmanager
+def by_example(
+    model: nn.Module, known: Mapping[str, Any], names: Sequence[str | None], flattened: bool
+) -> Iterator[None]:
+    """What ``Adapter.per_example`` does.
+
+    Args:
+        model: whose forward will be called.
+        known: its adapters by name.
+        names: of an adapter for every row of the batch.
+        flattened: layers may see several rows for each example.
+
+    Raises:
+        ValueError: a name that no adapter has; parameters or statistics that an adapter has changed whole.
+        RuntimeError: an adapter that is merged or folded, one that is named and disabled.
+    """
+    adapters = adapters_in(model)
+    rows = rows_of(names, known, flattened)
+    for adapter in adapters:
+        must_be(adapter, "attached", *(() if adapter.name in rows else ("disabled",)))
+    attached = [adapter for adapter in adapters if adapter.state == "attached"]
+    for adapter in attached:
+        if one := next(iter({**adapter.whole, **adapter.borrowed.changed()}), None):
+            raise ValueError(
+                f"adapter {adapter.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
+                "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
+            )
+    with routed(model, {site: its for name, its in rows.items() for site in known[name].sites.values()}):
+        try:
+            for adapter in attached:
+                adapter.state = "in a per_example block"
+            yield
+        finally:
+            for adapter in attached:
+                adapter.state = "attached"
+
+
+def must_be(adapter: Any, *states: str) -> None:
+    if adapter.state not in states:
+        raise RuntimeError(f"adapter {adapter.name!r} is {adapter.state}; this needs it to be {' or '.join(states)}")
 
 
 @contextmanager

@@ -114,9 +114,8 @@ class Trainer(transformers.Trainer):
         else:
             loss, outputs = self._cross_entropy(model, dict(inputs))
         if model.training and (penalty := self.adapter.penalty()) is not None:
-            loss = loss + penalty / (
-                self.current_gradient_accumulation_steps if self._scales(num_items_in_batch) else 1
-            )
+            scaled = self._scales(num_items_in_batch)
+            loss = loss + penalty / (self.current_gradient_accumulation_steps if scaled else 1)
         return (loss, outputs) if return_outputs else loss
 
     def _cross_entropy(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
