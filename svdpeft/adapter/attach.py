@@ -15,7 +15,17 @@ from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, trained
 from svdpeft.decomposition import check_matrix
-from svdpeft.methods.base import Factors, Given, Method, Partner, PerSite, Statistics, grouped, share
+from svdpeft.methods.base import (
+    Factors,
+    Given,
+    Method,
+    Partner,
+    PerSite,
+    Statistics,
+    check_patterns,
+    grouped,
+    share,
+)
 from svdpeft.registry import near_miss
 from svdpeft.sites.place import CHILD
 from svdpeft.sites.site import Site
@@ -31,8 +41,8 @@ def attach(
     model: nn.Module,
     method: Method | None = None,
     targets: Targets = "all-linear",
-    exclude: Sequence[str] = (),
-    train: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    train: str | Sequence[str] = (),
     name: str = "default",
     seed: int = 0,
     clip_rank: bool = False,
@@ -54,7 +64,8 @@ def attach(
         train: patterns of modules or parameters of the base that are trained whole, such as a new head.
         name: of the adapter; several of different names add up.
         seed: of every random draw; each site's own depends on this and on its name only.
-        clip_rank: lower a rank that is too large for a small matrix instead of raising.
+        clip_rank: lower a rank that is too large for a small matrix instead of raising; the scale α/r stays that of the
+            rank that was asked for.
         batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
         calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
@@ -77,7 +88,8 @@ def attach(
     if batch_norm not in ("train", "frozen"):
         raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
     pairs = rules(targets, method)
-    whole = trained_whole(model, [*train, *(pattern for _, m in pairs for pattern in m.whole(model))])
+    named = [train] if isinstance(train, str) else train
+    whole = trained_whole(model, [*named, *(pattern for _, m in pairs for pattern in m.whole(model))])
     _check_whole(whole)
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
@@ -106,6 +118,7 @@ def _build(
     shared: dict[str, dict[str, Tensor]] = {}
     for rule, sites in rules.items():
         found = methods[rule].resolve(sites, clip)
+        check_patterns(methods[rule], [(site.name, site.roles) for site in sites])
         resolved |= {site.name: method for site, method in zip(sites, found, strict=True)}
         for one, group in grouped(found, sites).values():
             tied = share(one.share(group), one.trains)

@@ -120,7 +120,7 @@ def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None
         raise ValueError(f"rank {rank!r} at {where} is not a whole number")
     limit = min(m, n) if limit is None else limit
     if not 1 <= rank <= limit:
-        raise ValueError(f"rank {rank} is outside [1, {limit}] at {where} ({m}x{n})")
+        raise ValueError(f"rank {rank} is outside [1, {limit}] at {where} ({m}x{n}); clip_rank=True lowers it there")
     return rank
 
 

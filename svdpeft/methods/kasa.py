@@ -64,7 +64,7 @@ class KaSA(Triplets):
     trains: ClassVar = ("L", "C", "A")
     anchored: ClassVar[bool] = False  # L is zero at the start; what is subtracted is another part of W0
     pruned: ClassVar[tuple[str, ...]] = ("L",)
-    resolved: ClassVar = ("rank", "drop")
+    resolved: ClassVar = ("rank", "alpha", "drop")
     draws: ClassVar = True
     latex: ClassVar[str] = r"W' = W_0 - U_{-r}\Sigma_{-r}V_{-r}^\top + s\,L\,\mathrm{diag}(C)\,A,\quad L_0 = 0"
     reference: ClassVar = Reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,12 +123,33 @@ def computes_without_gradient(module: nn.Module) -> bool:
     return code is not None and code.co_name in ("no_grad", "inference_mode", "decorate_context")
 
 
+HEADS = re.compile(r"(.*\.)?(score|classifier|qa_outputs|lm_head|seq_relationship|\w+_labels_classifier)")
+
+
 def _output_layers(model: nn.Module) -> set[nn.Module]:
-    """The classifier of a timm model, the vocabulary head of a transformers one: their own words for it."""
+    """The layers that give what the task asks for: by the model's own words, by its sizes, or by their names.
+
+    timm says ``get_classifier``, of several heads a tuple; transformers ``get_output_embeddings`` of a vocabulary. What
+    transformers puts beside its ``base_model`` is a head if it has a row per label or token, or is called as heads are.
+    """
     found: set[nn.Module] = set()
     for accessor in ("get_output_embeddings", "get_classifier"):
         ask: Callable[[], object] | None = getattr(model, accessor, None)
-        head = ask() if callable(ask) else None
-        if isinstance(head, nn.Module):
-            found |= set(head.modules())
+        heads = ask() if callable(ask) else None
+        for head in heads if isinstance(heads, (tuple, list)) else [heads]:
+            if isinstance(head, nn.Module):
+                found |= set(head.modules())
+    if callable(getattr(model, "get_classifier", None)):
+        return found | {module for name, module in model.named_modules() if name.split(".")[0] == "aux_head"}
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module):
+        return found  # what the layers of any other module are for it does not say
+    inside = set(base.modules()) if base is not model else set()
+    sizes = {getattr(getattr(model, "config", None), name, None) for name in ("num_labels", "vocab_size")}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if module in inside or weight is None or weight.ndim < 2:
+            continue
+        if HEADS.fullmatch(name) or (base is not model and weight.shape[0] in sizes):
+            found.add(module)
     return found

@@ -190,5 +190,10 @@ def _nothing_for(rule: Rule, survey: Survey, asked: Sequence[_Left], selection: 
         why = "; ".join(left[:3]) or f"the model has none of the kinds {', '.join(KINDS)}"
         return ValueError(f"{start} that can be adapted: {why}")
     weights = survey.weights
+    for weight in filter(rule.wants, weights):
+        before = next(other for other in survey.rules if other.wants(weight))
+        return ValueError(
+            f"targets={rule.text!r} has no effect: {before.text!r}, which stands before it, decides for {weight.name}"
+        )
     known = {weight.name.rpartition(".")[2] for weight in weights} | {r for w in weights for r in w.roles} | set(BROAD)
     return ValueError(f"{start} of the model: {near_miss(rule.pattern, known)}")

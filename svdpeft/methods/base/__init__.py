@@ -12,7 +12,7 @@ from svdpeft.methods.base.factored import Decomposed, Factored, Scaled, Triplets
 from svdpeft.methods.base.factors import Factors, Tensors, by_shape, share
 from svdpeft.methods.base.given import Given, Partner, Statistics, generator
 from svdpeft.methods.base.hooks import Hooks
-from svdpeft.methods.base.hyperparameters import check_numbers
+from svdpeft.methods.base.hyperparameters import check_numbers, check_patterns
 from svdpeft.methods.base.kind import Kind
 from svdpeft.methods.base.method import Method
 from svdpeft.methods.base.persite import PerSite, grouped
@@ -41,6 +41,7 @@ __all__ = [
     "Unscaled",
     "by_shape",
     "check_numbers",
+    "check_patterns",
     "generator",
     "grouped",
     "share",

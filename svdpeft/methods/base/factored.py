@@ -151,10 +151,22 @@ class Scaled(Factored):
     dropout: float = 0.0
     rs: bool = False
 
+    resolved: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha {self.alpha} is not positive")
+
+    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()):
+        found = super().at(site, m, n, clip, roles)
+        asked = chosen(self.rank, site, roles)
+        if not isinstance(asked, int) or found.rank == asked or (self.alpha is None and not self.rs):
+            return found
+        scale = dataclasses.replace(
+            self, rank=asked
+        ).scale  # a rank that was lowered keeps the scale that was asked for
+        return dataclasses.replace(found, alpha=scale * (math.sqrt(found.rank) if self.rs else found.rank))
 
     @property
     def scale(self) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from svdpeft.patterns import check_decide
 
 
 def check_numbers(parameters: Any) -> None:
@@ -15,6 +18,24 @@ def check_numbers(parameters: Any) -> None:
             raise ValueError(f"{name} {value} is not a finite number")
         if type_ in ("int", "int | None") and isinstance(value, (float, bool)):
             raise ValueError(f"{name} {value!r} is not a whole number")
+
+
+def check_patterns(parameters: Any, sites: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Refuse a pattern of a mapping, such as that of a rank, that decides for no site; ``".*"`` may be for no rest.
+
+    Args:
+        parameters: a method; those inside of it are looked at, too.
+        sites: name and roles of each.
+
+    Raises:
+        ValueError: it matches none, or only such as one before it decides for.
+    """
+    for name in (f.name for f in dataclasses.fields(parameters)):
+        value = getattr(parameters, name)
+        if dataclasses.is_dataclass(value):
+            check_patterns(value, sites)
+        elif isinstance(value, Mapping):
+            check_decide(value, sites, name)
 
 
 def plain(value: Any) -> Any:
