@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -97,7 +98,27 @@ def attach(
     built = _build(selection.choices, seed, clip_rank, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
+    _warn_of_half(whole)
     return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
+
+
+def _warn_of_half(whole: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """A parameter that trains whole has no copy in float32, as factors are."""
+    half = {name: dtype for name, place in whole.items() if (dtype := stored(*place).dtype).itemsize < 4}
+    if half:
+        name, dtype = next(iter(half.items()))
+        why = (
+            "a gradient scaler refuses its gradients"
+            if dtype == torch.float16
+            else "a step below 1/256 of a value is lost in rounding, so that it hardly moves at usual learning rates"
+        )
+        layer = name.rpartition(".")[0] or "the model"
+        warnings.warn(
+            f"{name} trains whole in {dtype}{f', and {len(half) - 1} more' if len(half) > 1 else ''}: {why}. Make it "
+            f"float32 before attaching, model.get_submodule({layer!r}).float(), and train under autocast (bf16=True or "
+            "fp16=True of the trainers)",
+            stacklevel=3,
+        )
 
 
 def _build(

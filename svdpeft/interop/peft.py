@@ -11,10 +11,11 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.atomic import replacing
@@ -22,6 +23,13 @@ from svdpeft.decomposition import Product, exact_rank, recompress
 from svdpeft.sites.site import Site
 
 CONV = re.compile(r"conv|conv-same")
+TASKS = {  # PEFT's words for what the classes of transformers are for
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 WRITTEN = re.compile(r"linear|hf-conv1d|conv|conv-same")  # the kinds whose LoRA files PEFT can read back
 
 
@@ -65,24 +73,45 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int
         tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
     common = Counter(ranks.values()).most_common(1)[0][0]
-    patterns = {name: rank for name, rank in ranks.items() if rank != common}
+    # PEFT takes a key for a suffix.
+    suffixes = {name for name in ranks if any(other.endswith(f".{name}") for other in ranks)}
+    patterns = {f"^{n}$" if n in suffixes else n: rank for n, rank in ranks.items() if rank != common}
     config = {
         "peft_type": "LORA",
         "r": common,
         "lora_alpha": common,  # scale one: it is inside the factors
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": list(adapter.sites),
+        "target_modules": _targets(adapter),
         "fan_in_fan_out": any(site.kind.name == "hf-conv1d" for site in adapter.sites.values()),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
+        **_base(adapter.model),
     }
     with replacing(path) as new:
         new.mkdir()
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return ranks
+
+
+def _targets(adapter: Adapter) -> list[str] | str:
+    """The names of the sites; PEFT takes those of a list for suffixes, so that where one is, a pattern says it."""
+    sites, names = set(adapter.sites), [name for name, _ in adapter.model.named_modules()]
+    if any(name.endswith(f".{site}") and name not in sites for site in sites for name in names):
+        return "|".join(map(re.escape, adapter.sites))  # PEFT matches a string as a whole
+    return list(adapter.sites)
+
+
+def _base(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's Auto classes need to know of the base: where it is from, and of which class."""
+    path = getattr(model, "name_or_path", None) or None
+    name = type(model).__name__
+    task = next((task for suffix, task in TASKS.items() if name.endswith(suffix)), None)
+    library = type(model).__module__
+    mapping = None if task else {"base_model_class": name, "parent_library": library}
+    return {"base_model_name_or_path": path, "task_type": task, "auto_mapping": mapping}
 
 
 @torch.no_grad()
