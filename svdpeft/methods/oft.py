@@ -113,6 +113,10 @@ class OFT(Transform):
         t = turns(f.Q, self.block_size, self.neumann).to(call.x.dtype)
         return call.frozen(blockwise(call.x, t.mT))  # (R − I) x of a row vector is x (R − I)ᵀ
 
+    @property
+    def has_step(self) -> bool:
+        return self.eps is not None
+
     @torch.no_grad()
     def after_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         if self.eps is None:

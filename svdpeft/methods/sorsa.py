@@ -112,6 +112,11 @@ class SORSA(Decomposed, Triplets):
     def keeps_state(self) -> bool:
         return super().keeps_state or self._moving
 
+    @property
+    def has_step(self) -> bool:
+        regularised = self.mode == "retract" or (self.mode != "loss" and self.gamma != 0)
+        return regularised or self.keeps_state
+
     @torch.no_grad()
     def before_step(self, sites: Sequence[Factors], progress: Progress) -> None:
         super().before_step(sites, progress)

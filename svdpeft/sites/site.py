@@ -184,7 +184,7 @@ class Site:
 
     def check_stepped(self, place: Place) -> None:
         """Refuse to train on where a method's own step was left out: it would be another method without a word."""
-        if torch.compiler.is_compiling() or not self.method.keeps_state:
+        if torch.compiler.is_compiling() or not self.method.has_step:
             return
         if place.module.training and torch.is_grad_enabled() and self.factors.was_stepped():
             raise RuntimeError(

@@ -210,6 +210,10 @@ class Triplets(Scaled):
     def keeps_state(self) -> bool:
         return self.allocate is not None
 
+    @property
+    def has_step(self) -> bool:
+        return self.allocate is not None or self._steps_beyond(Triplets)
+
 
 @dataclass(frozen=True)
 class Decomposed(Factored):

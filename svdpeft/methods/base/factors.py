@@ -72,9 +72,9 @@ class Factors(nn.Module):
         return {name: t.detach() for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
     def was_stepped(self) -> bool:
-        """Whether what trains was written to since this was last asked, and ``settle`` was not called since."""
+        """Whether an optimizer has stepped since this was last asked, and ``settle`` was not called since."""
         trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
-        now = [(id(p), p._version, optimizer_steps(p)) for p in trained]
+        now = [(id(p), optimizer_steps(p)) for p in trained]
         seen, self._seen = self._seen, now
         return seen is not None and any(a[0] == b[0] and a != b for a, b in zip(seen, now, strict=False))
 

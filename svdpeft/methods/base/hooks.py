@@ -89,5 +89,18 @@ class Hooks(Method):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it keeps something from step to step: ``after_step`` must be called, and a resumed run needs it."""
+        """Whether it keeps something from step to step, which a resumed run needs."""
         return False
+
+    @property
+    def has_step(self) -> bool:
+        """Whether ``before_step`` or ``after_step`` does anything: a training that leaves it out is refused.
+
+        By default where the class has one of its own; a method whose step depends on its hyper-parameters says here on
+        which.
+        """
+        return self._steps_beyond(Hooks)
+
+    def _steps_beyond(self, base: type[Hooks]) -> bool:
+        names = ("before_step", "after_step")
+        return any(getattr(type(self), name) is not getattr(base, name) for name in names)

@@ -33,7 +33,7 @@ _steps: dict[int, int] = {}  # of the parameters that are watched, by identity
 def optimizer_steps(p: nn.Parameter) -> int:
     """How many optimizer steps there were on a parameter since this was first asked.
 
-    A fused optimizer writes to its parameters without raising their version.
+    Not their versions: a fused optimizer does not raise them, and whoever else writes has taken no step.
     """
     if not _steps:
         register_optimizer_step_post_hook(_count_step)
