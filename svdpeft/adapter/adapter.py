@@ -21,7 +21,7 @@ from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import summarise
-from svdpeft.adapter.switching import check_foldable, check_no_transform_beside, go
+from svdpeft.adapter.switching import check_foldable, check_no_transform_beside, check_there, go
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Borrowed, Frozen, running_statistics
@@ -302,6 +302,8 @@ class Adapter:
         """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
         if state == self.state:
             return MergeReport({})
+        if state != "attached":
+            check_there(self.model, self.sites.values())
         self.state = "attached"  # which is true of all sites if this is interrupted
         report = go(list(self.sites.values()), state)
         self.state = state
@@ -383,6 +385,7 @@ class Adapter:
         """
         if self.state in ("disabled", "detached"):
             raise RuntimeError(f"adapter {self.name!r} is {self.state}: it cannot be saved now")
+        check_there(self.model, self.sites.values())
         values = self.borrowed.changed()
         values |= {name: self.borrowed[name] for name in self.whole}
         rules = list(zip(self.patterns, self.methods, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter, BatchNorm
+from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, trained
@@ -38,6 +39,7 @@ from svdpeft.targets.whole import trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
 
+@ordinary()
 def attach(
     model: nn.Module,
     method: Method | None = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
 from svdpeft.adapter.file import (
     HEADER,
@@ -37,6 +38,7 @@ from svdpeft.targets.inventory import users_of_parameters
 from svdpeft.targets.wrappers import unwrapped
 
 
+@ordinary()
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, check_base: bool = True) -> Adapter:
     """Attach a saved adapter to the base it was made for. Nothing is decomposed.
 
@@ -124,6 +126,7 @@ def _parts(
     return _Parts(pairs, built, whole, [(places[name], value) for name, value in values.items()])
 
 
+@ordinary()
 def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Copy a saved adapter's tensors into this attached one: how a training run resumes.
 

@@ -67,6 +67,8 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
 def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what is written: tensors by name, and the header."""
     names = {id(module): name for name, module in contents.model.named_modules()}
+    for site in contents.sites.values():
+        site.check_size()
     weights = {id(site.weight): site.weight for site in contents.sites.values()}
     hashes = {key: digest(weight.original) for key, weight in weights.items()}
     tensors: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import MergeReport
@@ -29,6 +30,21 @@ def go(sites: Sequence[Site], state: str) -> MergeReport:
             site.go("attached")
         raise
     return MergeReport(lost)
+
+
+def check_there(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuse an adapter of layers that have left the model: somebody has replaced a head, say.
+
+    Raises:
+        RuntimeError: the layer of a site is no longer in the model.
+    """
+    modules = set(model.modules())
+    for site in sites:
+        if not modules.issuperset(site.owners):
+            raise RuntimeError(
+                f"{site.name}: its layer is no longer in the model, which has another in its place: what the adapter "
+                "has learned there acts on nothing. Detach it, and attach or load it to the new model"
+            )
 
 
 def check_foldable(sites: Iterable[Site]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.reach import WATCH, unwatch, watch
 from svdpeft.adapter.roster import adapters_in
 from svdpeft.calibration.calibration import Calibration
@@ -32,6 +33,7 @@ from svdpeft.targets.wrappers import unwrapped
 SHOWN = 5  # names in a message
 
 
+@ordinary()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],

@@ -22,7 +22,15 @@ def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             place.was_called = True
         site = place.site
         if site.active and not site.skips:
-            out = (site.add if site.rows is None else site.add_to_rows)(place, _first(args, kwargs), out, own)
+            add = site.add if site.rows is None else site.add_to_rows
+            if torch.compiler.is_compiling():
+                out = add(place, _first(args, kwargs), out, own)
+            else:
+                try:
+                    out = add(place, _first(args, kwargs), out, own)
+                except (IndexError, RuntimeError):
+                    site.check_size()  # says more, if that is why
+                    raise
             if site.rows is not None or not isinstance(site.method, Transform):
                 own = None
     return out

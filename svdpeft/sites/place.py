@@ -94,6 +94,10 @@ class Answers(Protocol):
         """Compute the layer from its weight again."""
         ...
 
+    def check_size(self) -> None:
+        """Refuse a weight that was resized."""
+        ...
+
     def check_device(self, device: torch.device) -> None:
         """Refuse factors elsewhere."""
         ...

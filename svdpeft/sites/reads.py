@@ -103,6 +103,8 @@ def _dressed(base: Any, parameters: tuple[str, ...]) -> Any:
 
     def getter(parameter: str) -> property:
         def read(module: Any) -> Tensor | None:
+            if parameter not in module._parameters and parameter not in vars(module):
+                raise AttributeError(parameter)  # it was deleted; nn.Module's own __getattr__ is asked next
             try:
                 return _read(module, parameter)
             except AttributeError as error:  # or Python would ask nn.Module.__getattr__, which knows W0 alone

@@ -193,6 +193,13 @@ class Site:
                 "adapter.after_step(lr_scale) after it, or train with svdpeft.Trainer or AdapterCallback"
             )
 
+    def check_size(self) -> None:
+        """Refuse a weight that somebody has resized since it was adapted."""
+        try:
+            self.weight.check_size()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.name}: {error}") from error
+
     def check_device(self, device: torch.device) -> None:
         """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
         found = next(self.factors.parameters()).device
@@ -256,6 +263,8 @@ class Site:
             The share of the update that was lost in rounding, if it was merged.
         """
         lost = 0.0
+        if state != "attached":
+            self.check_size()
         if state == "attached":
             self.skip_base(False)
             if self.weight.written(self):

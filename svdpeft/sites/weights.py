@@ -32,6 +32,7 @@ class BaseWeight:
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         self.owner = owner
         self.parameter = parameter
+        self.size = tuple(self.stored.shape)  # when it was first adapted
         self._original: Tensor | None = None
         self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
 
@@ -52,6 +53,18 @@ class BaseWeight:
             return self.tensor
         self._original = self._original.to(self.stored.device)  # the model may have moved since
         return self._original
+
+    def check_size(self) -> None:
+        """Refuse a weight that somebody has resized since: factors are of the size that it had.
+
+        Raises:
+            RuntimeError: it is of another size now.
+        """
+        if (now := tuple(self.stored.shape)) != self.size:
+            raise RuntimeError(
+                f"its weight was {list(self.size)} when it was adapted and is {list(now)} now: resize a model (its "
+                "embeddings, say) before an adapter is attached or loaded"
+            )
 
     def write(self, key: Hashable, part: Callable[[], Tensor]) -> float:
         """Add ``part()``, in the stored layout, to the weight.

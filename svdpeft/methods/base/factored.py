@@ -166,7 +166,7 @@ class Scaled(Factored):
         scale = dataclasses.replace(
             self, rank=asked
         ).scale  # a rank that was lowered keeps the scale that was asked for
-        return dataclasses.replace(found, alpha=scale * (math.sqrt(found.rank) if self.rs else found.rank))
+        return dataclasses.replace(found, alpha=scale * (math.sqrt(found._rank) if self.rs else found._rank))
 
     @property
     def scale(self) -> float:

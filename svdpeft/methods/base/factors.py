@@ -42,7 +42,7 @@ class Factors(nn.Module):
         self.trains, self.tied, self.shape = tuple(trains), tuple(tied or ()), shape
         self._shared = {} if tied is None else tied  # one mapping in all sites of a group
         self.memory: Tensors = {}  # what a method keeps from step to step: of a training, not of the adapter
-        self._seen: list[tuple[int, int, int]] | None = None
+        self._seen: list[tuple[int, int]] | None = None
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 # contiguous, as it comes back from a file: another layout may take another kernel
