@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import MergeReport
@@ -71,6 +74,22 @@ def check_no_transform_beside(sites: Iterable[Site], all_sites: Iterable[Site]) 
     for site in all_sites:
         if site not in mine and id(site.weight) in weights and site.method.product(site.factors) is None:
             raise ValueError(
-                f"another adapter transforms the weight of {site.name} ({site.method}): with another base "
-                "it would no longer be what was trained; merge or detach that one first"
+                f"another adapter transforms the weight of {site.name} ({site.method}): it changes the base as that "
+                "is, so that no other change can become part of that for good. For a plain model with both, merge() "
+                "both and take merged_state_dict(); else detach that one"
+            )
+
+
+def guard_loading(model: nn.Module, adapter: Any) -> RemovableHandle:
+    """Refuse weights of the base that come in while others are written there: they would be gone afterwards."""
+    return model.register_load_state_dict_pre_hook(functools.partial(_refuse_loading, adapter))
+
+
+def _refuse_loading(adapter: Any, model: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    owners = {owner for site in adapter.sites.values() for owner in site.owners}
+    for name, module in model.named_modules(prefix=prefix.rstrip(".")):
+        if module in owners and (lost := next((key for key in module._parameters if f"{name}.{key}" in state), None)):
+            raise RuntimeError(
+                f"adapter {adapter.name!r} is {adapter.state}, and {name}.{lost} would be undone when it no longer is: "
+                f"{'unmerge' if adapter.state == 'merged' else 'unfold'}() it before weights of the base are loaded"
             )

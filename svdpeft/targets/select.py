@@ -9,6 +9,7 @@ Every weight gets a verdict of its own; together they are the selection.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -195,5 +196,15 @@ def _nothing_for(rule: Rule, survey: Survey, asked: Sequence[_Left], selection: 
         return ValueError(
             f"targets={rule.text!r} has no effect: {before.text!r}, which stands before it, decides for {weight.name}"
         )
+    for name, module in survey.model.named_modules():
+        inside = [weight.name for weight in weights if name and weight.name.startswith(f"{name}.")]
+        if inside and matches(rule.pattern, name):
+            shown = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+            every = rf"{re.escape(name)}\..*"
+            return ValueError(
+                f"{start} of its own: {name} is a {type(module).__name__}, which holds {shown}: name those, or all of "
+                f"them by {every!r}"
+            )
     known = {weight.name.rpartition(".")[2] for weight in weights} | {r for w in weights for r in w.roles} | set(BROAD)
+    known |= {name.rpartition(".")[2] for name, _ in survey.model.named_modules() if name}
     return ValueError(f"{start} of the model: {near_miss(rule.pattern, known)}")
