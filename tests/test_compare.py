@@ -197,6 +197,8 @@ def test_a_specification_file(tmp_path):
         ({"methods": "lora:lr=0"}, "learning rate of 'LoRA', 0 is not a number above 0"),
         ({"dtype": "float12"}, "is not one of float32"),
         ({"methods": "lora:rank=4"}, "asks for rank=4, which the budget 1.5% decides"),
+        ({"methods": "sorsa:rank=4"}, "'SORSA rank=4' asks for rank=4, which the budget 1.5% decides"),  # its default
+        ({"methods": [{"name": "lora", "rank": 8}]}, "asks for rank=8, which the budget 1.5% decides"),
         ({"methods": "lora:label=8"}, "the label 8 of lora is not a word"),
         ({"methods": "lora:lr=inf"}, "rate of 'LoRA', inf is not a number above 0"),
         ({"methods": [1]}, "the method 1 is neither"),
@@ -325,3 +327,15 @@ def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path
     (record,) = runner.compare(read_spec(**REAL, methods=name), tmp_path)
     assert "error" not in record, record.get("error")
     assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]
+
+
+def test_the_defaults_of_a_model_are_of_its_default_task(tmp_path):
+    """dinov2-vits14 takes 1,000 digits to train on: of another task, with five pictures of a class, there are fewer."""
+    assert read_spec(model="dinov2-vits14").task_options == {"train_size": 1000, "test_size": 1000}
+    for task, options in (("images", {"data": str(tmp_path), "shots": 5}), ("flowers102", {"shots": 5})):
+        spec = read_spec(model="dinov2-vits14", task=task, task_options=options)
+        assert spec.task_options == options
+        assert spec.make_task().train_size is None
+        assert spec.image_size == 56, "what is no option of the task stays"
+    spec = read_spec(model="dinov2-vits14", task="mnist5k", task_options={"train_size": 50})
+    assert spec.task_options == {"train_size": 50, "test_size": 1000}

@@ -55,6 +55,8 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
             check_text(name, given[name])
     modality = _modality(model, given.get("task"))
     merged = {**defaults["all"], **defaults[modality], **defaults.get(model, {}), **given, "model": model}
+    if merged["task"] != defaults[modality]["task"] and "task_options" not in given:
+        merged.pop("task_options", None)  # the model's are of the task that it has by default
     for table in (merged.get("task_options", {}), task_options or {}):
         if not isinstance(table, Mapping):
             raise ValueError(f"task_options = {table!r} is not a table")
@@ -103,7 +105,7 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
             raise ValueError(f"the label {label!r} of {name} is not a word")
         lr = rates.get(label, rates.get(name, 1e-3)) if lr is None else lr
         check_number(f"the learning rate of {label!r},", lr, 0)
-        entries.append(Entry(label, method, float(lr)))
+        entries.append(Entry(label, method, float(lr), tuple(table)))
     labels = [entry.label for entry in entries]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two methods are labelled {twice!r}: give one of them another label=")

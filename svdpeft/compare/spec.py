@@ -35,11 +35,19 @@ def check_number(name: str, value: Any, above: float) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a comparison: a method, the name it is shown under, and the learning rate it is known to work at."""
+    """One line of a comparison.
+
+    Args:
+        label: the name that the method is shown under.
+        method: with its hyper-parameters.
+        lr: learning rate that it is known to work at.
+        asked: hyper-parameters that were asked for by name, should they be those that it has by itself.
+    """
 
     label: str
     method: Method
     lr: float
+    asked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ def _check_knob(entry: Entry, limit: str | int) -> None:
         return
     for known in dataclasses.fields(method):
         asked = getattr(method, known.name)
-        if known.name == method.knob and asked != known.default:
+        if known.name == method.knob and (asked != known.default or known.name in entry.asked):
             raise ValueError(
                 f"{entry.label!r} asks for {known.name}={asked!r}, which the budget {limit} decides: leave it out, or "
                 'say --budget none (budgets = ["none"])'
