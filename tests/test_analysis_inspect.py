@@ -303,13 +303,22 @@ def test_a_picture_does_not_write_over_the_table(monkeypatch, tmp_path):
     assert "give --csv another name" in " ".join(result.output.split())
 
 
+def doubled(module):
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data.mul_(2)
+
+
 def test_an_adapter_of_another_dtype_is_pointed_to_the_option(monkeypatch, tmp_path):
     monkeypatch.setattr(
         models, "load", lambda name, dtype, **options: models.Loaded(net().to(dtype), name, None, "vision", "head")
     )
     adapter = svdpeft.attach(net().bfloat16(), svdpeft.SORSA(rank=2), ["q_proj"])
     adapter.save(tmp_path / "adapter")
-    result = call("--adapter", tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"was made for a base in torch\.bfloat16"):
+        assert call("--adapter", tmp_path / "adapter").exit_code == 0
+    other = svdpeft.attach(net().bfloat16().apply(doubled), svdpeft.SORSA(rank=2), ["q_proj"])
+    other.save(tmp_path / "other")
+    result = call("--adapter", tmp_path / "other")
     assert result.exit_code == 2
     assert result.output.startswith("svdpeft: give --dtype bfloat16,")
     result = call("--adapter", tmp_path / "adapter", "--dtype", "bfloat16", "--json")

@@ -211,11 +211,50 @@ def test_another_base_is_refused_by_the_first_weight_that_differs(saved: Path):
     assert list(adapter.sites) == ["layer", "other"]
 
 
-def test_another_dtype_says_so(saved: Path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_precision_is_loaded_with_a_warning(saved: Path, dtype: torch.dtype):
+    """And another base is refused in whichever precision: the values are looked at, not the name of the model."""
+    model = two_layers().to(dtype)
+    words = rf"for a base in torch\.float64, and layer is in {dtype} here, with 1 other weights: .* up to rounding"
+    with pytest.warns(UserWarning, match=words):
+        adapter = load(model, saved)
+    assert adapter.sites["layer"].factors.L.dtype == torch.float64
+    assert model(torch.randn(2, 7, dtype=dtype)).dtype == dtype
+    other = two_layers()
+    with torch.no_grad():
+        other.layer.weight.mul_(1.03)
+    no_adapter(saved, f"layer (saved for torch.float64, here {dtype})", "another base", model=other.to(dtype))
+    assert load(other, saved, check_base=False)
+
+
+def test_a_file_of_an_earlier_revision_says_the_other_dtype(saved: Path):
+    """It holds no values of the weights by which they could be known."""
+    rewrite(saved, lambda h: [entry.pop("sample") for entry in h["sites"].values()] and None)
     model = two_layers().float()
     no_adapter(saved, "layer (saved for torch.float64, here torch.float32)", model=model)
-    assert load(model, saved, check_base=False).sites["layer"].factors.L.dtype == torch.float64
-    assert model(torch.randn(2, 7)).dtype == torch.float32
+
+
+def test_the_base_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two saves read the base once; a weight that has changed is read again, however that was done."""
+    from svdpeft.sites import weights
+
+    model = two_layers()
+    adapter = attach(model, LoRA(rank=1), targets=["layer", "other"])
+    counted: list[Any] = []
+    monkeypatch.setattr(weights, "digest", lambda w: counted.append(w) or digest(w))
+    for name in ("a", "b"):
+        adapter.save(tmp_path / name)
+    adapter.merge()
+    adapter.save(tmp_path / "c")
+    adapter.unmerge()
+    assert len(counted) <= 4, "once, and once for the copy that is kept while it is merged"
+    hashes = json.loads((tmp_path / "a" / HEADER).read_text())["sites"]["other"]["hash"]
+    weight = stored(model.other, "weight")
+    for change in (lambda: weight.data.add_(1), lambda: weight.detach().add_(1)):
+        change()
+        adapter.save(tmp_path / "d")
+        found = json.loads((tmp_path / "d" / HEADER).read_text())["sites"]["other"]["hash"]
+        assert found == digest(weight) != hashes
 
 
 def test_another_shape_is_refused_whatever_is_checked(saved: Path):

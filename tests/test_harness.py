@@ -303,9 +303,8 @@ def test_adapter_in_another_dtype(folder: Path, tmp_path: Path):
     options = {"test_size": 2, "max_new_tokens": 4}
     command = (folder / "model", "--task", "wordproblems", "--adapter", tmp_path / "half")
     command += tuple(word for name, value in options.items() for word in ("--option", f"{name}={value}"))
-    result = run(*command)
-    assert result.exit_code == 2
-    assert "was made for weights in bfloat16: give --dtype bfloat16" in " ".join(result.stderr.split())
+    with pytest.warns(UserWarning, match=r"was made for a base in torch\.bfloat16, and .* is in torch\.float32 here"):
+        assert run(*command).exit_code == 0
     found = read(*command, "--dtype", "bfloat16")
     data = TASKS.make("wordproblems", options).prepare(loaded)
     assert found["items"] == data.evaluate(loaded.model, data.test)

@@ -31,6 +31,8 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
     adapter.save(tmp_path / name)
     before, after = (json.loads((folder / name / "adapter.json").read_text()) for folder in (FIXTURES, tmp_path))
     del after["id"]  # by which the two files know each other, since then
+    for entry in after["sites"].values():
+        del entry["sample"]  # by which a weight is known in another precision
     assert without_neutral(before) == without_neutral(after)
     before, after = (load_file(folder / name / "adapter.safetensors") for folder in (FIXTURES, tmp_path))
     assert before.keys() == after.keys()

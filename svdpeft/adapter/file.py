@@ -13,10 +13,11 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,6 +45,20 @@ class CheckpointError(ValueError):
     def __init__(self, message: str, dtype: str | None = None) -> None:
         super().__init__(message)
         self.dtype = dtype
+
+
+def rounded(there: list[float], here: list[float], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether two samples are of one weight in two precisions.
+
+    Args:
+        there: of the weight that an adapter was made for.
+        here: of a model's.
+        dtypes: of both.
+    """
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    least = max(torch.finfo(dtype).tiny for dtype in dtypes)
+    close = (abs(a - b) <= eps * max(abs(a), abs(b)) + least for a, b in zip(there, here, strict=False))
+    return len(there) == len(here) and all(close)
 
 
 def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from svdpeft.adapter.file import (
     held,
     method_in,
     read,
+    rounded,
 )
 from svdpeft.adapter.roster import adapted, base_weight
 from svdpeft.decomposition import digest
@@ -32,7 +34,7 @@ from svdpeft.methods.base import Factors, Method, PerSite, share
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
-from svdpeft.sites.weights import stored
+from svdpeft.sites.weights import sample, stored
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
 from svdpeft.targets.wrappers import unwrapped
@@ -46,8 +48,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         model: the base; unchanged if anything is wrong with the file.
         path: folder written by ``Adapter.save``, or one in which a training has left a folder ``adapter``.
         name: of the adapter in this model; default the name it was saved under.
-        check_base: refuse a base whose adapted weights differ in a single bit. Switch off to put an adapter on the
-            same model in another dtype.
+        check_base: refuse a base whose adapted weights differ in a single bit; the same weights in another precision
+            are loaded with a warning.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
@@ -95,6 +97,7 @@ def _parts(
     pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
     remaining, built, checked, others = dict(tensors), [], set(), adapted()
+    other: list[tuple[str, str, str]] = []  # weights in another precision
     groups: dict[str, dict[str, Tensor]] = {}
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
@@ -107,7 +110,8 @@ def _parts(
         if set(here) != there:
             raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
         weight = base_weight(first.module, first.parameter, others).original
-        _check_base(site, entry, weight, path, check_base and id(parameter) not in checked)
+        if _check_base(site, entry, weight, path, check_base and id(parameter) not in checked):
+            other.append((site, entry["dtype"], str(weight.dtype)))
         checked.add(id(parameter))  # the parts of a fused weight have one hash
         method = method_in(entry["method"], path)
         assert isinstance(method, PerSite)
@@ -122,6 +126,13 @@ def _parts(
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
+    if other:
+        site, there, here = other[0]
+        warnings.warn(
+            f"{path} was made for a base in {there}, and {site} is in {here} here{_more(len(other))}: the values are "
+            "the same up to rounding, and the adapted model's are those of the training up to that",
+            stacklevel=4,
+        )
     whole = {name: place for name, place in places.items() if name in header["whole"]}
     return _Parts(pairs, built, whole, [(places[name], value) for name, value in values.items()])
 
@@ -164,6 +175,10 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             tensor.copy_(saved[name])
     for site in adapter.sites.values():
         site.factors.settle()
+
+
+def _more(count: int) -> str:
+    return f", with {count - 1} other weights" if count > 1 else ""
 
 
 def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]], path: Path) -> dict[str, Tensor]:
@@ -241,19 +256,25 @@ def _place(
     return Place(module, parameter, kind)
 
 
-def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> None:
+def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> bool:
+    """Whether a weight is the one of the file in another precision; one of another base is refused."""
     if list(weight.shape) != entry["shape"]:
         raise CheckpointError(
             f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
         )
-    if strict and digest(weight) != entry["hash"]:
-        other = str(weight.dtype) != entry["dtype"]
-        dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
-        raise CheckpointError(
-            f"{path} was made for another base: the first weight that differs is {site}{dtypes}; check_base=False "
-            "loads it all the same",
-            entry["dtype"].removeprefix("torch.") if other else None,
-        )
+    if not strict or digest(weight) == entry["hash"]:
+        return False
+    other = str(weight.dtype) != entry["dtype"]
+    if other and "sample" in entry:
+        dtypes = [weight.dtype, getattr(torch, entry["dtype"].removeprefix("torch."))]
+        if rounded(entry["sample"], sample(weight), dtypes):
+            return True
+    dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
+    raise CheckpointError(
+        f"{path} was made for another base: the first weight that differs is {site}{dtypes}; check_base=False "
+        "loads it all the same",
+        entry["dtype"].removeprefix("torch.") if other else None,
+    )
 
 
 def _whole_tensors(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, check_ours, held, identified
 from svdpeft.atomic import replacing
-from svdpeft.decomposition import digest
 from svdpeft.methods.base import Method
 from svdpeft.sites.site import Site
+from svdpeft.sites.weights import sample
 
 
 class Contents(NamedTuple):
@@ -70,7 +70,7 @@ def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for site in contents.sites.values():
         site.check_size()
     weights = {id(site.weight): site.weight for site in contents.sites.values()}
-    hashes = {key: digest(weight.original) for key, weight in weights.items()}
+    hashes = {key: weight.digest() for key, weight in weights.items()}
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
     for (name, site), (factors, tied) in zip(contents.sites.items(), held(contents.sites).values(), strict=True):
@@ -81,6 +81,7 @@ def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "shape": list(site.weight.original.shape),
             "dtype": str(site.weight.original.dtype),
             "hash": hashes[id(site.weight)],
+            "sample": sample(site.weight.original),
             "tensors": {role: list(t.shape) for role, t in factors.items()},
             "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }

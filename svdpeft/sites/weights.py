@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from svdpeft.decomposition import digest
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
@@ -19,6 +22,16 @@ def stored(owner: nn.Module, name: str) -> Tensor:
     tensor = owner._buffers[name] if tensor is None else tensor
     assert tensor is not None
     return tensor
+
+
+SAMPLE = 32  # values of a weight
+
+
+def sample(w: Tensor) -> list[float]:
+    """Some values of a weight, by which the same weight in another precision is known; its hash is another one."""
+    flat = w.detach().reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).round().long()
+    return flat[at.to(flat.device)].double().tolist()
 
 
 class BaseWeight:
@@ -34,6 +47,7 @@ class BaseWeight:
         self.parameter = parameter
         self.size = tuple(self.stored.shape)  # when it was first adapted
         self._original: Tensor | None = None
+        self._digest: tuple[tuple[Any, ...], str] | None = None
         self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
 
     @property
@@ -108,6 +122,14 @@ class BaseWeight:
             self.tensor.copy_(self._exact())
         else:
             self._original = None
+
+    def digest(self) -> str:
+        """The hash of the base's own value, found once for a value: saving twice does not read the base twice."""
+        w = self.original
+        seen = (w.data_ptr(), None if w.is_inference() else w._version, tuple(sample(w)))  # and .data raises no version
+        if self._digest is None or self._digest[0] != seen:
+            self._digest = seen, digest(w)
+        return self._digest[1]
 
     @property
     def overwritten(self) -> bool:

@@ -78,7 +78,7 @@ class AdapterCallback(StepCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         release(self.adapter)  # of a training that was interrupted
-        check_trains(self.adapter, kwargs["model"], kwargs.get("optimizer"))
+        check_trains(self.adapter, kwargs.get("model", self.adapter.model), kwargs.get("optimizer"))
         shared = next((n for n, site in self.adapter.sites.items() if site.factors.tied or len(site.places) > 1), None)
         if shared is not None and args.save_strategy != "no" and not hasattr(self.adapter.model, NAME):
             raise ValueError(
