@@ -84,7 +84,7 @@ def test_all_linear_leaves_the_output_head_and_the_convolutions():
             return self.fc
 
     model = Model()
-    assert list(attach(model, LoRA(rank=1)).sites) == ["body"]
+    assert list(attach(model, LoRA(rank=1), "all-linear").sites) == ["body"]
     both = attach(model, LoRA(rank=1), targets="all", name="all")
     assert list(both.sites) == ["conv", "body"]
     assert both.skipped == {"fc": "output head; name it to adapt it"}

@@ -81,7 +81,6 @@ def test_weights_that_come_in_while_something_is_written(change: str):
     getattr(adapter, f"un{change}")()
     model.load_state_dict(other, strict=False)
     close(model["block"][0]._parameters["weight"].detach(), other["block.0.weight"])
-    assert len(model._load_state_dict_pre_hooks) == hooks
     adapter.merge()
     adapter.detach()
     assert len(model._load_state_dict_pre_hooks) == hooks

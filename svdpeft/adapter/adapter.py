@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from svdpeft.adapter import steering
 from svdpeft.adapter.pretrained import NAME, plain
@@ -21,7 +20,7 @@ from svdpeft.adapter.roster import LIVE, ROSTER, Roster
 from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.adapter.steps import Steps
-from svdpeft.adapter.summary import summarise
+from svdpeft.adapter.summary import lowered, summarise
 from svdpeft.adapter.switching import check_foldable, check_no_transform_beside, check_there, go, guard_loading
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
@@ -59,7 +58,7 @@ class Adapter:
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._steps = Steps(sites.values())
-        self._guard: RemovableHandle | None = None  # while something is written in the base
+        self._guard = guard_loading(model, self)
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,7 +130,8 @@ class Adapter:
 
     def summary(self) -> str:
         """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
-        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped)
+        rules = list(zip(self.patterns, self.methods, strict=True))
+        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped, lowered(rules, self.sites))
 
     def __repr__(self) -> str:
         methods = ", ".join(dict.fromkeys(map(str, self.methods)))
@@ -309,13 +309,7 @@ class Adapter:
         self.state = "attached"  # which is true of all sites if this is interrupted
         report = go(list(self.sites.values()), state)
         self.state = state
-        self._watch_loading(state in ("merged", "folded"))
         return report
-
-    def _watch_loading(self, written: bool) -> None:
-        if self._guard is not None:
-            self._guard.remove()
-        self._guard = guard_loading(self.model, self) if written else None
 
     def _activate(self, active: bool) -> None:
         for site in self.sites.values():
@@ -332,7 +326,7 @@ class Adapter:
             self.borrowed.give_back()
         if self.frozen:
             self.frozen.release()
-        self._watch_loading(False)
+        self._guard.remove()
         del roster.adapters[self.name]
         self.state = "detached"
         if roster.adapters:

@@ -33,7 +33,7 @@ from svdpeft.sites.place import CHILD
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
-from svdpeft.targets.rules import Targets, rules
+from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
 from svdpeft.targets.whole import trained_whole
 from svdpeft.targets.wrappers import unwrapped
@@ -43,12 +43,12 @@ from svdpeft.targets.wrappers import unwrapped
 def attach(
     model: nn.Module,
     method: Method | None = None,
-    targets: Targets = "all-linear",
+    targets: Targets | None = None,
     exclude: str | Sequence[str] = (),
     train: str | Sequence[str] = (),
     name: str = "default",
     seed: int = 0,
-    clip_rank: bool = False,
+    clip_rank: bool | None = None,
     batch_norm: BatchNorm = "train",
     calibration: Mapping[str, Statistics] | None = None,
 ) -> Adapter:
@@ -59,7 +59,8 @@ def attach(
             Bad input raises before anything of it changes.
         method: such as ``SORSA(rank=16)``; may be left out where ``targets`` maps patterns to methods.
         targets: ``"all-linear"`` (every weight that multiplies the features of its input, but the output head),
-            ``"all"`` (every weight of a known kind but the head), patterns, or a mapping from pattern to method. A
+            ``"all"`` (every weight of a known kind but the head), ``None`` (``"all"`` of a model that is mostly
+            convolutions, else ``"all-linear"``), patterns, or a mapping from pattern to method. A
             pattern is a name, a suffix of whole dotted parts, or a regular expression for the whole name; of RWKV also
             ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
             weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
@@ -68,7 +69,8 @@ def attach(
         name: of the adapter; several of different names add up.
         seed: of every random draw; each site's own depends on this and on its name only.
         clip_rank: lower a rank that is too large for a small matrix instead of raising; the scale α/r stays that of the
-            rank that was asked for.
+            rank that was asked for. ``None``: of a model that is mostly convolutions, where targets are left out;
+            ``summary()`` says which were lowered.
         batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
         calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
@@ -90,14 +92,16 @@ def attach(
     _check_name(name, roster)
     if batch_norm not in ("train", "frozen"):
         raise ValueError(f"batch_norm {batch_norm!r} is neither 'train' nor 'frozen'")
-    pairs = rules(targets, method)
+    known = default_targets(model) if targets is None else targets
+    clip = (targets is None and known == "all") if clip_rank is None else clip_rank
+    pairs = rules(known, method)
     named = [train] if isinstance(train, str) else train
     whole = trained_whole(model, [*named, *(pattern for _, m in pairs for pattern in m.whole(model))])
     _check_whole(whole)
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
     selection = select(model, factored, exclude, unavailable) if factored else Selection()
-    built = _build(selection.choices, seed, clip_rank, calibration or {})
+    built = _build(selection.choices, seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
     _warn_of_half(whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from svdpeft.methods.base import Method
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import stored
@@ -25,6 +26,7 @@ def summarise(
     sites: Mapping[str, Site],
     whole: Mapping[str, tuple[nn.Module, str]],
     skipped: Mapping[str, str],
+    lowered: Sequence[str] = (),
 ) -> str:
     """Return the table as plain text.
 
@@ -34,6 +36,7 @@ def summarise(
         sites: of the adapter.
         whole: what of the base it trains whole.
         skipped: weight -> why it was left.
+        lowered: sites whose rank was too large for their matrix.
     """
     table = Table(box=None, pad_edge=False)
     for column in ("site", "shape", "kind", "method", "path", "trainable"):
@@ -61,6 +64,10 @@ def summarise(
     table.add_section()
     table.add_row("total", f"{total / base:.3%} of {base:,}", "", "", "", f"{total:,}", style="bold")
     lines = [title, _render(table)]
+    if lowered:
+        names = Counter(map(_blocks, lowered))
+        shown = ", ".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in names.items())
+        lines.append(f"rank lowered to what the matrix has: {shown}")
     left = Counter((_blocks(name), reason) for name, reason in skipped.items())
     vectors = _vectors(model, whole)
     if left or vectors:
@@ -71,6 +78,17 @@ def summarise(
             f"  {len(vectors)} vectors (biases, norms and the like, {sum(vectors):,} values): train= names what trains"
         )
     return "\n".join(lines)
+
+
+def lowered(rules: Sequence[tuple[str, Method]], sites: Mapping[str, Site]) -> list[str]:
+    """The sites whose rank is below what the rule that chose them asks for: it did not fit."""
+    found = []
+    for name, site in sites.items():
+        rank, kind = getattr(site.method, "rank", None), type(site.method)
+        asked = (getattr(method, "rank", None) for _, method in rules if type(method) is kind)
+        if isinstance(rank, int) and rank == min(site.shape[1:]):
+            found += [name] if any(isinstance(a, int) and a > rank for a in asked) else []
+    return found
 
 
 def _shared(sites: Mapping[str, Site]) -> list[tuple[str, Tensor, list[str]]]:

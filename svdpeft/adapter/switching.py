@@ -86,6 +86,8 @@ def guard_loading(model: nn.Module, adapter: Any) -> RemovableHandle:
 
 
 def _refuse_loading(adapter: Any, model: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    if adapter.state not in ("merged", "folded"):
+        return
     owners = {owner for site in adapter.sites.values() for owner in site.owners}
     for name, module in model.named_modules(prefix=prefix.rstrip(".")):
         if module in owners and (lost := next((key for key in module._parameters if f"{name}.{key}" in state), None)):

@@ -26,7 +26,7 @@ from svdpeft.methods.base import PerSite, Statistics
 from svdpeft.methods.lora import LoRA
 from svdpeft.sites.place import PLACES, Place
 from svdpeft.targets.choice import Choice
-from svdpeft.targets.rules import Targets, rules
+from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
 from svdpeft.targets.wrappers import unwrapped
 
@@ -37,7 +37,7 @@ SHOWN = 5  # names in a message
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    targets: Targets = "all-linear",
+    targets: Targets | None = None,
     exclude: Sequence[str] = (),
     inputs: bool = True,
     gradients: bool = False,
@@ -80,7 +80,11 @@ def calibrate(
     model = unwrapped(model)
     if not inputs and not gradients:
         raise ValueError("inputs=False and gradients=False: there is nothing to look at")
-    pairs = [(pattern, m) for pattern, m in rules(targets, LoRA(rank=1)) if isinstance(m, PerSite)]
+    pairs = [
+        (pattern, m)
+        for pattern, m in rules(default_targets(model) if targets is None else targets, LoRA(rank=1))
+        if isinstance(m, PerSite)
+    ]
     choices = select(model, pairs, exclude, ()).choices
     watched: dict[int, _Watched] = {}
     for choice in choices:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.patterns import BRACKETS, matches
-from svdpeft.targets.inventory import Weight
+from svdpeft.targets.inventory import Weight, weights_of
 
 Targets = str | Sequence[str] | Mapping[str, Method]
 BROAD = ("all-linear", "all")
@@ -55,6 +57,14 @@ class Rule:
         if weight.kind is None and not self.axes:  # a regular expression for layers does not mean raw parameters
             return weight.name == self.pattern or weight.name.endswith("." + self.pattern)
         return any(matches(self.pattern, name) for name in weight.names)
+
+
+def default_targets(model: nn.Module) -> str:
+    """What is adapted where nobody says it: ``"all"`` of a model that is mostly convolutions, else ``"all-linear"``."""
+    weights = [weight for weight in weights_of(model) if weight.kind is not None and not weight.head]
+    linear = sum(w.tensor.numel() for w in weights if w.kind is not None and w.kind.linear)
+    convolutions = sum(w.tensor.numel() for w in weights if w.kind is not None and w.kind.name.startswith("conv"))
+    return "all" if convolutions > linear else "all-linear"
 
 
 def rules(targets: Targets, method: Method | None) -> list[tuple[str, Method]]:

@@ -189,7 +189,8 @@ def _nothing_for(rule: Rule, survey: Survey, asked: Sequence[_Left], selection: 
     if rule.pattern in BROAD:
         left = [f"{name or 'the model'}: {reason}" for name, reason in selection.skipped.items()]
         why = "; ".join(left[:3]) or f"the model has none of the kinds {', '.join(KINDS)}"
-        return ValueError(f"{start} that can be adapted: {why}")
+        more = "; targets='all' takes convolutions and the like, too" if rule.pattern == "all-linear" else ""
+        return ValueError(f"{start} that can be adapted: {why}{more}")
     weights = survey.weights
     for weight in filter(rule.wants, weights):
         before = next(other for other in survey.rules if other.wants(weight))
