@@ -42,7 +42,13 @@ __all__ = [
     "svd_cache",
 ]
 
-_LATE = {"Trainer": "svdpeft.training.trainer", "AdapterCallback": "svdpeft.training.callback"}
+_LATE = {
+    "Trainer": "svdpeft.training.trainer",
+    "AdapterCallback": "svdpeft.training.callback",
+    "Diverged": "svdpeft.training.divergence",
+    "export_lora": "svdpeft.interop.peft",
+}
+_PACKAGES = ("analysis", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 
 
 def method(name: str) -> type[Method]:
@@ -70,6 +76,8 @@ def cite(*names: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"svdpeft.{name}")
     if name in _LATE:
         return getattr(import_module(_LATE[name]), name)
     for cls in METHODS.values():
@@ -79,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE, *(cls.__name__ for cls in METHODS.values())})
+    return sorted({*globals(), *_LATE, *_PACKAGES, *(cls.__name__ for cls in METHODS.values())})

@@ -14,6 +14,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -49,6 +50,7 @@ class Registry(Generic[T]):
         self.package = package
         self._classes: dict[str, T] = {}
         self._filled = False
+        self._broken: dict[str, str] = {}  # plug-ins that could not be loaded
 
     def register(self, name: str) -> Callable[[T], T]:
         """Class decorator: file the class under ``name`` and write the name on it as ``cls.name``."""
@@ -70,12 +72,21 @@ class Registry(Generic[T]):
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
             importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.package):
-            point.load()
+            try:
+                point.load()
+            except Exception as error:  # a broken plug-in costs its own entries, and not ours or another's
+                self._broken[point.name] = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"the plug-in {point.name!r} ({point.value}), an entry point of {self.package}, could not be loaded "
+                    f"and is left out: {self._broken[point.name]}",
+                    stacklevel=2,
+                )
 
     def __getitem__(self, name: str) -> T:
         self._fill()
         if name not in self._classes:
-            raise ValueError(f"no {self.what} is called {name!r}: {near_miss(name, self._classes)}")
+            lost = [f"; the plug-in {point!r} could not be loaded: {why}" for point, why in self._broken.items()]
+            raise ValueError(f"no {self.what} is called {name!r}: {near_miss(name, self._classes)}{''.join(lost)}")
         return self._classes[name]
 
     def make(self, name: str, options: Mapping[str, Any]) -> Any:

@@ -89,7 +89,8 @@ class Adapter:
         """What trains by role: ``"L"``, ``"C"``, ``"A"``, what else a method trains, and ``"whole"``."""
         roles: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            roles.setdefault(name.rpartition("/")[2] if "/" in name else "whole", []).append(parameter)
+            role = "whole" if name in self.whole else name.rpartition("/")[2]  # modules may have a slash in their names
+            roles.setdefault(role, []).append(parameter)
         return roles
 
     @property

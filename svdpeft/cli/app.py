@@ -7,6 +7,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+import svdpeft
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 console = Console()
 
@@ -21,8 +23,18 @@ TaskName = Annotated[
 TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(svdpeft.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """SVD-based parameter-efficient fine-tuning on any architecture."""
 
 

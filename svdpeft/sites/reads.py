@@ -139,6 +139,8 @@ def _dressed(base: Any, parameters: tuple[str, ...]) -> Any:
     def reduce(module: Any, protocol: Any) -> Any:
         # A class made here cannot be pickled by name: the base class and the parameters can.
         _, _, *state = base.__reduce_ex__(module, protocol)
+        if state and isinstance(state[0], dict):  # a copy made within the layer's own call is not being called itself
+            state[0] = {key: value for key, value in state[0].items() if key not in (CALLED, TRACED)}
         return (_new, (base, parameters), *state)
 
     body = {name: getter(name) for name in parameters}

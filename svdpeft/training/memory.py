@@ -35,8 +35,9 @@ def peak_memory() -> int:
     """Return the largest memory use of this stretch in bytes: allocated on the GPU, else resident in the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if _STATUS.exists():
-        row = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    # Some kernels and containers have the file without the row.
+    rows = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    if row := next((line for line in rows if line.startswith("VmHWM:")), None):
         return int(row.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

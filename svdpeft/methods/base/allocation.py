@@ -114,7 +114,7 @@ class Budget:
         """
         if self.target_rank is None:
             return max(first * 2 // 3, 1)
-        last = int(self.target_rank * matrices)
+        last = int(round(self.target_rank * matrices, 9))  # 0.29 · 100 is a little less than 29
         if not 0 < last <= first:
             raise ValueError(
                 f"target_rank {self.target_rank} is {last} triplets of the {first} in {matrices} matrices: it must "
