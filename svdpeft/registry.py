@@ -77,8 +77,8 @@ class Registry(Generic[T]):
             except Exception as error:  # a broken plug-in costs its own entries, and not ours or another's
                 self._broken[point.name] = f"{type(error).__name__}: {error}"
                 warnings.warn(
-                    f"the plug-in {point.name!r} ({point.value}), an entry point of {self.package}, could not be loaded "
-                    f"and is left out: {self._broken[point.name]}",
+                    f"the plug-in {point.name!r} ({point.value}), an entry point of {self.package}, could not be "
+                    f"loaded and is left out: {self._broken[point.name]}",
                     stacklevel=2,
                 )
 
