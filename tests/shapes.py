@@ -45,8 +45,9 @@ def size(v: Any) -> Any:
     return sizes(v) if isinstance(v, tuple) else type(v)
 
 
-def nested(v: Any) -> bool:
-    return isinstance(v, Tensor) and v.is_nested
+def shapeless(v: Any) -> bool:
+    """A nested tensor, or what torch compiles with in the place of a tensor: torch 2.11 makes named tuples of it."""
+    return v.is_nested if isinstance(v, Tensor) else type(v).__module__.startswith("torch._dynamo.")
 
 
 def checked(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
@@ -75,10 +76,8 @@ def looking(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
     again = not any("{self" in str(shape) for shape in shapes.values())  # self is not looked at
 
     def call(args: tuple, kwargs: dict[str, Any]) -> Any:
-        if torch.jit.is_tracing() or any(
-            map(nested, (*args, *kwargs.values()))
-        ):  # sizes are tensors, or there are none
-            return fn(*args, **kwargs)
+        if torch.jit.is_tracing() or any(map(shapeless, (*args, *kwargs.values()))):
+            return fn(*args, **kwargs)  # sizes are tensors, or there are none
         given = sizes((*args, *kwargs.items()))
         if given not in known:
             result = strict()(*args, **kwargs)

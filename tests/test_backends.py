@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -289,9 +290,12 @@ def cluster():
 
         small = {"object_store_memory": 80 * 2**20}
         head = {"num_cpus": 0, "include_dashboard": False, **small}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **small)
+        with warnings.catch_warnings():
+            # older versions of Ray leave the logs of the processes that they start open
+            warnings.filterwarnings("ignore", "unclosed file .*/logs/", ResourceWarning)
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, **small)
         yield cluster
         cluster.shutdown()
 

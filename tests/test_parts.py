@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -170,7 +171,9 @@ def timm_efficientformer() -> tuple[nn.Module, str]:
 
 
 def bigcode() -> tuple[nn.Module, str]:
-    from transformers import GPTBigCodeConfig, GPTBigCodeModel
+    with warnings.catch_warnings():  # transformers 5.17 compiles parts of it with what torch has deprecated
+        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        from transformers import GPTBigCodeConfig, GPTBigCodeModel
 
     config = GPTBigCodeConfig(n_embd=8, n_head=2, n_layer=1, vocab_size=20, n_positions=8, multi_query=False)
     return GPTBigCodeModel(config), "h.0.attn.c_attn"

@@ -37,6 +37,18 @@ def test_named_tuples_are_held_to_their_fields():
         SVD(torch.zeros(5, 2), torch.zeros(3), torch.zeros(2, 4))
 
 
+def test_named_tuples_are_not_held_to_their_fields_while_torch_compiles():
+    def product(L, A):
+        return Product(L, None, A).L @ Product(L, None, A).A
+
+    torch.compiler.reset()
+    L, A = torch.ones(5, 2), torch.ones(2, 4)
+    assert torch.equal(torch.compile(product, fullgraph=True, backend="eager")(L, A), L @ A)
+    for wrong in ("A", [A], A.numpy()):  # anything else in the place of a tensor is still refused
+        with pytest.raises(TypeCheckError, match="parameter 'A'"):
+            Product(L, None, wrong)
+
+
 def test_a_kind_is_held_to_what_it_overrides():
     with pytest.raises(TypeCheckError, match="from_matrix"):
         Linear().from_matrix(nn.Linear(2, 3), torch.zeros(3))

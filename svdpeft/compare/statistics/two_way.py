@@ -90,7 +90,8 @@ class MeanSquares:
             # never less than what the test items alone leave open: a few seeds with 0/1 scores can tie by chance
             floor = quantile(alpha, (self.seeds - 1) * (self.items - 1)) ** 2 * self.residual
             of_seeds = np.maximum(quantile(alpha, self.seeds - 1) ** 2 * self.seed, floor)
-        return np.sqrt((of_seeds + of_items) / (self.seeds * self.items))
+        # a float: NumPy 1 makes objects of whole numbers beyond 64 bits
+        return np.sqrt((of_seeds + of_items) / float(self.seeds * self.items))
 
     def p(self) -> float:
         """Return the smallest level at which 0 is outside the interval; below 1e-100 it is 0."""
