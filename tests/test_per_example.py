@@ -474,3 +474,29 @@ def test_a_copy_of_the_model_has_a_block_of_its_own():
         other = copy.deepcopy(model)
     close(other(x), expected)
     assert differs(other(x), model(x))
+
+
+@pytest.mark.parametrize("names", [[None, None, None], ["base"] * 3])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_rows_are_counted_where_no_adapter_acts_too(names, by_name):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    model = Named()
+    adapter = attach(model, LoRA(rank=1), ["fc"])
+    hooks = len(model._forward_pre_hooks)
+    with adapter.per_example(names):
+        model(torch.zeros(3, 4))
+        with pytest.raises(ValueError, match=r"the model is called with 4 rows, and per_example\(\) was given 3 names"):
+            model(x=torch.zeros(4, 4)) if by_name else model(torch.zeros(4, 4))
+    with adapter.per_example(names, flattened=True):
+        model(torch.zeros(6, 4))
+        with pytest.raises(ValueError, match="called with 4 rows"):
+            model(torch.zeros(4, 4))
+    assert len(model._forward_pre_hooks) == hooks
+    model(torch.zeros(4, 4))

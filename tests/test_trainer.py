@@ -331,3 +331,27 @@ def test_the_callback_makes_a_stock_trainer_do_the_same(mode, tmp_path):
     loaded = svdpeft.load(make(WithLoss), folder)
     for name, value in values(loaded).items():
         assert torch.equal(value, values(stock)[name]), name
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_pairs_as_torchvision_gives_them_need_no_collator(tmp_path, stacked):
+    """An ImageFolder, say: (picture, class). A model that is called by another name than ``x``, too."""
+
+    class Other(Bare):
+        def forward(self, pixels):
+            return super().forward(pixels)
+
+    pairs = [(row["x"] if stacked else row["x"].tolist(), int(row["labels"])) for row in data()]
+    found = []
+    for cls, rows in ((Bare, None), (Bare, pairs), (Other, pairs)):
+        adapter = svdpeft.attach(make(cls), svdpeft.LoRA(rank=2), ["body"])
+        options = {} if rows is None else {"train_dataset": rows}
+        own = {"train_dataset": data(), "data_collator": collate} if rows is None else options
+        run = svdpeft.Trainer(
+            model=adapter.model, adapter=adapter, args=arguments(tmp_path), eval_dataset=own["train_dataset"], **own
+        )
+        run.train()
+        found.append((values(adapter), run.evaluate()["eval_loss"]))
+    for other, loss in found[1:]:
+        assert loss == found[0][1]
+        assert all(torch.equal(other[name], value) for name, value in found[0][0].items())

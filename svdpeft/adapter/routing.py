@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from svdpeft.adapter.roster import adapters_in
 from svdpeft.sites.place import PLACES
@@ -41,6 +41,8 @@ def by_example(
                 f"adapter {adapter.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
                 "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
             )
+    # Where no adapter acts, no layer would see that the batch has another number of rows.
+    counts = None if rows else model.register_forward_pre_hook(_Count(len(names), flattened), with_kwargs=True)
     with routed(model, {site: its for name, its in rows.items() for site in known[name].sites.values()}):
         try:
             for adapter in attached:
@@ -49,6 +51,22 @@ def by_example(
         finally:
             for adapter in attached:
                 adapter.state = "attached"
+            if counts is not None:
+                counts.remove()
+
+
+class _Count:
+    """Refuse a batch of another number of rows than there are names."""
+
+    def __init__(self, total: int, flattened: bool) -> None:
+        self.total, self.flattened = total, flattened
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+        if x is not None and (x.shape[0] % self.total if self.flattened else x.shape[0] != self.total):
+            raise ValueError(
+                f"the model is called with {x.shape[0]} rows, and per_example() was given {self.total} names"
+            )
 
 
 def must_be(adapter: Any, *states: str) -> None:

@@ -182,5 +182,7 @@ def _modality(model: str, task: str | None) -> str:
     if task is not None:
         return TASKS[task].modality
     from svdpeft.models import vision
+    from svdpeft.models.own import architecture_of, is_factory
 
-    return "vision" if model in vision.EMBEDDED or model.startswith("timm:") else "language"
+    ours = model in vision.EMBEDDED or model.startswith("timm:") or is_factory(model)
+    return "vision" if ours or architecture_of(Path(model)) is not None else "language"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from svdpeft.models import language, rwkv, vision
+from svdpeft.models.own import architecture_of, build, is_factory
 from svdpeft.registry import near_miss
 
 __all__ = ["Loaded", "load"]
@@ -51,7 +52,9 @@ def load(
     Args:
         name: an embedded model (``"efficientnet-lite0"``, ``"dinov2-vits14"``, ``"smollm2-135m"``,
             ``"minilm-l6"``), ``"timm:NAME"`` or ``"hf:NAME"`` (a causal language model) from the hub, a local
-            folder in transformers' layout, or an RWKV file in the official layout (``.pth`` or ``.safetensors``).
+            folder in transformers' or timm's layout, ``"timm:NAME@FILE"``, a state dict of an architecture of
+            timm's, an RWKV file in the official layout (``.pth`` or ``.safetensors``), or
+            ``"package.module:function"``, which returns a module or a ``Loaded``.
         num_classes: vision: size of a fresh classifier; None keeps the model's own.
         image_size: vision: side of the square input, pixels; position embeddings are resampled to it.
         dtype: of the weights.
@@ -67,6 +70,10 @@ def load(
         >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
         'head'
     """
+    if is_factory(name):
+        return _of_factory(name, num_classes=num_classes, image_size=image_size, dtype=dtype)
+    if architecture_of(Path(name)) is not None:
+        name = f"timm:local-dir:{name}"
     origin, _, rest = name.partition(":")
     hub = rest if origin in ("timm", "hf") else ""
     folder = Path(name, "config.json").is_file()
@@ -92,3 +99,17 @@ def load(
         raise ValueError(f"the folder {name!r} has no config.json: not a model in transformers' layout")
     known = [*vision.EMBEDDED, *language.EMBEDDED, "timm:NAME", "hf:NAME"]
     raise ValueError(f"no model is called {name!r}, and no such folder exists: {near_miss(name, known)}")
+
+
+def _of_factory(name: str, *, num_classes: int | None, image_size: int | None, dtype: torch.dtype) -> Loaded:
+    """What a function of the user's returns, as a ``Loaded``: a bare module sees pictures as timm's do."""
+    made = build(name, {"num_classes": num_classes, "image_size": image_size})
+    if isinstance(made, Loaded):
+        return replace(made, model=made.model.to(dtype).eval(), name=name)
+    from timm.data import resolve_model_data_config
+
+    config = {k: v for k, v in resolve_model_data_config(made).items() if k in vision.PROCESSOR_KEYS}
+    if image_size is not None:
+        config["input_size"] = (3, image_size, image_size)
+    layers = [layer for layer, module in made.named_modules() if isinstance(module, nn.Linear)]
+    return Loaded(made.to(dtype).eval(), name, config, "vision", layers[-1] if layers else None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from svdpeft.models import convert
+from svdpeft.models.own import Architecture, architecture
 from svdpeft.registry import near_miss
 
 EMBEDDED = {
@@ -25,7 +27,7 @@ def build(
     """Build a pretrained timm model; see ``svdpeft.models.load``.
 
     Args:
-        name: embedded name where ``embedded``, else timm's name.
+        name: embedded name where ``embedded``, else timm's name, ``NAME@state_dict.pth`` or ``local-dir:FOLDER``.
         embedded: whether the weights come out of the embedded files, or through timm from the hub.
         num_classes: size of a fresh classifier; None keeps the model's own.
         image_size: side of the square input, pixels; None keeps the model's own.
@@ -38,8 +40,9 @@ def build(
     from timm.data import resolve_model_data_config
     from timm.layers import resample_abs_pos_embed
 
-    timm_name = EMBEDDED[name] if embedded else name
-    config = _config(timm_name)
+    source = Architecture(EMBEDDED[name], EMBEDDED[name]) if embedded else architecture(name)
+    timm_name = source.base
+    config = _config(timm_name, weights=not embedded and source == Architecture(name, name))
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes {num_classes} is below 1 for {name!r}")
     head = config.classifier if isinstance(config.classifier, str) else None  # distilled ones have two
@@ -51,7 +54,11 @@ def build(
     sized: dict[str, Any] = {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
     # Where every tensor is about to be replaced, drawing random ones first would take most of the time.
     with torch.device("meta") if embedded else nullcontext():
-        model: Any = timm.create_model(timm_name, pretrained=not embedded, **sized)
+        found = not embedded and source.file is None
+        more: dict[str, Any] = sized | _classes(source)
+        model: Any = timm.create_model(source.name, pretrained=found, **more)
+    if source.file is not None:
+        _read(model, source.file)
     if embedded:
         tensors = convert.state_dict(name, timm_name)
         if config.fixed_input_size:  # as it is where the size is the pretrained one
@@ -68,14 +75,43 @@ def build(
     return model, processor, head if model.num_classes else None
 
 
-def _config(timm_name: str) -> Any:
+def _classes(source: Architecture) -> dict[str, int]:
+    """The number of classes of a state dict's own classifier, so that it fits."""
+    if source.file is None:
+        return {}
+    head = _config(source.base, weights=False).classifier
+    weight = _state(source.file).get(f"{head}.weight") if isinstance(head, str) else None
+    return {} if weight is None else {"num_classes": len(weight)}
+
+
+def _state(file: Path) -> dict[str, Any]:
+    """A state dict, from safetensors or ``torch.save``, as it is or under the usual words of a checkpoint."""
+    from safetensors.torch import load_file
+
+    found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    for word in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(word), dict):
+            found = found[word]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{file} holds no state dict")
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in found.items()}
+
+
+def _read(model: nn.Module, file: Path) -> None:
+    try:
+        model.load_state_dict(_state(file))
+    except RuntimeError as error:
+        raise ValueError(f"the tensors of {file} are not those of the architecture: {error}") from error
+
+
+def _config(timm_name: str, weights: bool) -> Any:
     from timm.models import get_pretrained_cfg, is_model, list_models
 
     base = timm_name.partition(".")[0]
     if not is_model(base):
         raise ValueError(f"timm has no model {timm_name!r}: {near_miss(base, list_models())}")
     config = get_pretrained_cfg(timm_name)
-    if config is None or not config.has_weights:
+    if config is None or (weights and not config.has_weights):
         raise ValueError(f"timm has no pretrained weights for {timm_name!r}")
     return config
 

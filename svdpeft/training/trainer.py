@@ -6,6 +6,7 @@ import inspect
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,39 @@ def named(output: Any) -> Any:
     return {"logits": output} if isinstance(output, Tensor) else output
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Collate (input, label) pairs, as torchvision's data sets give them, for a model of one input.
+
+    Args:
+        name: of the model's input.
+    """
+
+    name: str
+
+    def __call__(self, examples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
+        inputs, labels = zip(*examples, strict=True)
+        return {self.name: torch.stack([torch.as_tensor(x) for x in inputs]), "labels": torch.as_tensor(labels)}
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Any) -> Pairs | None:
+        """The collator for this data, where they are such pairs."""
+        pair = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            return None
+        return cls(next(iter(inspect.signature(unwrapped(model).forward).parameters)))
+
+
 ASKED = ("_save", "_load_from_checkpoint", "_load_best_model")
 
 
 class Trainer(transformers.Trainer):
     """Train what the adapter trains, and save that only.
 
-    Models that return a bare tensor (timm) get a cross-entropy loss against ``labels``; models that return a loss
-    keep theirs. The method's penalty, gradient and after-step rules happen where its mode puts them. Checkpoints hold
-    the adapter, what its method remembers of the training, the optimizer and the random state; a resumed run continues
-    to the same weights.
+    Models that return a bare tensor (timm) get a cross-entropy loss against ``labels``, also of data sets of pairs
+    (torchvision); models that return a loss keep theirs. The method's penalty, gradient and after-step rules happen
+    where its mode puts them. Checkpoints hold the adapter, what its method remembers of the training, the optimizer and
+    the random state; a resumed run continues to the same weights.
 
     Args:
         model: with the adapter attached.
@@ -83,6 +107,9 @@ class Trainer(transformers.Trainer):
         if gone := [name for name in ASKED if not hasattr(transformers.Trainer, name)]:
             # They are private: a release that asks others would write whole models, and nothing would say so.
             raise RuntimeError(f"transformers {transformers.__version__} has no Trainer.{gone[0]}: take an older one")
+        if kwargs.get("data_collator") is None:
+            data = (kwargs.get(split) for split in ("train_dataset", "eval_dataset"))
+            kwargs["data_collator"] = next((found for d in data if (found := Pairs.of(model, d))), None)
         super().__init__(model=model, args=args, **kwargs)
         self.adapter = adapter
         self.role_lr = dict(role_lr or {})
