@@ -291,8 +291,8 @@ def cluster():
         small = {"object_store_memory": 80 * 2**20}
         head = {"num_cpus": 0, "include_dashboard": False, **small}
         with warnings.catch_warnings():
-            # older versions of Ray leave the logs of the processes that they start open
-            warnings.filterwarnings("ignore", "unclosed file .*/logs/", ResourceWarning)
+            # older versions of Ray leave the files open that the processes which they start write to
+            warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)
             cluster = Cluster(initialize_head=True, head_node_args=head)
             for _ in range(2):
                 cluster.add_node(num_cpus=1, **small)
