@@ -399,6 +399,7 @@ def test_a_base_of_zeros():
     assert tracker.table[1]["distance"] is None
 
 
+@pytest.mark.filterwarnings("ignore:.*trains whole in torch.bfloat16")
 @pytest.mark.parametrize("method", [svdpeft.SORSA(rank=2), svdpeft.Full()], ids=lambda m: m.name)
 def test_bfloat16_weights(method):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from helpers import (
     ROUNDINGS,
@@ -37,6 +38,7 @@ from svdpeft.sites.weights import stored
 HALVES = (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:.*trains whole in torch.bfloat16")
 @every_pair
 def test_start_is_the_base_bit_for_bit(method: Method, kind: Kind):
     with Checks() as check:

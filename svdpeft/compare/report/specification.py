@@ -22,8 +22,13 @@ def toml(results: Results) -> str:
     spec["budgets"] = ["none" if budget is None else budget for budget in spec["budgets"]]  # TOML has no null
     lines = [f"{name} = {_value(value)}" for name, value in spec.items()]
     lines += ["methods = ["]
+    limited = any(budget != "none" for budget in spec["budgets"])
     for entry in methods:
-        lines.append(f"    {_value({'label': entry['label'], 'lr': entry['lr'], **entry['method']})},")
+        # What a budget decides is not asked for.
+        name = entry["method"]["name"]
+        knob = getattr(METHODS[name], "knob", None) if limited and name in METHODS else None
+        method = {key: value for key, value in entry["method"].items() if key != knob}
+        lines.append(f"    {_value({'label': entry['label'], 'lr': entry['lr'], **method})},")
     return "\n".join([*lines, "]"]) + "\n"
 
 
