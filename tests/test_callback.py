@@ -166,6 +166,18 @@ def test_checkpoints_are_adapters_and_resume_to_the_same_bits(case: str, tmp_pat
         assert torch.equal(value, through[name]), name
 
 
+def test_resumed_into_another_folder(tmp_path: Path):
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    found = []
+    for name in ("one", "two"):
+        torch.manual_seed(0)
+        adapter = svdpeft.attach(Llama(), LoRA(rank=2), ["q_proj"])
+        resume = str(tmp_path / "one" / "checkpoint-3") if name == "two" else None
+        train(adapter, tmp_path / name, True, texts(24), resume=resume, **args)
+        found.append(values(adapter))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
 def test_the_best_is_brought_back(tmp_path: Path):
     model = make(WithLoss)
     adapter = svdpeft.attach(model, LoRA(rank=2), ["body"])

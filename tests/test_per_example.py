@@ -135,7 +135,7 @@ def test_adapters_on_other_layers_add_nothing_to_a_row():
     close(found, expected)
     found.sum().backward()
     assert all(p.grad is None for p in adapters[2].parameters())
-    with adapters[0].per_example([None, "base"]):
+    with adapters[0].per_example([None, "base", None, "base"]):
         base = model(x)
     with adapters[0].disabled(), adapters[1].disabled(), adapters[2].disabled():
         assert torch.equal(base, model(x))

@@ -58,7 +58,8 @@ class SavePretrained:
         if not acting:
             state = plain(self.model.state_dict() if state_dict is None else state_dict)
             own = getattr(type(self.model), NAME)
-            return own(self.model, save_directory, is_main_process, state, push_to_hub, **kwargs)
+            named = {"is_main_process": is_main_process, "state_dict": state, "push_to_hub": push_to_hub}
+            return own(self.model, save_directory, **named, **kwargs)
         if push_to_hub:
             raise ValueError(
                 f"adapter {acting[0].name!r} is attached: the hub would get the base without it. Call "

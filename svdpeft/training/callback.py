@@ -86,7 +86,9 @@ class AdapterCallback(StepCallback):
                 "use svdpeft.Trainer, or save_strategy='no' and adapter.save()"
             )
         if state.global_step:  # resumed: the trainer has loaded the same values, and asked nothing about the base
-            self._restore(self._folder(args, state))
+            folder = self._folder(args, state)
+            # A run that was resumed from elsewhere has no such folder, and nothing but the values.
+            self._restore(folder) if (folder / FOLDER).exists() else load_training_state(self.adapter, folder)
         if self.adapter.penalty() is not None:
             self.hooks[self.adapter] = self.adapter.model.register_forward_hook(self._add_penalty, with_kwargs=True)
 
