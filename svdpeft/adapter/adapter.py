@@ -21,7 +21,7 @@ from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import lowered, summarise
-from svdpeft.adapter.switching import check_foldable, check_no_transform_beside, check_there, go, guard_loading
+from svdpeft.adapter.switching import WAYS, check_foldable, check_no_transform_beside, check_there, go, guard_loading
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Borrowed, Frozen, running_statistics
@@ -131,8 +131,8 @@ class Adapter:
 
     def summary(self) -> str:
         """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
-        rules = list(zip(self.patterns, self.methods, strict=True))
-        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped, lowered(rules, self.sites))
+        short = lowered(self.methods, self.sites)
+        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped, short)
 
     def __repr__(self) -> str:
         methods = ", ".join(dict.fromkeys(map(str, self.methods)))
@@ -150,9 +150,9 @@ class Adapter:
         Raises:
             ValueError: a name that no method has, or a value that is not a finite number. Nothing is set then.
         """
-        if self.state not in ("attached", "folded"):
-            how = {"merged": "unmerge() it first, and merge() again afterwards", "detached": "attach or load it again"}
-            raise RuntimeError(f"adapter {self.name!r} is {self.state}: {how.get(self.state, 'leave the block first')}")
+        if self.state in WAYS:
+            again = ", and merge() again afterwards" if self.state == "merged" else ""
+            raise RuntimeError(f"adapter {self.name!r} is {self.state}: {WAYS[self.state]}{again}")
         steering.write(self.sites.values(), values)
 
     # -- switching ------------------------------------------------------------------------------------------------

@@ -80,12 +80,12 @@ def summarise(
     return "\n".join(lines)
 
 
-def lowered(rules: Sequence[tuple[str, Method]], sites: Mapping[str, Site]) -> list[str]:
-    """The sites whose rank is below what the rule that chose them asks for: it did not fit."""
+def lowered(methods: Sequence[Method], sites: Mapping[str, Site]) -> list[str]:
+    """The sites whose rank is below what a method of the adapter asks for: it did not fit."""
     found = []
     for name, site in sites.items():
         rank, kind = getattr(site.method, "rank", None), type(site.method)
-        asked = (getattr(method, "rank", None) for _, method in rules if type(method) is kind)
+        asked = (getattr(method, "rank", None) for method in methods if type(method) is kind)
         if isinstance(rank, int) and rank == min(site.shape[1:]):
             found += [name] if any(isinstance(a, int) and a > rank for a in asked) else []
     return found
@@ -105,7 +105,7 @@ def _shared(sites: Mapping[str, Site]) -> list[tuple[str, Tensor, list[str]]]:
 def _vectors(model: nn.Module, whole: Mapping[str, Any]) -> list[int]:
     """Sizes of the parameters of the base that are no matrices and do not train."""
     known = {id(weight.tensor) for weight in weights_of(model)}
-    base = ((name, p) for name, p in model.named_parameters() if ".svdpeft." not in f".{name}")
+    base = ((name, p) for name, p in model.named_parameters() if not is_factor(name))
     return [p.numel() for name, p in base if id(p) not in known and name not in whole]
 
 

@@ -13,6 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import MergeReport
 
+WAYS = {  # out of the states in which nothing of an adapter can be turned or trained
+    "merged": "unmerge() it first",
+    "disabled": "leave the block first",
+    "in a per_example block": "leave the block first",
+    "detached": "attach or load it again",
+}
+
 
 @torch.no_grad()
 def go(sites: Sequence[Site], state: str) -> MergeReport:

@@ -52,13 +52,14 @@ def build(
         _check_size(image_size, timm_name)
     # A convolutional network takes any size as it is, and timm's constructors for them know no img_size.
     sized: dict[str, Any] = {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
+    state = None if source.file is None else _state(source.file)
     # Where every tensor is about to be replaced, drawing random ones first would take most of the time.
     with torch.device("meta") if embedded else nullcontext():
         found = not embedded and source.file is None
-        more: dict[str, Any] = sized | _classes(source)
+        more: dict[str, Any] = sized | _classes(state, head)
         model: Any = timm.create_model(source.name, pretrained=found, **more)
-    if source.file is not None:
-        _read(model, source.file)
+    if state is not None:
+        _read(model, state, source)
     if embedded:
         tensors = convert.state_dict(name, timm_name)
         if config.fixed_input_size:  # as it is where the size is the pretrained one
@@ -75,12 +76,9 @@ def build(
     return model, processor, head if model.num_classes else None
 
 
-def _classes(source: Architecture) -> dict[str, int]:
+def _classes(state: dict[str, Any] | None, head: str | None) -> dict[str, int]:
     """The number of classes of a state dict's own classifier, so that it fits."""
-    if source.file is None:
-        return {}
-    head = _config(source.base, weights=False).classifier
-    weight = _state(source.file).get(f"{head}.weight") if isinstance(head, str) else None
+    weight = None if state is None else state.get(f"{head}.weight")
     return {} if weight is None else {"num_classes": len(weight)}
 
 
@@ -97,11 +95,11 @@ def _state(file: Path) -> dict[str, Any]:
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
-def _read(model: nn.Module, file: Path) -> None:
+def _read(model: nn.Module, state: dict[str, Any], source: Architecture) -> None:
     try:
-        model.load_state_dict(_state(file))
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the tensors of {file} are not those of the architecture: {error}") from error
+        raise ValueError(f"the tensors of {source.file} are not those of the architecture: {error}") from error
 
 
 def _config(timm_name: str, weights: bool) -> Any:

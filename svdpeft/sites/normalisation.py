@@ -64,8 +64,8 @@ class Borrowed:
     @torch.no_grad()
     def give_back(self) -> None:
         """Write the base's values into the model's own tensors."""
-        for name, away in self._away.items():
-            self[name].copy_(away)
+        for name in self._away:
+            self.reset(name)
 
     @torch.no_grad()
     def reset(self, name: str) -> None:

@@ -15,12 +15,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
-from svdpeft.adapter.loading import restore
 from svdpeft.adapter.pretrained import NAME
 from svdpeft.atomic import replacing
 from svdpeft.sites.place import is_factor
 from svdpeft.training.divergence import check_gradients, check_skipped
-from svdpeft.training.resume import load_training_state, save_training_state
+from svdpeft.training.resume import load_checkpoint, load_training_state, save_checkpoint
 from svdpeft.training.trained import check_trains
 
 
@@ -88,7 +87,7 @@ class AdapterCallback(StepCallback):
         if state.global_step:  # resumed: the trainer has loaded the same values, and asked nothing about the base
             folder = self._folder(args, state)
             # A run that was resumed from elsewhere has no such folder, and nothing but the values.
-            self._restore(folder) if (folder / FOLDER).exists() else load_training_state(self.adapter, folder)
+            (load_checkpoint if (folder / FOLDER).exists() else load_training_state)(self.adapter, folder)
         if self.adapter.penalty() is not None:
             self.hooks[self.adapter] = self.adapter.model.register_forward_hook(self._add_penalty, with_kwargs=True)
 
@@ -109,21 +108,16 @@ class AdapterCallback(StepCallback):
     ) -> None:
         release(self.adapter)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._restore(Path(state.best_model_checkpoint))
+            load_checkpoint(self.adapter, Path(state.best_model_checkpoint))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
             return
         folder = self._folder(args, state)
-        self.adapter.save(folder / FOLDER)
-        save_training_state(self.adapter, folder)
+        save_checkpoint(self.adapter, folder)
         if hasattr(self.adapter.model, NAME):  # its save_pretrained has written nothing that a trainer resumes from
             with replacing(folder / SAFE_WEIGHTS_NAME) as new:
                 save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
-
-    def _restore(self, folder: Path) -> None:
-        restore(self.adapter, folder / FOLDER)
-        load_training_state(self.adapter, folder)
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

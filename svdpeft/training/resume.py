@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.file import CheckpointError
+from svdpeft.adapter.file import FOLDER, CheckpointError
+from svdpeft.adapter.loading import restore
 from svdpeft.atomic import replacing
 
 FILE = "training.safetensors"  # beside the folder of the adapter
@@ -21,6 +22,22 @@ FILE = "training.safetensors"  # beside the folder of the adapter
 def keeps_state(adapter: Adapter) -> bool:
     """Whether one of the adapter's methods keeps something from step to step."""
     return any(site.method.keeps_state for site in adapter.sites.values())
+
+
+def save_checkpoint(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter into a trainer's checkpoint, and what its methods remember beside it."""
+    adapter.save(folder / FOLDER)
+    save_training_state(adapter, folder)
+
+
+def load_checkpoint(adapter: Adapter, folder: Path) -> None:
+    """Let an attached adapter be what it was where ``save_checkpoint`` was called.
+
+    Raises:
+        CheckpointError: a file is missing, or of another adapter or base.
+    """
+    restore(adapter, folder / FOLDER)
+    load_training_state(adapter, folder)
 
 
 def save_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

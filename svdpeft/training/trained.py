@@ -11,14 +11,8 @@ from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.adapter.switching import WAYS
 from svdpeft.targets.wrappers import unwrapped
-
-WAYS = {
-    "merged": "unmerge() it first",
-    "disabled": "leave the block first",
-    "in a per_example block": "leave the block first",
-    "detached": "attach or load it again",
-}
 
 
 def check_trains(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from transformers.utils import can_return_loss, find_labels
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.file import FOLDER
-from svdpeft.adapter.loading import restore
 from svdpeft.registry import near_miss
 from svdpeft.targets.wrappers import unwrapped
 from svdpeft.training.callback import StepCallback, release
 from svdpeft.training.divergence import check_gradients
 from svdpeft.training.memory import peak_memory
-from svdpeft.training.resume import load_training_state, save_training_state
+from svdpeft.training.resume import load_checkpoint, save_checkpoint
 from svdpeft.training.trained import alone, check_trains
 
 
@@ -237,19 +235,14 @@ class Trainer(transformers.Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.adapter.save(folder / FOLDER)
-            save_training_state(self.adapter, folder)
+            save_checkpoint(self.adapter, folder)
             torch.save(self.args, folder / "training_args.bin")
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(os.fspath(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(Path(resume_from_checkpoint))
+        load_checkpoint(self.adapter, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._restore(Path(self.state.best_model_checkpoint))
-
-    def _restore(self, folder: Path) -> None:
-        restore(self.adapter, folder / FOLDER)
-        load_training_state(self.adapter, folder)
+        load_checkpoint(self.adapter, Path(self.state.best_model_checkpoint))
