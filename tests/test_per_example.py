@@ -500,3 +500,12 @@ def test_rows_are_counted_where_no_adapter_acts_too(names, by_name):
             model(torch.zeros(4, 4))
     assert len(model._forward_pre_hooks) == hooks
     model(torch.zeros(4, 4))
+
+
+def test_a_block_that_is_refused_leaves_no_count_behind():
+    model = nn.ModuleDict({"part": nn.Sequential(nn.Linear(4, 3)), "rest": nn.Linear(3, 2)})
+    attach(model, LoRA(rank=1), ["part.0"], name="whole").merge()
+    part = attach(model["part"], LoRA(rank=1), ["0"])
+    with pytest.raises(RuntimeError, match="an adapter is merged or folded at"), part.per_example([None] * 3):
+        pass
+    model["part"](torch.zeros(5, 4))

@@ -75,22 +75,25 @@ class Roster(Generic[M]):
 LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # all adapters of the program: parts of one model may share parameters
 
 
+def attached() -> list[Any]:
+    """The adapters of whatever model that are attached to it, in any state."""
+    return [adapter for adapter in LIVE if adapter.state != "detached"]
+
+
 def rosters() -> list[Roster[Any]]:
     """The rosters of all adapters that are attached somewhere."""
-    models = [adapter.model for adapter in LIVE if adapter.state != "detached"]
+    models = [adapter.model for adapter in attached()]
     return list(dict.fromkeys(vars(model)[ROSTER] for model in models if ROSTER in vars(model)))
 
 
 def adapted() -> dict[int, Site]:
     """The parameters that adapters of whatever model adapt, by identity: one of their sites."""
-    adapters = [adapter for adapter in LIVE if adapter.state != "detached"]
-    return {id(site.weight.stored): site for adapter in adapters for site in adapter.sites.values()}
+    return {id(site.weight.stored): site for adapter in attached() for site in adapter.sites.values()}
 
 
 def trained() -> dict[int, str]:
     """The parameters that adapters of whatever model train whole, by identity: their names there."""
-    adapters = [adapter for adapter in LIVE if adapter.state != "detached"]
-    return {id(stored(*place)): name for adapter in adapters for name, place in adapter.whole.items()}
+    return {id(stored(*place)): name for adapter in attached() for name, place in adapter.whole.items()}
 
 
 def base_weight(owner: nn.Module, parameter: str, known: Mapping[int, Site]) -> BaseWeight:

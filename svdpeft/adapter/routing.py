@@ -41,9 +41,9 @@ def by_example(
                 f"adapter {adapter.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
                 "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
             )
-    # Where no adapter acts, no layer would see that the batch has another number of rows.
-    counts = None if rows else model.register_forward_pre_hook(_Count(len(names), flattened), with_kwargs=True)
     with routed(model, {site: its for name, its in rows.items() for site in known[name].sites.values()}):
+        # Where no adapter acts, no layer would see that the batch has another number of rows.
+        counts = None if rows else model.register_forward_pre_hook(_Count(len(names), flattened), with_kwargs=True)
         try:
             for adapter in attached:
                 adapter.state = "in a per_example block"
@@ -70,6 +70,7 @@ class _Count:
 
 
 def must_be(adapter: Any, *states: str) -> None:
+    """Refuse what an adapter cannot do in the state that it is in."""
     if adapter.state not in states:
         raise RuntimeError(f"adapter {adapter.name!r} is {adapter.state}; this needs it to be {' or '.join(states)}")
 
