@@ -6,12 +6,15 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test test-all mutants test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test tests test-all mutants test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
 
-test: lint types
+test: lint
+	$(MAKE) --jobs 2 types tests
+
+tests: $(DONE)
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # Every variant of every method on every layer; `make test` has a covering set of them.

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,16 @@ def pytest_runtest_logfinish() -> None:
         _least[0] = resident()
 
 
-def pytest_collection_finish() -> None:
-    """Keep the collector from walking torch, transformers and all items each time: half a second for every run of a
-    comparison, which collects before it measures memory."""
-    gc.collect()
-    gc.freeze()
+_module = [""]
+
+
+def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    """Before the first test of a file, let go of what was compiled, and keep the collector from walking all that stays:
+    torch, transformers, the items, the caches of sympy. A comparison collects often, since it measures memory, and each
+    time would cost half a second."""
+    if location[0] != _module[0]:
+        _module[0] = location[0]
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
+        gc.freeze()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, close, equal_bits, perturb
-from rows import label, methods
+from rows import EVERYTHING, label, methods, variants
 from rwkv_models import ROOT, Fla7, Plain7, every_version, expected, file, logits, loss, model, state, tokens
 from torch import Tensor, nn
 
@@ -350,7 +350,18 @@ def test_rows_of_a_batch_do_not_see_each_other(version: int):
 
 # -- d: every method on every matrix ---------------------------------------------------------------------------------
 
-ROWS = [(version, position) for version in (4, 6, 7) for position in range(len(FACTORED))]
+
+def turns(same: list[Any], turn: int) -> list[Any]:
+    """Which variants of a method one of the three versions has: each version one, each variant a version."""
+    return same if EVERYTHING else same[turn::3] or [same[turn % len(same)]]
+
+
+ROWS = [
+    (version, FACTORED.index(method))
+    for turn, version in enumerate((4, 6, 7))
+    for same in variants(factored=True)
+    for method in turns(same, turn)
+]
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"rwkv{row[0]}-{label(FACTORED[row[1]])}")
 READER = (
     f"""
@@ -371,9 +382,9 @@ for name in json.loads((root / "rows.json").read_text()):
         found = models.get(version) or models.setdefault(version, model(version, layers=LAYERS))
         adapter = svdpeft.load(found, root / name / "adapter")
         truth = torch.load(root / name / "logits.pt")
-        assert equal_bits(logits(found, tokens(6)), truth["adapted"]), "the logits differ"
+        assert equal_bits(logits(found, tokens(4)), truth["adapted"]), "the logits differ"
         adapter.merge()
-        assert equal_bits(logits(found, tokens(6)), truth["merged"]), "the merged logits differ"
+        assert equal_bits(logits(found, tokens(4)), truth["merged"]), "the merged logits differ"
         adapter.detach()
     except Exception:
         wrong[name] = traceback.format_exc()
@@ -390,8 +401,8 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     wrong: dict[str, str] = {}
     for version in {version for version, _ in ROWS if file(version)}:
         found = model(version, layers=LAYERS)
-        base = logits(found, tokens(6))
-        for position in range(len(FACTORED)):
+        base = logits(found, tokens(4))
+        for position in (position for its, position in ROWS if its == version):
             folder = root / f"{version}-{position}"
             folder.mkdir()
             try:
@@ -412,21 +423,21 @@ def _check_row(found: nn.Module, base: Tensor, weights: Mapping[str, Tensor], me
     seen = method.needs == "inputs"  # of raw matrices there are none: the rest
     adapter = adapt(found, method, targets="all-linear" if seen else "rwkv")
     exact = all(site.method.exact_start for site in adapter.sites.values())
-    assert torch.equal(logits(found, tokens(6)), base) == exact
+    assert torch.equal(logits(found, tokens(4)), base) == exact
     perturb(adapter, 0.02)
-    adapted = logits(found, tokens(6))
+    adapted = logits(found, tokens(4))
     assert bool(adapted.isfinite().all())
     assert (adapted - base).abs().max() > 1e-5  # AdaLoRA's three small factors make a very small update
     adapter.save(folder / "adapter")
     adapter.merge()
-    merged = logits(found, tokens(6))
+    merged = logits(found, tokens(4))
     close(merged, adapted)
     torch.save({"adapted": adapted, "merged": merged}, folder / "logits.pt")
     adapter.unmerge()
-    assert torch.equal(logits(found, tokens(6)), adapted)
+    assert torch.equal(logits(found, tokens(4)), adapted)
     adapter.detach()
     assert_same_tensors(rwkv.official_state(found, torch.float32), weights)
-    assert torch.equal(logits(found, tokens(6)), base)
+    assert torch.equal(logits(found, tokens(4)), base)
 
 
 @pytest.mark.xdist_group("rwkv-files")  # one worker writes them for all rows
