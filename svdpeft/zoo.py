@@ -65,15 +65,17 @@ def card(name: str) -> Card:
         (65536, 8)
     """
     cls = METHODS[name]
-    module = (inspect.getmodule(cls).__doc__ or "").strip()
-    paragraphs = module.split("\n\n")
-    summary, sections = _sections(inspect.cleandoc(cls.__doc__ or ""))
+    own = cls.__doc__ or ""
+    own = "" if own.startswith(f"{cls.__name__}(") else inspect.cleandoc(own)  # what a dataclass writes for itself
+    about = (getattr(inspect.getmodule(cls), "__doc__", None) or "").strip()
+    paragraphs = (about or cls.__name__).split("\n\n")
+    summary, sections = _sections(own)
     shared: dict[str, Any] = {
         "name": name,
         "cls": cls,
         "title": paragraphs[0],
         "formula": paragraphs[1] if len(paragraphs) > 1 else "",
-        "citation": paragraphs[-1].replace("\n", " ") if cls.reference else "",
+        "citation": paragraphs[-1].replace("\n", " ") if cls.reference and about else "",
         "summary": summary,
         "sections": sections,
     }

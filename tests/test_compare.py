@@ -267,7 +267,7 @@ def test_the_table_has_mean_deviation_and_interval(tiny, tmp_path):
     assert row.mean == pytest.approx(0.85)
     assert row.std == pytest.approx(0.0707106781)
     assert row.interval.high - row.mean == pytest.approx(12.7062047 * 0.05)  # t of one degree of freedom · std / √2
-    assert "| LoRA rank=2 | 85.0 ± 63.5" in report.markdown(results)
+    assert "| LoRA rank=2 | 85.0 (80.0, 90.0) |" in report.markdown(results)
 
 
 def test_the_command_line_from_start_to_report(tiny, tmp_path):

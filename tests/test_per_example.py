@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +340,31 @@ def alone_logits(model: nn.Module, adapters: list[Adapter], ids: Tensor, name: s
     finally:
         for adapter in off:
             adapter._activate(True)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_beams_and_several_sequences_for_each_prompt(options: dict[str, int]):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=20, n_positions=16)).double().eval()
+    adapters = two(model, targets=["c_attn", "c_proj", "c_fc"])
+    ids, names = torch.randint(1, 20, (3, 4)), ["b", None, "a"]
+    same = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(3, 4), **options}
+    with adapters[0].per_example(names, flattened=True):
+        found = model.generate(ids, **same)
+    alone = {**same, "attention_mask": torch.ones(1, 4)}
+    rows = [
+        alone_logits(lambda x: SimpleNamespace(logits=model.generate(x, **alone)), adapters, ids[i : i + 1], name)
+        for i, name in enumerate(names)
+    ]
+    assert torch.equal(found, torch.cat(rows))
+    assert len({tuple(row.tolist()) for row in found}) > 1
+    with (
+        adapters[0].per_example(names),
+        pytest.raises(ValueError, match=r"beams or sequences of generate\(\)\), say flattened=True"),
+    ):
+        model.generate(ids, **same)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from comparison import Net, Signs
 from typer.testing import CliRunner
 
+from svdpeft import LoRA
 from svdpeft.cli import app
 from svdpeft.compare import measures, report, run, runner
 from svdpeft.compare.backends.outcome import Outcome
@@ -395,7 +397,7 @@ def test_the_comparison_file_is_the_specification(tiny, tmp_path):
     assert plain["baseline"] is None, "nobody asked for one: the report takes the first LoRA of all methods"
     methods = [{**m["method"], "label": m["label"], "lr": m["lr"]} for m in plain.pop("methods")]
     again = read_spec(**{**plain, "search": plain["search"] or False}, methods=methods)
-    assert again.to_json() == spec.to_json()
+    assert again.to_json() == {**spec.to_json(), "targets": ["all-linear"]}  # as the model told
 
 
 def test_a_job_is_named_for_people(tiny):
@@ -504,16 +506,28 @@ def test_mistakes_on_the_command_line_are_one_line(call, tmp_path):
 
 @pytest.mark.parametrize("modality", ["vision", "language"])
 def test_every_method_has_a_rate_around_which_it_is_searched(modality):
-    defaults = tomllib.loads((Path(runner.__file__).parent / "defaults.toml").read_text())
-    ours = {name for name in METHODS if METHODS[name].__module__.startswith("svdpeft.")}
-    assert ours <= set(defaults["lr"][modality])
+    for name in METHODS:
+        if METHODS[name].__module__.startswith("svdpeft."):
+            assert 0 < METHODS[name].learning_rates[modality] < 1, name
+
+
+def test_a_method_of_a_plugin_has_its_own_rate_or_is_asked_for_one(monkeypatch):
+    class Mine(LoRA):
+        learning_rates: ClassVar[dict] = {"vision": 0.07}
+
+    monkeypatch.setitem(METHODS._classes, "mine", Mine)
+    assert read_spec(model="efficientnet-lite0", methods="mine").methods[0].lr == 0.07
+    assert read_spec(model="efficientnet-lite0", methods="mine:lr=0.2").methods[0].lr == 0.2
+    with pytest.raises(ValueError, match=r"'mine' says no learning rate for language models: write mine:lr=1e-3, or"):
+        read_spec(model="smollm2-135m", methods="mine")
 
 
 @pytest.mark.parametrize("model", ["efficientnet-lite0", "dinov2-vits14", "smollm2-135m"])
 def test_the_methods_own_rate_is_the_middle_of_its_grid(model):
     defaults = tomllib.loads((Path(runner.__file__).parent / "defaults.toml").read_text())["lr"]
     spec = read_spec(model=model, methods="lora,pissa,dora,svft:pattern=banded,sorsa:gamma=0:label=mine")
-    rates = defaults["language" if model == "smollm2-135m" else "vision"] | defaults[model]
+    modality = "language" if model == "smollm2-135m" else "vision"
+    rates = {name: METHODS[name].learning_rates[modality] for name in METHODS} | defaults[modality] | defaults[model]
     for entry, name in zip(spec.methods, ("lora", "pissa", "dora", "svft", "sorsa"), strict=True):
         grid = spec.search.rates(entry.lr)
         assert grid[len(grid) // 2] == pytest.approx(rates[name])

@@ -15,7 +15,9 @@ from svdpeft.cli import app
 from svdpeft.compare import report
 from svdpeft.compare.reading import read_spec
 from svdpeft.compare.records import newest
+from svdpeft.compare.report.columns import spread_text
 from svdpeft.compare.report.limits import limits, shown
+from svdpeft.compare.report.page import page
 from svdpeft.compare.report.payload import payload
 from svdpeft.compare.report.specification import bibtex, toml
 
@@ -53,6 +55,24 @@ def test_a_row_has_the_mean_the_deviation_and_the_interval_over_its_seeds():
     assert (row.interval.low, row.interval.high) == pytest.approx((0.85 - half, 0.85 + half))
     assert row.median("attach_seconds") == pytest.approx(8.5)  # times: the median; memory: the most
     assert row.largest("peak_memory_bytes") == int(0.9e9)
+
+
+def test_of_two_seeds_both_values_stand_beside_the_mean():
+    """Student's interval of 10 % and 20 % is 15.0 ± 63.5 %."""
+
+    def change(head, runs, trials):
+        for run, value in zip(runs_of(runs, "LoRA"), (0.2, 0.1, 0.0), strict=True):
+            run["metric"]["value"] = value
+        runs.remove(runs_of(runs, "LoRA")[2])
+
+    found = results(change)
+    row = next(row for row in found.rows if row.label == "LoRA")
+    assert row.ends == (0.1, 0.2)
+    assert spread_text(row, found) == "15.0 (10.0, 20.0)"
+    for text in (report.markdown(found), page(found)):
+        assert "15.0 (10.0, 20.0)" in text
+        assert "of two seeds the mean, and both values in brackets" in text
+    assert "two seeds" not in report.markdown(results())
 
 
 def test_rows_are_ranked_by_what_the_metric_means():

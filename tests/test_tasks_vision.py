@@ -252,21 +252,27 @@ def test_the_labels_are_read_without_the_pictures(food101, monkeypatch):
     assert len(read("torchvision:Food101", str(food101)).train.labels) == 18
 
 
-def test_flowers102(tmp_path, monkeypatch):
-    """Flowers-102's own layout: MATLAB files of labels from 1 and of numbers of pictures, and numbered pictures."""
-    folder = tmp_path / "flowers-102"
+def flowers(root, monkeypatch, published):
+    """Flowers-102's own layout: MATLAB files of labels from 1 and of numbers of pictures, and numbered pictures.
+
+    ``published`` is how many of each class the parts for training, validation and test have.
+    """
+    folder = root / "flowers-102"
     (folder / "jpg").mkdir(parents=True)
-    pairs = [(label, number) for number in range(5) for label in range(102)]
+    pairs = [(label, number) for number in range(sum(published)) for label in range(102)]
     for i, (label, number) in enumerate(pairs, 1):
         painted(label, number, (8, 6)).save(folder / "jpg" / f"image_{i:05}.jpg", quality=95)
     savemat(folder / "imagelabels.mat", {"labels": np.array([[label + 1 for label, _ in pairs]], dtype=np.uint8)})
     ids = np.arange(1, len(pairs) + 1, dtype=np.uint16)
-    parts = {"trnid": ids[:204], "valid": ids[204:408], "tstid": ids[408:]}
-    savemat(folder / "setid.mat", parts)
+    first, second = 102 * published[0], 102 * (published[0] + published[1])
+    savemat(folder / "setid.mat", {"trnid": ids[:first], "valid": ids[first:second], "tstid": ids[second:]})
     sums = {"label": "imagelabels.mat", "setid": "setid.mat"}
     files = {key: (name, md5(folder / name)) for key, name in sums.items()}
     monkeypatch.setattr(TorchvisionFlowers102, "_file_dict", TorchvisionFlowers102._file_dict | files)
 
+
+def test_flowers102(tmp_path, monkeypatch):
+    flowers(tmp_path, monkeypatch, (2, 2, 1))
     data = Flowers102(root=str(tmp_path), shots=2, validation_shots=1).prepare(vision())
     assert [len(split) for split in (data.train, data.validation, data.test)] == [204, 102, 102]
     assert data.test.labels.tolist() == list(range(102))

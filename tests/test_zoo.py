@@ -3,6 +3,7 @@
 import inspect
 import json
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def test_the_card_on_the_command_line(name):
     result = CliRunner().invoke(app, ["methods", name])
     assert result.exit_code == 0, result.output
     assert card(name).title.split()[0] in result.output
+
+
+def test_the_card_of_a_method_that_says_nothing_of_itself(monkeypatch):
+    """A plug-in's, say: no signature in the place of a description, no lines without words."""
+
+    @dataclass(frozen=True)
+    class Mine(svdpeft.LoRA):
+        pass
+
+    Mine.__module__ = "somebody.s"  # whose module is not there
+    Mine.name = "mine"
+    Mine.__doc__ = "Mine(rank: 'int' = 8)"  # what a dataclass writes where nothing is written
+    monkeypatch.setitem(METHODS._classes, "mine", Mine)
+    result = CliRunner().invoke(app, ["methods", "mine"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Mine\n\nAt a glance\n")
+    assert "\n\n\n" not in result.output
 
 
 def test_the_table_on_the_command_line():

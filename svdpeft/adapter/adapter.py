@@ -205,8 +205,9 @@ class Adapter:
         Args:
             names: of an adapter of the same model for every row of the batch; ``None`` or ``"base"`` for none. Any
                 adapter of the model may be asked, and any may be named.
-            flattened: layers may see several rows for each example (windows, tokens), all of the first example, then
-                all of the second, and so on. Without it such a layer is refused.
+            flattened: layers may see several rows for each example (windows, tokens, the beams or sequences of
+                ``generate``), all of the first example, then all of the second, and so on. Without it such a layer is
+                refused.
 
         Raises:
             ValueError: a name that no adapter has; parameters or statistics that an adapter has changed whole, since

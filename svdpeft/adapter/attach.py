@@ -35,6 +35,7 @@ from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
+from svdpeft.targets.survey import STORED
 from svdpeft.targets.whole import trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
@@ -104,8 +105,21 @@ def attach(
     built = _build(selection.choices, seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
+    _warn_of_stored(selection.skipped)
     _warn_of_half(whole)
     return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
+
+
+def _warn_of_stored(skipped: Mapping[str, str]) -> None:
+    """On a partly quantised model an adapter of all layers is one of the rest: usually the few that matter least."""
+    found = [name for name, why in skipped.items() if why.endswith(STORED)]
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"{found[0]}{more} is not adapted: {skipped[found[0]]}. Name the targets to leave it out knowingly; "
+            "adapter.skipped has them all",
+            stacklevel=3,
+        )
 
 
 def _warn_of_half(whole: Mapping[str, tuple[nn.Module, str]]) -> None:

@@ -65,7 +65,8 @@ class _Count:
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if x is not None and (x.shape[0] % self.total if self.flattened else x.shape[0] != self.total):
             raise ValueError(
-                f"the model is called with {x.shape[0]} rows, and per_example() was given {self.total} names"
+                f"the model is called with {x.shape[0]} rows, and per_example() was given {self.total} names; where "
+                "each example has several rows (the beams or sequences of generate()), say flattened=True"
             )
 
 

@@ -74,8 +74,10 @@ def _print_card(c: Any) -> None:
     """What a paper's reader wants to know of a method."""
     show = functools.partial(console.print, markup=False, highlight=False)
     show(c.title, style="bold")
-    show(f"\n{c.formula}\n", soft_wrap=True)  # a formula that is broken in two is not read
-    show(c.summary)
+    if c.formula:
+        show(f"\n{c.formula}", soft_wrap=True)  # a formula that is broken in two is not read
+    if c.summary:
+        show(f"\n{c.summary}")
     for section in ("When to use", "Paper and code", "Args"):
         if section in c.sections:
             show(f"\n{section}", style="bold")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -64,7 +65,9 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     task = TASKS[merged["task"]]
     for name in merged["task_options"]:
         _check(name, {f.name for f in dataclasses.fields(task)}, f"task {merged['task']!r}")
-    merged["methods"] = read_methods(merged["methods"], defaults["lr"][modality] | defaults["lr"].get(model, {}))
+    merged["methods"] = read_methods(
+        merged["methods"], modality, defaults["lr"][modality] | defaults["lr"].get(model, {})
+    )
     for name in ("seeds", "targets", "exclude", "budgets"):
         if name in merged:
             value = merged[name]
@@ -77,16 +80,23 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     return Spec(**merged)
 
 
-def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mapping[str, float]) -> tuple[Entry, ...]:
+def read_methods(
+    methods: str | Sequence[str | Mapping[str, Any]], modality: str, rates: Mapping[str, float] = MappingProxyType({})
+) -> tuple[Entry, ...]:
     """Read methods as they are written on the command line or in a file.
 
     Args:
         methods: ``"lora,svft:pattern=banded:lr=0.05"``, a list of such words, or of tables.
-        rates: learning rate by label or method name, for entries that give none.
+        modality: ``"vision"`` or ``"language"``: an entry that gives no learning rate has its method's for that.
+        rates: learning rates that take precedence over the methods' own, by label or method name.
+
+    Raises:
+        ValueError: an entry that is not a method, two of one label, a method without a learning rate.
 
     Example:
-        >>> read_methods("sorsa:gamma=0:label=no regulariser", {"sorsa": 1e-3})[0].label
-        'no regulariser'
+        >>> (entry,) = read_methods("sorsa:gamma=0:label=no regulariser", "language")
+        >>> entry.label, entry.lr
+        ('no regulariser', 0.0002)
     """
     words = methods.split(",") if isinstance(methods, str) else methods
     if not isinstance(words, Sequence):
@@ -103,7 +113,13 @@ def read_methods(methods: str | Sequence[str | Mapping[str, Any]], rates: Mappin
         label = _label(method, table) if label is None else label
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"the label {label!r} of {name} is not a word")
-        lr = rates.get(label, rates.get(name, 1e-3)) if lr is None else lr
+        if lr is None:
+            lr = rates.get(label, rates.get(name, method.learning_rates.get(modality)))
+        if lr is None:
+            raise ValueError(
+                f"the method {name!r} says no learning rate for {modality} models: write {name}:lr=1e-3, or give its "
+                f'class learning_rates = {{"{modality}": 1e-3}}'
+            )
         check_number(f"the learning rate of {label!r},", lr, 0)
         entries.append(Entry(label, method, float(lr), tuple(table)))
     labels = [entry.label for entry in entries]

@@ -26,6 +26,7 @@ from svdpeft.compare.spec import Entry, Spec
 from svdpeft.decomposition import svd_cache
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
+from svdpeft.targets.rules import default_targets
 from svdpeft.tasks.base import TaskData
 from svdpeft.tasks.probes import probe
 from svdpeft.training.divergence import Diverged
@@ -77,7 +78,7 @@ class Job:
             "method": self.entry.method.to_json(),
             "lr": self.entry.lr,
             "seed": self.seed,
-            "targets": list(spec.targets),
+            "targets": None if spec.targets is None else list(spec.targets),
             "exclude": list(spec.exclude),
             "budget": self.budget,
             "epochs": self.epochs,
@@ -109,6 +110,7 @@ class Training:
         transformers.set_seed(job.seed)
         self.loaded = self.load()
         self.model: nn.Module = self.loaded.model
+        self.targets = job.spec.targets or (default_targets(self.model),)
         self.head = (self.loaded.head,) if self.task.num_classes is not None and self.loaded.head is not None else ()
         self.base = sum(p.numel() for p in self.model.parameters())
         self.data = self.task.prepare(self.loaded, job.seed)
@@ -122,7 +124,7 @@ class Training:
         """Turn the method's knob as far as a budget allows."""
         if not isinstance(method, PerSite):
             return method
-        sites = budget.sites_of(self.model, method, self.job.spec.targets, self.job.spec.exclude, self.head)
+        sites = budget.sites_of(self.model, method, self.targets, self.job.spec.exclude, self.head)
         return method if limit is None else budget.fit(method, budget.parse(limit, self.base), sites)
 
     def load(self) -> Loaded:
@@ -144,11 +146,11 @@ class Training:
     def attach(self, model: nn.Module) -> tuple[Adapter, float]:
         """Attach the method and return how many seconds that took, with the batches that it starts from."""
         spec, started = self.job.spec, time.perf_counter()
-        seen = measures.calibration(model, self.method, self.data, spec.targets, spec.exclude, spec.batch_size)
+        seen = measures.calibration(model, self.method, self.data, self.targets, spec.exclude, spec.batch_size)
         adapter = attach(
             model,
             self.method,
-            spec.targets,
+            self.targets,
             spec.exclude,
             self.head,
             seed=self.job.seed,

@@ -71,7 +71,7 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
     map_jobs(str, [], backend=engine.backend, workers=engine.workers, address=engine.address)  # refuses wrong ones
     if store.address.startswith("memory:") and not in_process(engine.backend, engine.workers):
         raise ValueError(f"{store.address} is this process's memory: other workers would not write into it")
-    check(spec)
+    spec = check(spec)
     store.claim({"spec": spec.to_json(), **provenance()})
     grid = lines(spec)
     found = search(spec, grid, store, engine) if spec.search else {}
@@ -168,8 +168,11 @@ def check_tracker(name: str) -> None:
         raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 
-def check(spec: Spec) -> None:
+def check(spec: Spec) -> Spec:
     """Refuse what would make every run fail, before anything is trained.
+
+    Returns:
+        The specification with what only the model tells: the targets, where nobody names them.
 
     Raises:
         ValueError: the model, the task's sizes, what forgetting is measured on, a training of less than two steps (the
@@ -194,6 +197,7 @@ def check(spec: Spec) -> None:
         if objections and all(objections):
             what = "adapt this model" if limit is None else f"meet the budget {limit}"
             raise ValueError(f"no method can {what}: " + "; ".join(dict.fromkeys(objections)))
+    return replace(spec, targets=training.targets)
 
 
 def _objection(training: Training, method: PerSite, limit: str | int | None) -> str:

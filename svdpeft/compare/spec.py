@@ -117,7 +117,8 @@ class Spec:
         task: registry name of a task of the model's modality.
         methods: what is compared.
         seeds: one run per method, budget and seed; a seed sets initialisation, batch order and dropout.
-        targets: patterns of the layers that factored methods adapt.
+        targets: patterns of the layers that factored methods adapt; ``None`` is what ``attach`` adapts where nothing is
+            said.
         exclude: patterns of layers that are left alone.
         budgets: trainable values that the factors of every method may have, each a count, or a share of the base such
             as ``"0.5%"``; ``None``, in a file ``"none"``, takes the methods as they are given. A new head is not
@@ -142,7 +143,7 @@ class Spec:
     task: str
     methods: tuple[Entry, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     budgets: tuple[str | int | None, ...] = (None,)
     epochs: float = 1
@@ -177,9 +178,9 @@ class Spec:
             if limit is not None and not isinstance(limit, str):
                 check_whole("a budget that is no share such as '0.5%',", limit, 1)
         for name in ("targets", "exclude"):
-            for pattern in getattr(self, name):
+            for pattern in getattr(self, name) or ():
                 check_text(f"{name}, a pattern:", pattern)
-        if not self.targets:
+        if self.targets == ():
             raise ValueError("targets is empty: no factored method would adapt anything")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
@@ -219,7 +220,8 @@ class Spec:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr} for e in self.methods]
         search = dataclasses.asdict(self.search) if self.search else None
-        lists = {name: list(plain[name]) for name in ("seeds", "targets", "exclude", "budgets")}
+        lists = {name: list(plain[name]) for name in ("seeds", "exclude", "budgets")}
+        lists["targets"] = None if self.targets is None else list(self.targets)
         return {**plain, **lists, "task_options": dict(self.task_options), "methods": methods, "search": search}
 
 

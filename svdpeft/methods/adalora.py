@@ -67,6 +67,7 @@ class AdaLoRA(Triplets):
     regulariser: Literal["paper", "code"] = "paper"
     scaling: Literal["paper", "code"] = "paper"
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar = ("L", "C", "A")
     pruned: ClassVar = ("C",)
     anchored: ClassVar[bool] = False

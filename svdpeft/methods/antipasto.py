@@ -70,6 +70,7 @@ class AntiPaSTO(FrozenBases):
     reference_init: bool = False
 
     settable: ClassVar = ("coefficient",)
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = (
         r"W'(\alpha) = W_0 + U_r\,\bigl((\Sigma_r + \alpha\,\Delta S)\,\mathrm{Rot}(\alpha) - \Sigma_r\bigr)\,V_r^\top,"
         r"\quad \mathrm{Rot}(\alpha) = (I - \tfrac{\alpha}{2}X)(I + \tfrac{\alpha}{2}X)^{-1}"

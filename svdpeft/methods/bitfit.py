@@ -34,6 +34,7 @@ class BitFit(Method):
         ('0.bias', '1.bias')
     """
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0,\qquad b' = b_0 + \Delta b"
     reference: ClassVar = Reference(

@@ -54,6 +54,7 @@ class BOFT(Transform):
     block_size: int = 4
     butterflies: int = 1
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 3e-4}
     trains: ClassVar = ("Q", "s")
     knob: ClassVar[str] = "block_size"
     resolved: ClassVar = ("block_size", "butterflies")

@@ -59,6 +59,7 @@ class CLOVER(Unscaled):
     rank: int | Mapping[str, int] | None = None
     pairs: tuple[str, ...] = PAIRS  # type: ignore[misc]
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 1e-4}
     example: ClassVar[str] = """\
 import svdpeft
 import timm

@@ -56,6 +56,7 @@ class CorDA(Decomposed, Scaled):
     mode: Literal["ipm", "kpm"] = "ipm"
     damp: float = 0.01
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     needs: ClassVar = "inputs"
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\quad W_0 C = U \Sigma V^\top,\quad L_0 = U_r \sqrt{\Sigma_r},\quad "

@@ -65,6 +65,7 @@ class DoRA(Transform):
     norm_gradient: bool = False
 
     pairs: ClassVar = ()  # those are refused
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = (
         r"W' = \operatorname{diag}\!\left(\frac{m}{\lVert W_0 + \Delta W\rVert}\right)(W_0 + \Delta W)"
     )

@@ -61,6 +61,7 @@ class EVA(Scaled):
     centred: bool = False
     whiten: bool = False
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     needs: ClassVar = "inputs"
     anchored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0 + s\,L A,\quad L_0 = 0,\quad A_0 = V_r^\top,\quad X = U \Sigma V^\top"

@@ -52,6 +52,7 @@ class FLoRA(Transform):
     rank: int | Mapping[str, int] = 1
 
     resolved: ClassVar = ("rank",)
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = r"W' = W_0 \circ L A,\quad L A = \mathbf{1}\mathbf{1}^\top \text{ at the start}"
     reference: ClassVar = Reference(
         key="wen2024flora",

@@ -58,6 +58,7 @@ class FRoD(Unscaled):
     density: float = 0.01
     ridge: float = 1e-3
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar[tuple[str, ...]] = ("C", "S")
     knob: ClassVar[str] = "density"
     reference: ClassVar = Reference(

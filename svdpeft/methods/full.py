@@ -24,6 +24,7 @@ class Full(Method):
         learning rate is usually 10 to 100 times smaller than that of the low-rank methods.
     """
 
+    learning_rates: ClassVar = {"vision": 1e-3, "language": 2e-5}
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0 + \Delta W"
 

@@ -21,6 +21,7 @@ class HeadOnly(Method):
         To know what the features are worth before anything is adapted. A method that does not beat it does nothing.
     """
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0"
     example: ClassVar[str] = """\

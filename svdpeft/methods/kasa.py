@@ -61,6 +61,7 @@ class KaSA(Triplets):
     regulariser: Literal["paper", "reference"] = "paper"
     drop: int | None = None
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar = ("L", "C", "A")
     anchored: ClassVar[bool] = False  # L is zero at the start; what is subtracted is another part of W0
     pruned: ClassVar[tuple[str, ...]] = ("L",)

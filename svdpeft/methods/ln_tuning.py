@@ -35,6 +35,7 @@ class LNTuning(Method):
         ('1.weight', '1.bias')
     """
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0,\qquad g' = g_0 + \Delta g,\quad b' = b_0 + \Delta b"
     example: ClassVar[str] = """\

@@ -46,6 +46,7 @@ class LoRA(Triplets):
     anchored: ClassVar[bool] = False
     pruned: ClassVar[tuple[str, ...]] = ("L",)  # its A has no start to return to
     draws: ClassVar = True
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = r"W' = W_0 + s\,L A,\qquad L_0 = 0,\quad A_0 \sim U(-1/\sqrt{n},\, 1/\sqrt{n})"
     reference: ClassVar = Reference(
         key="hu2022lora",

@@ -55,6 +55,7 @@ class LoRAGA(Decomposed, Scaled):
     gamma: float = 16.0
     variant: Literal["paper", "peft"] = "paper"
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     needs: ClassVar = "gradients"
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\quad G = U \Sigma V^\top,\quad "

@@ -49,6 +49,7 @@ class LoRANull(Decomposed, Scaled):
 
     version: Literal["v1", "v2"] = "v1"
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     needs: ClassVar = "inputs"
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\quad W_0 N N^\top = U \Sigma V^\top,\quad L_0 = U\sqrt{\Sigma},\quad "

@@ -48,6 +48,7 @@ class LoRAXS(Decomposed, Scaled):
     rank: int | dict[str, int] | None = 64
     std: float = 1e-5
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 4e-3}
     trains: ClassVar = ("C",)
     anchored: ClassVar = False
     latex: ClassVar[str] = r"W' = W_0 + \tfrac{\alpha}{r}\,U_r\,C\,\Sigma_r V_r^\top"

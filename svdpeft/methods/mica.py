@@ -42,6 +42,7 @@ class MiCA(Triplets):
 
     basis: Literal["thin", "full"] = "thin"
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar = ("A",)
     anchored: ClassVar[bool] = False
     pruned: ClassVar[tuple[str, ...]] = ("A",)

@@ -38,6 +38,7 @@ class MiLoRA(Triplets):
         alpha: α; ``None`` is α = r, the paper's choice.
     """
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 3e-4}
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\quad "
         r"L_0 = U_{-r}\sqrt{\Sigma_{-r}},\quad A_0 = \sqrt{\Sigma_{-r}}\,V_{-r}^\top"

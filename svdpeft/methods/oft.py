@@ -62,6 +62,7 @@ class OFT(Transform):
     eps: float | None = None
     neumann: int | None = None
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 3e-4}
     trains: ClassVar = ("Q",)
     knob: ClassVar[str] = "block_size"
     resolved: ClassVar = ("block_size",)

@@ -35,6 +35,7 @@ class OLoRA(Triplets):
         weight itself and rounds the rest to its dtype, which is not offered.
     """
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     latex: ClassVar[str] = r"W' = W_0 + s\,(L A - L_0 A_0),\quad W_0 = Q R,\quad L_0 = Q_{:,:r},\quad A_0 = R_{:r,:}"
     reference: ClassVar = Reference(
         key="buyukakyuz2024olora",

@@ -55,6 +55,7 @@ class OSF(Unscaled):
     rank: int | dict[str, int] | None = None
     project: Literal["gradient", "factors"] = "gradient"
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     trains: ClassVar = ("L", "C", "A")
     latex: ClassVar[str] = (
         r"W' = W_0 + L\,\mathrm{diag}(C)\,A - L_0\,\mathrm{diag}(C_0)\,A_0,\quad "

@@ -29,6 +29,7 @@ class Partial(Method):
 
     layers: tuple[str, ...] = ()
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 2e-5}
     factored: ClassVar[bool] = False
     latex: ClassVar[str] = r"W' = W_0 + \Delta W \ \mathrm{in\ the\ named\ layers}"
     example: ClassVar[str] = """\

@@ -41,6 +41,7 @@ class PiCa(Decomposed, Scaled):
     rank: int | dict[str, int] | None = 256
     tied: bool = True
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar[tuple[str, ...]] = ("L",)
     anchored: ClassVar[bool] = False
     reference: ClassVar = Reference(

@@ -36,6 +36,7 @@ class PiSSA(Decomposed, Triplets):
         alpha: α; ``None`` is α = r, the paper's choice.
     """
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     latex: ClassVar[str] = (
         r"W' = W_0 + s\,(L A - L_0 A_0),\qquad L_0 = U_r \sqrt{\Sigma_r},\quad A_0 = \sqrt{\Sigma_r}\, V_r^\top"
     )

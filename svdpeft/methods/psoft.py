@@ -66,6 +66,7 @@ class PSOFT(Decomposed, Unscaled):
     bound: float | None = None
 
     anchored: ClassVar = False  # the start of C is the identity: nothing to keep
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\Sigma_r\,(\mathrm{diag}(\beta)\,R\,\mathrm{diag}(\alpha) - I)\,V_r^\top,"
         r"\quad R = (I+Q)(I-Q)^{-1}"

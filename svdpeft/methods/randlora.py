@@ -60,6 +60,7 @@ class RandLoRA(Scaled):
     bases: Literal["dense", "sparse", "very-sparse"] = "dense"
     gamma: Literal["shape", "peft"] = "shape"
 
+    learning_rates: ClassVar = {"vision": 1e-3, "language": 3e-4}
     trains: ClassVar[tuple[str, ...]] = ("Lambda", "Gamma")
     anchored: ClassVar[bool] = False
     reference: ClassVar = Reference(

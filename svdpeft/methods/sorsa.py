@@ -66,6 +66,7 @@ class SORSA(Decomposed, Triplets):
     mode: Literal["decoupled", "gradient", "loss", "retract"] = "decoupled"
     norm: Literal["frobenius", "squared"] = "frobenius"
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     trains: ClassVar = ("L", "C", "A")
     pruned: ClassVar = ("L", "C", "A")
     latex: ClassVar[str] = (

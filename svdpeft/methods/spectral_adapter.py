@@ -88,6 +88,7 @@ class SpectralAdapter(Window):
 
     values: bool = False
 
+    learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     latex: ClassVar[str] = r"W' = W_0 + (U_r + P)\,\Sigma_r\,(V_r + Q)^\top - U_r \Sigma_r V_r^\top,\quad P_0 = Q_0 = 0"
 
     @property
@@ -133,6 +134,7 @@ class SpectralAdapterR(Window):
         offset: first triplet of the window; a negative one is counted from the last of min(m, n).
     """
 
+    learning_rates: ClassVar = {"vision": 1e-3, "language": 2e-4}
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\,(R(X)\,\mathrm{diag}(\sigma\circ c)\,R(Y)^\top - \mathrm{diag}(\sigma))\,V_r^\top,"
         r"\quad X_0 = Y_0 = 0,\; c_0 = 1"

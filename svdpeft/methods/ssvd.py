@@ -65,6 +65,7 @@ class SSVD(FrozenBases):
     reference_init: bool = False
     ratio: float = 0.25
 
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\,\bigl((\Sigma_r + \Delta\Sigma)\,G - \Sigma_r\bigr)\,V_r^\top,\quad G = (I+Q)(I-Q)^{-1}"
     )

@@ -47,6 +47,7 @@ class SVDiff(FrozenBases):
     rank: int | dict[str, int] | None = None
     strength: float = 1.0
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 2e-2}
     trains: ClassVar = ("C",)
     settable: ClassVar = ("strength",)
     latex: ClassVar[str] = r"W' = W_0 + U\,(\mathrm{diag}(\mathrm{ReLU}(\sigma + s\,\delta)) - \Sigma)\,V^\top"

@@ -47,6 +47,7 @@ class SVF(Decomposed, Unscaled):
 
     rank: int | dict[str, int] | None = None
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 2e-2}
     trains: ClassVar = ("C",)
     latex: ClassVar[str] = r"W' = W_0 + U\,(\mathrm{diag}(\sigma') - \Sigma)\,V^\top,\quad \sigma'_0 = \sigma"
     reference: ClassVar = Reference(

@@ -46,6 +46,7 @@ class SVFit(Decomposed, Unscaled):
     rank: int | dict[str, int] | None = None
     energy: float | None = None
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 2e-2}
     trains: ClassVar = ("C",)
     latex: ClassVar[str] = (
         r"W' = W_0 + U_r\,(\mathrm{diag}(\sigma'_r) - \Sigma_r)\,V_r^\top,\quad \sigma'_{r,0} = \sigma_r"

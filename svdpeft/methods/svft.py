@@ -64,6 +64,7 @@ class SVFT(FrozenBases):
     off_diagonals: int = 2
     reference_init: bool = False
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 2e-2}
     latex: ClassVar[str] = r"W' = W_0 + U M V^\top = U(\Sigma + M)V^\top,\qquad M_0 = 0\ \mathrm{on\ a\ fixed\ pattern}"
     reference: ClassVar = Reference(
         key="lingam2024svft",

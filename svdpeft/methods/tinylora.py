@@ -54,6 +54,7 @@ class TinyLoRA(Decomposed, Unscaled):
     tie: int | Literal["type", "all"] = 1
     split: Literal["left", "both"] = "left"
 
+    learning_rates: ClassVar = {"vision": 1e-3, "language": 2e-4}
     trains: ClassVar[tuple[str, ...]] = ("v",)
     anchored: ClassVar[bool] = False
     knob: ClassVar[str] = "u"

@@ -49,6 +49,7 @@ class SVFTransformer2(FrozenBases):
     rank: int | dict[str, int] | None = None
     reference_init: bool = False
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 2e-2}
     trains: ClassVar = ("z",)
     latex: ClassVar[str] = r"W' = W_0 + U\,\Sigma\,(\mathrm{diag}(z) - I)\,V^\top,\quad z_0 = 1"
     reference: ClassVar = Reference(

@@ -49,6 +49,7 @@ class VeRA(Unscaled):
     rank: int | dict[str, int] | None = 256
     d_initial: float = 0.1
 
+    learning_rates: ClassVar = {"vision": 3e-2, "language": 1e-2}
     trains: ClassVar[tuple[str, ...]] = ("b", "d")
     anchored: ClassVar[bool] = False
     reference: ClassVar = Reference(

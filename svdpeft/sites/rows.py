@@ -49,8 +49,8 @@ class Rows:
             hint = "its input has no axis for the batch first: leave the layer out of the adapter"
             if times > 1 and not rest:
                 hint = (
-                    f"if they are {times} of the first example, then {times} of the second, and so on (windows or "
-                    "tokens), say flattened=True"
+                    f"if they are {times} of the first example, then {times} of the second, and so on (windows, "
+                    "tokens, the beams or sequences of generate()), say flattened=True"
                 )
             raise ValueError(f"{site} sees {seen} rows, and per_example() was given {self.total} names: {hint}")
         return None if self.everything else self._positions(out.device, times)

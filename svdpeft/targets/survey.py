@@ -20,6 +20,7 @@ from svdpeft.targets.inventory import Weight, by_identity, computes_without_grad
 from svdpeft.targets.pairs import Half, Key, halves
 from svdpeft.targets.rules import Rule
 
+STORED = "stored, or quantised, in a way that is not known here"
 KEEPS = "{} keeps references of its own to its weights"
 
 
@@ -135,7 +136,7 @@ class Survey:
         plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and tensor.element_size() > 1
         if not plain or tensor.layout is not torch.strided:
             what = f"{type(tensor).__name__} of {tensor.dtype}"
-            return f"its weight is a {what}: stored, or quantised, in a way that is not known here"
+            return f"its weight is a {what}: {STORED}"
         if (other := self.overlaps.get(id(tensor))) is not None:
             return f"it shares memory with {other}, of which it is a view: merging would change both"
         if computes_without_gradient(weight.module):

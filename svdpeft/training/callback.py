@@ -22,6 +22,8 @@ from svdpeft.training.divergence import check_gradients, check_skipped
 from svdpeft.training.resume import load_checkpoint, load_training_state, save_checkpoint
 from svdpeft.training.trained import check_trains
 
+LEFT_OUT = "_keys_to_ignore_on_save"
+
 
 class StepCallback(TrainerCallback):
     """Call ``before_step`` and ``after_step`` where the method's mathematics wants them.
@@ -58,9 +60,8 @@ class AdapterCallback(StepCallback):
     """Train an adapter with a stock ``transformers.Trainer``, or a trainer built on one (TRL and the like).
 
     Does what ``svdpeft.Trainer`` does without replacing it: calls the method around each step, adds its penalty to the
-    loss that the model returns, stops at a gradient that is not finite, and saves ``checkpoint-N/adapter``. Of a model
-    of transformers a checkpoint holds the adapter alone, and the same tensors in a ``model.safetensors``, from which
-    the trainer resumes; of any other module the trainer itself has written the whole.
+    loss that the model returns, stops at a gradient that is not finite, and saves ``checkpoint-N/adapter``. A
+    checkpoint holds the adapter alone, and the same tensors in a ``model.safetensors``, from which the trainer resumes.
 
     Args:
         adapter: attached to the model that is trained.
@@ -72,6 +73,10 @@ class AdapterCallback(StepCallback):
 
     accumulates = 1  # batches of the optimizer step that runs
     hooks: ClassVar[weakref.WeakKeyDictionary[Adapter, RemovableHandle]] = weakref.WeakKeyDictionary()
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not hasattr(self.adapter.model, LEFT_OUT):  # what the trainer asks any module when it loads a part of it
+            setattr(self.adapter.model, LEFT_OUT, None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,9 +120,9 @@ class AdapterCallback(StepCallback):
             return
         folder = self._folder(args, state)
         save_checkpoint(self.adapter, folder)
-        if hasattr(self.adapter.model, NAME):  # its save_pretrained has written nothing that a trainer resumes from
-            with replacing(folder / SAFE_WEIGHTS_NAME) as new:
-                save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
+        # save_pretrained has written nothing that a trainer resumes from; of a bare module the trainer wrote the whole.
+        with replacing(folder / SAFE_WEIGHTS_NAME) as new:
+            save_file(trained_tensors(self.adapter), new, metadata={"format": "svdpeft"})
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -109,10 +109,21 @@ def metric_text(value: float, results: Results) -> str:
 
 
 def spread_text(row: Row, results: Results) -> str:
-    """Mean ± half the width of the interval; the mean alone where there is no interval."""
-    half = (row.interval.high - row.interval.low) / 2
+    """Mean ± half the width of the interval; of two seeds the mean and both values; of one the mean alone."""
+    low, high = row.ends
     mean = metric_text(row.mean, results)
-    return mean if math.isnan(half) else f"{mean} ± {metric_text(half, results)}"
+    if math.isnan(high - low):
+        return mean
+    if len(row.values) == 2:
+        return f"{mean} ({metric_text(low, results)}, {metric_text(high, results)})"
+    return f"{mean} ± {metric_text((high - low) / 2, results)}"
+
+
+def spread_meaning(results: Results) -> str:
+    """What ``spread_text`` writes, in words."""
+    meaning = f"mean over seeds ± half of its {100 * results.confidence:g} % interval (Student's t)"
+    two = "; of two seeds the mean, and both values in brackets"
+    return meaning + two * any(len(row.values) == 2 for row in results.rows)
 
 
 def metric_heading(results: Results) -> str:

@@ -25,7 +25,7 @@ from svdpeft.compare.report.cells import (
     stopped,
     table,
 )
-from svdpeft.compare.report.columns import columns, metric_heading
+from svdpeft.compare.report.columns import columns, metric_heading, spread_meaning
 from svdpeft.compare.report.limits import limits, provenance, shown
 from svdpeft.compare.report.payload import budget_text, payload
 from svdpeft.compare.report.results import Results, Row
@@ -150,7 +150,7 @@ def _main_table(results: Results) -> str:
         body.append(f'<tr data-row="{i}"{base}>{"".join(cells)}</tr>')
     interval = f"{100 * results.confidence:g} % interval"
     meaning = {
-        metric: f"mean over seeds ± half of its {interval} (Student’s t)",
+        metric: spread_meaning(results),
         interval: "the same drawn, with a ring for each seed; an arrow where it is cut",
         "deviation": "sample standard deviation over seeds",
         **{column.heading: column.meaning for column in columns(results)},

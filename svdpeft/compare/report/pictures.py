@@ -21,11 +21,11 @@ def picture(results: Results) -> bytes:
     figure, axes = _figure(results)
     scale = 100 if results.percent else 1
     for i, row in enumerate(results.rows):
-        half = (row.interval.high - row.interval.low) / 2
+        low, high = row.ends
         axes.errorbar(
             row.trainable,
             scale * row.mean,
-            yerr=None if math.isnan(half) else scale * half,
+            yerr=None if math.isnan(high - low) else [[scale * (row.mean - low)], [scale * (high - row.mean)]],
             fmt="osD^vP*Xh"[i % 9],
             color=COLOURS[i % len(COLOURS)],
             markersize=7,
@@ -36,7 +36,9 @@ def picture(results: Results) -> bytes:
     corners = [row.trainable for row in front], [scale * row.mean for row in front]
     axes.plot(*corners, drawstyle="steps-post", color="0.6", zorder=0)
     axes.set(xscale="log", xlabel="trainable parameters, head included")
-    interval = f"; line: {100 * results.confidence:g} % interval over seeds" if len(results.rows[0].values) > 1 else ""
+    seeds = len(results.rows[0].values)
+    line = f"{100 * results.confidence:g} % interval over seeds" if seeds > 2 else "from one seed to the other"
+    interval = f"; line: {line}" if seeds > 1 else ""
     axes.set_ylabel(f"{metric_heading(results)}{interval}", parse_math=False)
     return _finish(figure, axes, results)
 

@@ -22,7 +22,7 @@ from svdpeft.compare.report.cells import (
     stopped,
     table,
 )
-from svdpeft.compare.report.columns import columns, metric_heading, spread_text
+from svdpeft.compare.report.columns import columns, metric_heading, spread_meaning, spread_text
 from svdpeft.compare.report.limits import limits, provenance, shown
 from svdpeft.compare.report.results import Results
 from svdpeft.compare.report.specification import bibtex, toml
@@ -84,8 +84,7 @@ def _main_table(results: Results) -> Iterator[str]:
     cells = [[text(row) for _, text, _ in found] for row in results.rows]
     yield from ["## Table", "", *_table([heading for heading, _, _ in found], cells), ""]
     yield (
-        f"{_plain(results.metric)}: mean over seeds ± half of the {100 * results.confidence:g} % interval "
-        "(Student's t); deviation: sample standard deviation over seeds. "
+        f"{_plain(results.metric)}: {spread_meaning(results)}; deviation: sample standard deviation over seeds. "
         + "; ".join(f"{column.heading}: {column.meaning}" for column in columns(results))
         + "."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ class Method(ABC):
     reference: ClassVar[Reference | None] = None
     latex: ClassVar[str] = ""  # the formula, for the documentation
     example: ClassVar[str] = ""  # a program for the documentation, where the usual one does not do
+    # Where a comparison begins to search, by what the model sees: {"vision": 1e-2, "language": 1e-3}. A paper's, or of
+    # the method's family; what was searched for one model is in compare/defaults.toml.
+    learning_rates: ClassVar[Mapping[str, float]] = {}
     factored: ClassVar[bool] = True  # False: no factors, trains parameters of the base itself
 
     def __init_subclass__(cls) -> None:

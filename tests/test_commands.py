@@ -1,0 +1,234 @@
+"""Every command of the README and of the documentation runs as it is printed, but for what ``INSTEAD`` says.
+
+The pretrained models are cut to one block; a comparison is checked whole, and then trains one of its methods on a few
+examples: the way from the words to the result is that of the user.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_records
+import rwkv_models
+import torch
+from test_tasks_vision import flowers
+from tiny_language import llama, small_tokenizer
+from typer.testing import CliRunner
+
+import svdpeft
+from svdpeft import LoRA, models
+from svdpeft.cli import app
+from svdpeft.compare import reading, run, runner
+from svdpeft.compare.reading import read_spec
+from svdpeft.models import rwkv
+from svdpeft.models.embedded import AssetError
+from svdpeft.registry import TASKS
+from svdpeft.tasks import humaneval
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`(svdpeft [a-z]+ [^`]+)`")
+PROSE = re.compile(r"…|NAME|MODEL|--methods$")  # in a sentence: what somebody is to write there
+
+# What is not at hand in a test -> what stands for it.
+INSTEAD = {
+    "hf:NAME": "hf:tiny",  # a folder in transformers' layout
+    "timm:resnet18": "timm:resnet10t",  # smaller, and without the hub's weights
+    "s3://bucket": "bucket",  # a folder
+    "--backend ray": "",  # tests/test_backends.py has a cluster
+    "--workers 2": "--workers 1",  # other processes would not have the small models; tests/test_protocol.py has two
+    "hellaswag,arc_easy": "my-task.yaml",  # which the harness would download
+    "lambada_openai": "my-task.yaml",
+    "root=/data": "root=data",
+}
+FEW = {  # options of a task that make it small; its data where they are not given
+    "mnist5k": {"train_size": 20, "validation_size": 10, "test_size": 10},
+    "wordproblems": {"train_size": 10, "validation_size": 4, "test_size": 4, "max_new_tokens": 4},
+    "gsm8k": {"test_size": 2, "max_new_tokens": 4},
+    "humaneval": {"test_size": 1, "max_new_tokens": 4},
+    "flowers102": {},
+}
+
+
+def commands() -> list[str]:
+    """Each once, by the first page that has it."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = page.read_text()
+        lines = [
+            line for language, block in BLOCK.findall(text) if language in ("", "bash") for line in block.split("\n")
+        ]
+        lines += [span for span in INLINE.findall(text) if not PROSE.search(span)]
+        for line in lines:
+            if line.startswith("svdpeft "):
+                found[shlex.join(shlex.split(line.partition(" > ")[0], comments=True))] = None
+    return list(found)
+
+
+@cache
+def whole(name: str, **options: Any) -> models.Loaded:
+    """A pretrained model with one of its blocks; what is on the hub alone, without its weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm.models._builder.load_pretrained", lambda *args, **kwargs: None)
+        loaded = LOAD(name, **options)
+    if (path := BLOCKS.get(name)) is not None:
+        owner, _, leaf = path.rpartition(".")
+        setattr(loaded.model.get_submodule(owner), leaf, loaded.model.get_submodule(path)[:1])
+        if hasattr(loaded.model, "config"):
+            loaded.model.config.num_hidden_layers = 1
+    return loaded
+
+
+LOAD = models.load
+BLOCKS = {"dinov2-vits14": "blocks", "smollm2-135m": "model.layers", "minilm-l6": "encoder.layer"}
+
+
+def small(name: str, **options: Any) -> models.Loaded:
+    loaded = whole(name, **{key: value for key, value in options.items() if value is not None})
+    return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+
+
+def shortened(*args: Any, **options: Any) -> Any:
+    """The specification as the command says it, checked whole; then what of it is trained here."""
+    spec = read_spec(*args, **options)
+    runner.check(spec)
+    known = {field.name for field in dataclasses.fields(TASKS[spec.task])}
+    few = {key: value for key, value in FEW[spec.task].items() if key in known}
+    return dataclasses.replace(
+        spec,
+        methods=spec.methods[-1:],
+        budgets=spec.budgets[:1],
+        baseline=None,
+        confidence=None,
+        seeds=spec.seeds[:1],
+        epochs=min(spec.epochs, 1) if few else 0.15,
+        task_options={**spec.task_options, **few},
+        search=None,
+        batch_size=min(spec.batch_size, 5 if few else 32),
+        image_size=spec.image_size if spec.image_size or spec.model in BLOCKS else 32,
+        snapshots=1,
+    )
+
+
+def words_of(command: str) -> list[str]:
+    for found, instead in INSTEAD.items():
+        command = command.replace(found, instead)
+    words = shlex.split(command)[1:]
+    task = value(words, "--task")
+    if words[0] == "eval" and task:
+        words += [word for key, few in FEW[task].items() for word in ("--option", f"{key}={few}")]
+    return words
+
+
+def value(words: Sequence[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all that the commands name, and small models by the names of large ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", small)
+    monkeypatch.setattr(run, "load", small)
+    monkeypatch.setattr(reading, "read_spec", shortened)
+    tokenizer = small_tokenizer()
+    llama(tokenizer, torch.float32).save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    (toml,) = re.findall(r"```toml\n(model = .*?)```", (ROOT / "docs" / "comparisons.md").read_text(), re.DOTALL)
+    Path("spec.toml").write_text(toml)
+    rows = [{"question": f"What is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(6)]
+    Path("data", "gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        Path("data", "gsm8k", f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = {
+        "task": "my-task",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    Path("rows.json").write_text(json.dumps([{"question": "Is it?"}]))
+    Path("my-task.yaml").write_text(json.dumps(task))  # YAML takes JSON
+    return tmp_path
+
+
+def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command needs to have been done before: an adapter, a comparison, a file."""
+    if "flowers102" in words:
+        flowers(world / "data", monkeypatch, (10, 10, 1))
+    if "humaneval" in words:
+        try:
+            humaneval.problems()
+        except AssetError as error:
+            pytest.skip(f"HumanEval cannot be had here: {error}")
+    if "rwkv.pth" in words:
+        rwkv.write(rwkv_models.model(4, torch.float32, layers=1), world / "rwkv.pth")
+    if words[0] == "report":
+        report_records.store(world / words[1])
+    if (folder := value(words, "--adapter")) is not None:
+        task = value(words, "--task")
+        classes = int(value(words, "--num-classes") or 0) or (TASKS[task]().num_classes if task else None)
+        size, dtype = value(words, "--image-size"), getattr(torch, value(words, "--dtype") or "float32")
+        loaded = small(words[1], num_classes=classes, image_size=int(size) if size else None, dtype=dtype)
+        svdpeft.attach(loaded.model, LoRA(rank=1), train=[loaded.head] if classes else []).save(folder)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    words = words_of(command)
+    prepare(words, world, monkeypatch)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, f"{' '.join(words)}\n{result.output}"
+    if "--json" in words:
+        assert json.loads(result.stdout)
+    elif words[0] in ("compare", "report"):
+        folder = value(words, "--out") or (words[1] if words[0] == "report" else "runs/compare")
+        assert (world / folder / "report.html").is_file()
+        assert "failed" not in result.output
+    else:
+        assert result.stdout.strip()
+    for option in ("--csv", "--picture"):
+        if (name := value(words, option)) is not None:
+            assert (world / name).stat().st_size > 100
+
+
+def test_the_commands_are_found():
+    found = commands()
+    assert len(found) > 20
+    assert {command.split()[1] for command in found} == {"compare", "report", "eval", "inspect", "methods", "cite"}
+
+
+SPECIFICATIONS = [
+    pytest.param(block, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", SPECIFICATIONS)
+def test_a_specification_is_read(block: str, tmp_path: Path):
+    (tmp_path / "spec.toml").write_text(block)
+    spec = read_spec(tmp_path / "spec.toml")
+    assert TASKS.make(spec.task, dict(spec.task_options))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_installed_is_offered(page: Path):
+    extras = set(re.findall(r"^(\w+) = \[$|^(\w+) = \[.*\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    names = {name for pair in extras for name in pair if name}
+    for asked in re.findall(r'pip install "?svdpeft\[([\w,]+)\]', page.read_text()):
+        assert set(asked.split(",")) <= names
