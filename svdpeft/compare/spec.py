@@ -221,8 +221,15 @@ class Spec:
         methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr} for e in self.methods]
         search = dataclasses.asdict(self.search) if self.search else None
         lists = {name: list(plain[name]) for name in ("seeds", "exclude", "budgets")}
-        lists["targets"] = None if self.targets is None else list(self.targets)
-        return {**plain, **lists, "task_options": dict(self.task_options), "methods": methods, "search": search}
+        targets = None if self.targets is None else list(self.targets)
+        return {
+            **plain,
+            **lists,
+            "targets": targets,
+            "task_options": dict(self.task_options),
+            "methods": methods,
+            "search": search,
+        }
 
 
 def _check_knob(entry: Entry, limit: str | int) -> None:
