@@ -12,6 +12,7 @@ from typing import Any
 from svdpeft import methods
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
+from svdpeft.adapter.choosing import adapters, only
 from svdpeft.adapter.file import CheckpointError
 from svdpeft.adapter.loading import load
 from svdpeft.calibration.calibrate import calibrate
@@ -33,12 +34,14 @@ __all__ = [
     "MergeReport",
     "Method",
     "Schedule",
+    "adapters",
     "attach",
     "calibrate",
     "cite",
     "load",
     "method",
     "methods",
+    "only",
     "svd_cache",
 ]
 

@@ -110,7 +110,7 @@ def test_a_parameter_is_trained_whole_or_adapted_in_whichever_part(whole: str, a
 def test_a_parameter_is_trained_whole_by_one_adapter_alone():
     model = halves()
     first = attach(model["one"], HeadOnly(), train=["0.weight"])
-    with refused(model, "one.0.weight is trained whole by another adapter already, as 0.weight"):
+    with refused(model, "one.0.weight is trained whole already, as 0.weight, by an adapter that is attached to a part"):
         attach(model, HeadOnly(), train=["one.0.weight"], name="other")
     first.detach()
     attach(model, HeadOnly(), train=["one.0.weight"], name="other")

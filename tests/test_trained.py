@@ -112,7 +112,10 @@ def test_where_nothing_would_train_is_refused(tmp_path, stock):
     with pytest.raises(RuntimeError, match=r"is merged, and nothing of it would train: unmerge\(\) it first"):
         run(model, adapter, tmp_path, stock)
     adapter.unmerge()
-    with adapter.disabled(), pytest.raises(RuntimeError, match="is disabled, and nothing of it would train: leave"):
+    with (
+        adapter.disabled(),
+        pytest.raises(RuntimeError, match=r"is disabled, and nothing of it would train: enable"),
+    ):
         run(model, adapter, tmp_path, stock)
     start = values(adapter)
     run(model, adapter, tmp_path, stock)

@@ -24,9 +24,10 @@ from svdpeft.adapter.summary import lowered, summarise
 from svdpeft.adapter.switching import WAYS, check_foldable, check_no_transform_beside, check_there, go, guard_loading
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
-from svdpeft.sites.normalisation import Borrowed, Frozen, running_statistics
+from svdpeft.sites.normalisation import Frozen, running_statistics
 from svdpeft.sites.site import Site
-from svdpeft.sites.weights import MergeReport, stored
+from svdpeft.sites.versions import Own
+from svdpeft.sites.weights import MergeReport
 
 Condition = Literal["attached", "merged", "folded", "disabled", "in a per_example block", "detached"]
 BatchNorm = Literal["train", "frozen"]
@@ -52,9 +53,7 @@ class Adapter:
         self.whole = whole
         self.skipped: Mapping[str, str] = skipped
         self.state: Condition = "attached"
-        taken = {n for a in getattr(model, ROSTER).adapters.values() for n in a.borrowed.places}
-        statistics = {n: place for n, place in running_statistics(model).items() if n not in taken}
-        self.borrowed = Borrowed(model, {**whole, **statistics})
+        self.own = Own(getattr(model, ROSTER).versions, name, whole, running_statistics(model))
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._steps = Steps(sites.values())
@@ -78,8 +77,8 @@ class Adapter:
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{name}/{role}", parameter
-        for name, (owner, attribute) in self.whole.items():
-            yield name, cast(nn.Parameter, stored(owner, attribute))
+        for name in self.whole:
+            yield name, cast(nn.Parameter, self.own[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains."""
@@ -157,26 +156,44 @@ class Adapter:
 
     # -- switching ------------------------------------------------------------------------------------------------
 
+    def disable(self) -> None:
+        """Let the model compute as if this adapter were not there, bit for bit, until ``enable``.
+
+        It can be saved, and merged, which turns it on. One that is merged or folded is taken out of the weights first.
+        """
+        self._must_be("attached", "merged", "folded")
+        self._to("attached")
+        self.own.turn(on=False)
+        self._activate(False)
+        if self.frozen:
+            self.frozen.release()
+        self.state = "disabled"
+        self._roster.freeze()
+
+    def enable(self) -> None:
+        """Let a disabled adapter act again; one that is on stays as it is."""
+        self._must_be("attached", "merged", "folded", "disabled")
+        if self.state != "disabled":
+            return
+        self.state = "attached"
+        self.own.turn(on=True)
+        self._activate(True)
+        if self.frozen:
+            self.frozen.hold()
+        self._roster.freeze()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as if this adapter were not there, bit for bit."""
-        if self.state == "disabled":  # a block within a block
+        before = self.state
+        if before != "disabled":  # a block within a block
+            self.disable()
+        try:
             yield
-            return
-        with self.unwritten():
-            self.borrowed.swap()
-            self._activate(False)
-            if self.frozen:
-                self.frozen.release()
-            self.state = "disabled"
-            try:
-                yield
-            finally:
-                self.state = "attached"
-                self.borrowed.swap()
-                self._activate(True)
-                if self.frozen:
-                    self.frozen.hold()
+        finally:
+            if before != "disabled" and self.state == "disabled":
+                self.enable()
+                self._to(before)
 
     @contextmanager
     def unwritten(self) -> Iterator[None]:
@@ -224,8 +241,7 @@ class Adapter:
             torch.Size([4, 3])
         """
         self._must_be("attached", "merged", "folded", "disabled")
-        roster: Roster[Adapter] = getattr(self.model, ROSTER)
-        with by_example(self.model, roster.adapters, names, flattened):
+        with by_example(self.model, self._roster.adapters, names, flattened):
             yield
 
     def merge(self, permanent: bool = False) -> MergeReport:
@@ -240,7 +256,8 @@ class Adapter:
         Returns:
             The share of each site's update that was lost in rounding to the weight's dtype.
         """
-        self._must_be("attached", "folded")
+        self._must_be("attached", "folded", "disabled")
+        self.enable()
         if permanent:
             check_no_transform_beside(self.sites.values(), getattr(self.model, ROSTER).sites())
         self._to("attached")
@@ -298,7 +315,8 @@ class Adapter:
 
     def detach(self) -> None:
         """Take everything out of the model again: parameters, buffers, hooks and flags are what they were."""
-        self._must_be("attached", "merged", "folded")
+        self._must_be("attached", "merged", "folded", "disabled")
+        self.enable()
         self._to("attached")
         self._leave(restore=True)
 
@@ -319,27 +337,28 @@ class Adapter:
 
     @torch.no_grad()
     def _leave(self, restore: bool) -> None:
-        roster: Roster[Adapter] = getattr(self.model, ROSTER)
+        roster = self._roster
         for site in self.sites.values():
             if not restore:
                 site.weight.keep(site)
             site.remove()
-        if restore:
-            self.borrowed.give_back()
+        self.own.leave(restore)
         if self.frozen:
             self.frozen.release()
         self._guard.remove()
         del roster.adapters[self.name]
         self.state = "detached"
         if roster.adapters:
-            heir = next(iter(roster.adapters.values()))
-            heir.borrowed.add({n: place for n, place in self.borrowed.places.items() if n not in self.whole})
             roster.freeze()
             return
         unwatch(self.model)
         vars(self.model).pop(NAME, None)
         delattr(self.model, ROSTER)
         roster.release()
+
+    @property
+    def _roster(self) -> Roster[Adapter]:
+        return getattr(self.model, ROSTER)
 
     def _must_be(self, *states: Condition) -> None:
         must_be(self, *states)
@@ -386,13 +405,12 @@ class Adapter:
         """Return what is written of the adapter.
 
         Raises:
-            RuntimeError: the model holds the base's values, not the trained ones.
+            RuntimeError: the adapter is detached.
         """
-        if self.state in ("disabled", "detached"):
-            raise RuntimeError(f"adapter {self.name!r} is {self.state}: it cannot be saved now")
+        if self.state == "detached":
+            raise RuntimeError(f"adapter {self.name!r} is detached: it cannot be saved now")
         check_there(self.model, self.sites.values())
-        values = self.borrowed.changed()
-        values |= {name: self.borrowed[name] for name in self.whole}
+        values = {**self.own.changed(), **{name: self.own[name].detach() for name in self.whole}}
         rules = list(zip(self.patterns, self.methods, strict=True))
         return Contents(
             self.name, self.model, rules, self.sites, list(self.whole), values, self.skipped, self.batch_norm
@@ -405,6 +423,6 @@ class Adapter:
 
         Raises:
             FileExistsError: ``path`` exists and is not an adapter folder.
-            RuntimeError: the adapter is disabled or detached.
+            RuntimeError: the adapter is detached.
         """
         save(self.contents(), path)

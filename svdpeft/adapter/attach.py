@@ -15,7 +15,7 @@ from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
-from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, trained
+from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import (
     Factors,
@@ -36,7 +36,7 @@ from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
 from svdpeft.targets.survey import STORED
-from svdpeft.targets.whole import trained_whole
+from svdpeft.targets.whole import biases_of, trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
 
@@ -52,6 +52,7 @@ def attach(
     clip_rank: bool | None = None,
     batch_norm: BatchNorm = "train",
     calibration: Mapping[str, Statistics] | None = None,
+    bias: bool = False,
 ) -> Adapter:
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
@@ -75,6 +76,7 @@ def attach(
         batch_norm: ``"train"``: normalisation layers follow ``model.train()``, and the running statistics that this
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
         calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
+        bias: the biases of the adapted layers are trained whole, too, as LoRA's code offers (``"lora_only"``).
 
     Returns:
         The adapter. The model's outputs are the base model's.
@@ -98,10 +100,13 @@ def attach(
     pairs = rules(known, method)
     named = [train] if isinstance(train, str) else train
     whole = trained_whole(model, [*named, *(pattern for _, m in pairs for pattern in m.whole(model))])
-    _check_whole(whole)
+    _check_whole(whole, roster)
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
     selection = select(model, factored, exclude, unavailable) if factored else Selection()
+    if bias:
+        whole |= biases_of(model, (place.module for choice in selection.choices for place in choice.places))
+        _check_whole(whole, roster)
     built = _build(selection.choices, seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
@@ -212,7 +217,7 @@ def install(
     """Put checked parts into the model: the only step that changes it. Used by ``attach`` and by ``load``."""
     roster: Roster = getattr(model, ROSTER, None) or Roster(model)
     _check_name(name, roster)
-    _check_whole(whole)
+    _check_whole(whole, roster)
     _check_free(built, name)
     sites: dict[str, Site] = {}
     others = adapted()
@@ -240,7 +245,7 @@ def install(
 
 def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> None:
     """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
-    whole = trained()
+    whole = claimed()
     for choice, _, _ in built:
         for place in choice.places:
             if (parameter := whole.get(id(stored(place.module, place.parameter)))) is not None:
@@ -281,15 +286,16 @@ def _check_name(name: str, roster: Roster) -> None:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
 
 
-def _check_whole(whole: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """No parameter has two masters, in whichever model or part of it they were named."""
-    others, sites = trained(), adapted()
+def _check_whole(whole: Mapping[str, tuple[nn.Module, str]], roster: Roster) -> None:
+    """Adapters of one model have versions of a parameter; none of a part of it, or of a larger one, has it as well."""
+    others, sites = claimed(but=roster), adapted()
     for name in sorted(whole):
         parameter = id(stored(*whole[name]))
         if parameter in others:
             known = others[parameter]
             raise ValueError(
-                f"{name} is trained whole by another adapter already" + (f", as {known}" if known != name else "")
+                f"{name} is trained whole already, as {known}, by an adapter that is attached to a part of this model, "
+                "or to a larger one: attach both to the same"
             )
         if parameter in sites:
             raise ValueError(f"{name} cannot be trained whole: another adapter adapts it, as {sites[parameter].name}")

@@ -41,7 +41,13 @@ from svdpeft.targets.wrappers import unwrapped
 
 
 @ordinary()
-def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, check_base: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    check_base: bool = True,
+    enabled: bool = True,
+) -> Adapter:
     """Attach a saved adapter to the base it was made for. Nothing is decomposed.
 
     Args:
@@ -50,6 +56,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         name: of the adapter in this model; default the name it was saved under.
         check_base: refuse a base whose adapted weights differ in a single bit; the same weights in another precision
             are loaded with a warning.
+        enabled: ``False`` leaves it off, so that the model goes on computing what it did: with another adapter, say.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
@@ -73,8 +80,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
     )
     with torch.no_grad():
-        for (owner, attribute), value in parts.values:
-            stored(owner, attribute).copy_(value)
+        for name, value in parts.values.items():
+            adapter.own[name].copy_(value)
+    if not enabled:
+        adapter.disable()
     return adapter
 
 
@@ -84,7 +93,7 @@ class _Parts(NamedTuple):
     pairs: list[tuple[str, Method]]
     built: list[tuple[Choice, PerSite, Factors]]
     whole: dict[str, tuple[nn.Module, str]]
-    values: list[tuple[tuple[nn.Module, str], Tensor]]
+    values: dict[str, Tensor]
 
 
 def _parts(
@@ -134,7 +143,7 @@ def _parts(
             stacklevel=4,
         )
     whole = {name: place for name, place in places.items() if name in header["whole"]}
-    return _Parts(pairs, built, whole, [(places[name], value) for name, value in values.items()])
+    return _Parts(pairs, built, whole, values)
 
 
 @ordinary()
@@ -159,9 +168,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         for name, (tensors, _) in held(adapter.sites).items()
         for role, tensor in tensors.items()
     }
-    places |= {
-        name: adapter.borrowed[name] for name in adapter.borrowed.places if name in saved or name in adapter.whole
-    }
+    places |= {name: adapter.own[name] for name in adapter.own.places if name in saved or name in adapter.whole}
     if places.keys() != saved.keys():
         other = min(places.keys() ^ saved.keys())
         raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
@@ -169,8 +176,8 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
     with adapter.unwritten(), torch.no_grad():
-        for name in adapter.borrowed.places.keys() - saved.keys():  # statistics that had not changed when it was saved
-            adapter.borrowed.reset(name)
+        for name in adapter.own.places.keys() - saved.keys():  # statistics that had not changed when it was saved
+            adapter.own.reset(name)
         for name, tensor in places.items():
             tensor.copy_(saved[name])
     for site in adapter.sites.values():

@@ -10,6 +10,7 @@ from torch import nn
 
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
+from svdpeft.sites.versions import Own, Versions
 from svdpeft.sites.weights import BaseWeight, stored
 
 ROSTER = "_svdpeft"  # plain attribute of an adapted model
@@ -28,6 +29,11 @@ class Member(Protocol):
         """The parameters that it trains whole: name -> (owner, attribute)."""
         ...
 
+    @property
+    def own(self) -> Own:
+        """Its versions of them, and of running statistics."""
+        ...
+
 
 M = TypeVar("M", bound=Member)
 
@@ -42,6 +48,7 @@ class Roster(Generic[M]):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, M] = {}
+        self.versions = Versions(model)
         known = {id(p): other.required_grad[name] for other in rosters() for name, p in other.parameters()}
         base = ((name, p) for name, p in model.named_parameters() if not is_factor(name))
         self.required_grad = {name: known.get(id(p), p.requires_grad) for name, p in base}
@@ -93,7 +100,13 @@ def adapted() -> dict[int, Site]:
 
 def trained() -> dict[int, str]:
     """The parameters that adapters of whatever model train whole, by identity: their names there."""
-    return {id(stored(*place)): name for adapter in attached() for name, place in adapter.whole.items()}
+    return {id(adapter.own[name]): name for adapter in attached() for name in adapter.whole}
+
+
+def claimed(but: Roster[Any] | None = None) -> dict[int, str]:
+    """What ``trained`` says, with the base's versions; without the adapters of one roster, which may share a name."""
+    found = [adapter for other in rosters() if other is not but for adapter in other.adapters.values()]
+    return {id(t): name for each in found for name in each.whole for t in (each.own[name], each.own.base(name))}
 
 
 def base_weight(owner: nn.Module, parameter: str, known: Mapping[int, Site]) -> BaseWeight:

@@ -36,7 +36,7 @@ def by_example(
         must_be(adapter, "attached", *(() if adapter.name in rows else ("disabled",)))
     attached = [adapter for adapter in adapters if adapter.state == "attached"]
     for adapter in attached:
-        if one := next(iter({**adapter.whole, **adapter.borrowed.changed()}), None):
+        if one := next(iter({**adapter.whole, **adapter.own.changed()}), None):
             raise ValueError(
                 f"adapter {adapter.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
                 "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"

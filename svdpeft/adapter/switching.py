@@ -15,7 +15,7 @@ from svdpeft.sites.weights import MergeReport
 
 WAYS = {  # out of the states in which nothing of an adapter can be turned or trained
     "merged": "unmerge() it first",
-    "disabled": "leave the block first",
+    "disabled": "enable() it first, or leave the block",
     "in a per_example block": "leave the block first",
     "detached": "attach or load it again",
 }

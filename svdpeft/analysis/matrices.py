@@ -101,7 +101,7 @@ def _with_axes(name: str, kind: LayerKind) -> tuple[str, ...]:
 
 
 def _trained_whole(adapter: Adapter) -> set[int]:
-    return {id(stored(*place)) for place in adapter.whole.values()}
+    return {id(adapter.own[name]) for name in adapter.whole}
 
 
 def _axes(patterns: Sequence[str], weight: Weight) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def _check(adapter: Adapter) -> None:
         raise ValueError(f"{adapter} has no factors: there is nothing to export")
     if adapter.whole:
         raise ValueError(f"{next(iter(adapter.whole))} is trained whole: a LoRA file holds low-rank updates only")
-    if changed := adapter.borrowed.changed():
+    if changed := adapter.own.changed():
         raise ValueError(f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only")
     for name, site in adapter.sites.items():
         if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):

@@ -1,82 +1,8 @@
-"""What training changes of the base itself: whole parameters and the statistics of normalisation layers."""
+"""Normalisation layers with running statistics: where these are, and how the layers are held in evaluation mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from svdpeft.sites.weights import stored
-
-
-class Borrowed:
-    """Tensors of the base that training changes whole, with the values to give back.
-
-    Parameters that ``train=`` names, and the running statistics of normalisation layers.
-
-    Args:
-        model: that they are in.
-        places: name -> (owner, attribute); owners rather than tensors, so that a moved model is still found.
-    """
-
-    def __init__(self, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> None:
-        self.model = model
-        self.places: dict[str, tuple[nn.Module, str]] = {}
-        self._away: dict[str, Tensor] = {}  # whichever tensor is not in the model now
-        self.add(places)
-
-    def add(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
-        """Borrow more; what these tensors hold now is what will be given back."""
-        self.places |= places
-        self._away |= {name: self[name].clone() for name in places}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return stored(*self.places[name]).detach()
-
-    def swap(self) -> None:
-        """Exchange the model's tensors and the kept ones: once gives the base, twice again what is trained.
-
-        The tensors themselves, and not their values: a forward of before may still need what it has seen of them for
-        its ``backward``.
-        """
-        names = {id(stored(*place)): name for name, place in self.places.items()}
-        kept: dict[str, Tensor] = {}
-        for module in self.model.modules():  # a shared parameter has several places
-            for tensors in (module._parameters, module._buffers):
-                for attribute, here in tensors.items():
-                    if here is not None and (name := names.get(id(here))) is not None:
-                        kept[name] = here
-                        tensors[attribute] = self._like(name, here)
-        self._away = kept
-
-    def _like(self, name: str, here: Tensor) -> Any:
-        """What is kept of a tensor, as the one in the model is: that one may have moved in the meantime."""
-        away = self._away[name]
-        if isinstance(here, nn.Parameter) and not isinstance(away, nn.Parameter):
-            away = nn.Parameter(away, requires_grad=False)
-        if (away.device, away.dtype) != (here.device, here.dtype):
-            away.data = away.data.to(here.device, here.dtype)
-        self._away[name] = away
-        return away
-
-    @torch.no_grad()
-    def give_back(self) -> None:
-        """Write the base's values into the model's own tensors."""
-        for name in self._away:
-            self.reset(name)
-
-    @torch.no_grad()
-    def reset(self, name: str) -> None:
-        """Write the base's value of one of them into the model's own tensor."""
-        self[name].copy_(self._away[name])
-
-    def changed(self) -> dict[str, Tensor]:
-        """The tensors that differ from what they were."""
-        return {
-            name: self[name] for name, away in self._away.items() if not torch.equal(self[name], away.to(self[name]))
-        }
+from torch import nn
 
 
 class Frozen:

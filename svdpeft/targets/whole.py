@@ -32,6 +32,19 @@ def trained_whole(model: nn.Module, patterns: Iterable[str]) -> dict[str, tuple[
     return chosen
 
 
+def biases_of(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Return the biases of some layers, as ``trained_whole`` does.
+
+    Raises:
+        ValueError: none of them has one.
+    """
+    biases = {id(bias) for layer in layers if (bias := layer._parameters.get("bias")) is not None}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in biases]
+    if not names:
+        raise ValueError("bias=True: none of the adapted layers has a bias")
+    return {name: (model.get_submodule(name.rpartition(".")[0]), "bias") for name in names}
+
+
 def _prefixes(name: str) -> list[str]:
     """``a.b.c`` -> [``a``, ``a.b``, ``a.b.c``].
 

@@ -32,6 +32,12 @@ def check_trains(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Opti
         raise RuntimeError(
             f"adapter {adapter.name!r} is {adapter.state}, and nothing of it would train: {WAYS[adapter.state]}"
         )
+    if covered := adapter.own.covered():
+        name, other = next(iter(covered.items()))
+        raise ValueError(
+            f"{name} of adapter {adapter.name!r} is covered by that of adapter {other!r}, which was attached later: "
+            f"call svdpeft.only(model, {adapter.name!r}), or disable() the other"
+        )
     inner = unwrapped(model)
     own = {id(p): name for name, p in adapter.named_parameters()}
     there = {id(p) for p in inner.parameters()}

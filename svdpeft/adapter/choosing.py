@@ -1,0 +1,95 @@
+"""Which adapters a model has, and which of them are on."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import nn
+
+from svdpeft.adapter.adapter import Adapter, Condition
+from svdpeft.adapter.roster import ROSTER
+from svdpeft.registry import near_miss
+from svdpeft.targets.wrappers import unwrapped
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters of a model by name, in the order in which they came; of a copy of the model, the copy's.
+
+    Args:
+        model: what torch.compile and DataParallel put around it is seen through.
+
+    Returns:
+        An adapter that is attached to a part of the model goes by the part's name and its own: ``"encoder.default"``.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> a, b = (svdpeft.attach(model, svdpeft.LoRA(rank=1), name=name) for name in "ab")
+        >>> list(svdpeft.adapters(copy.deepcopy(model)))
+        ['a', 'b']
+    """
+    parts = ((path, vars(part)[ROSTER]) for path, part in unwrapped(model).named_modules() if ROSTER in vars(part))
+    return {f"{path}.{name}".lstrip("."): a for path, roster in parts for name, a in roster.adapters.items()}
+
+
+def only(model: nn.Module, *names: str) -> Only:
+    """Turn the named adapters on and all others of the model off: at once, and where it opens a block, until its end.
+
+    Args:
+        model: as for ``adapters``.
+        names: as ``adapters`` gives them; none at all is the base.
+
+    Raises:
+        ValueError: a name that no adapter has. Nothing is switched then.
+        RuntimeError: an adapter is in a ``per_example`` block.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> a, b = (svdpeft.attach(model, svdpeft.LoRA(rank=1), name=name) for name in "ab")
+        >>> with svdpeft.only(model, "b"):
+        ...     a.state, b.state
+        ('disabled', 'attached')
+        >>> a.state
+        'attached'
+    """
+    known = adapters(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter of this model is called {name!r}: {near_miss(name, known)}")
+    switched = Only({adapter: adapter.state for adapter in known.values()})
+    for adapter in known.values():
+        adapter._must_be("attached", "merged", "folded", "disabled")
+    for name, adapter in known.items():
+        if name not in names and adapter.state != "disabled":
+            adapter.disable()
+    for name in names:
+        known[name].enable()
+    return switched
+
+
+class Only:
+    """What ``only`` has done, and the way back where it opens a block.
+
+    Args:
+        before: the states of all adapters of the model.
+    """
+
+    def __init__(self, before: dict[Adapter, Condition]) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        there: list[tuple[Adapter, Condition]]
+        there = [(adapter, state) for adapter, state in self._before.items() if adapter.state != "detached"]
+        for adapter, state in there:
+            if state == "disabled" and adapter.state != "disabled":
+                adapter.disable()
+        for adapter, state in there:
+            if state != "disabled":
+                adapter.enable()
+                if adapter.state != state:
+                    adapter._to("attached")
+                    adapter._to(state)

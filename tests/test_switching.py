@@ -1,0 +1,310 @@
+"""Several adapters on one base: each with its own head, biases and statistics, and any of them on or off."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import adapt, equal_bits, host, perturb
+from rows import every_factored_pair
+from torch import Tensor, nn
+
+import svdpeft
+from svdpeft import LoRA, PiSSA, attach, load
+from svdpeft.methods.base import Method
+
+BODY = [r"body\..*"]
+TASKS = ("digits", "letters", "sums")
+
+
+class Net(nn.Module):
+    """A body with a normalisation and a dropout, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def trained(model: nn.Module, name: str, seed: int) -> Any:
+    """An adapter that has seen a few steps of its own: factors, head and statistics have moved."""
+    adapter = attach(model, LoRA(rank=2), BODY, train=["head"], name=name)
+    with svdpeft.only(model, name):
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.3)
+        g = torch.Generator().manual_seed(seed)
+        model.train()
+        for _ in range(3):
+            x, y = torch.randn(16, 6, generator=g) * (1 + seed), torch.randint(3, (16,), generator=g)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+    return adapter
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(9))
+
+
+def test_three_tasks_on_one_base_are_what_each_is_alone(x: Tensor, tmp_path: Path):
+    base = net()
+    alone, plain = {}, base(x)
+    for seed, name in enumerate(TASKS):
+        model = net()
+        trained(model, name, seed).save(tmp_path / name)
+        alone[name] = model(x).detach()
+
+    together = net()
+    for seed, name in enumerate(TASKS):
+        trained(together, name, seed)
+        svdpeft.only(together)  # so that the next one starts from the base
+    served = net()
+    for name in TASKS:
+        load(served, tmp_path / name, enabled=False)
+    for model in (together, served, copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
+        for name in (*TASKS, *reversed(TASKS)):
+            svdpeft.only(model, name)
+            assert torch.equal(model(x), alone[name]), name
+            adapter = svdpeft.adapters(model)[name]
+            adapter.merge()
+            torch.testing.assert_close(model(x), alone[name])
+            adapter.unmerge()
+        svdpeft.only(model)
+        assert torch.equal(model(x), plain)
+        for adapter in list(svdpeft.adapters(model).values()):
+            adapter.detach()
+        assert torch.equal(model(x), plain)
+        assert {n: t.tolist() for n, t in model.state_dict().items()} == {
+            n: t.tolist() for n, t in net().state_dict().items()
+        }
+
+
+def test_a_file_does_not_depend_on_who_is_on(tmp_path: Path):
+    model = net()
+    for seed, name in enumerate(TASKS):
+        trained(model, name, seed)
+    for i, on in enumerate([(), TASKS, ("letters",), ("sums", "digits")]):
+        with svdpeft.only(model, *on):
+            for name in TASKS:
+                svdpeft.adapters(model)[name].save(tmp_path / name / str(i))
+    for name in TASKS:
+        files = [(tmp_path / name / str(i) / "adapter.safetensors").read_bytes() for i in range(4)]
+        assert len(set(files)) == 1
+
+
+def test_the_last_of_those_that_are_on_shows_its_head(x: Tensor):
+    model = net()
+    first, second = trained(model, "first", 0), trained(model, "second", 1)
+    heads = {a.name: a.own["head.weight"].clone() for a in (first, second)}
+    base = net().head.weight
+    assert torch.equal(model.head.weight, heads["second"])
+    assert second.own.covered() == {}
+    assert first.own.covered()["head.weight"] == "second"
+    second.disable()
+    assert torch.equal(model.head.weight, heads["first"])
+    first.disable()
+    assert torch.equal(model.head.weight, base)
+    second.enable()
+    first.enable()  # attached earlier: the later one still covers it
+    assert torch.equal(model.head.weight, heads["second"])
+    second.detach()
+    assert torch.equal(model.head.weight, heads["first"])
+    first.detach()
+    assert torch.equal(model.head.weight, base)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_parameter_of_before_is_there_again_at_the_end(order: int):
+    model = net()
+    weight, value = model.head.weight, model.head.weight.detach().clone()
+    pair = [trained(model, "first", 0), trained(model, "second", 1)]
+    for adapter in pair if order else reversed(pair):
+        adapter.detach()
+    assert model.head.weight is weight
+    assert torch.equal(weight, value)
+    assert weight.requires_grad
+
+
+def test_attached_on_top_of_another_nothing_changes(x: Tensor):
+    model = net()
+    trained(model, "first", 0)
+    before = model(x)
+    second = attach(model, LoRA(rank=1), BODY, train=["head"], name="second")
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        second.own["head.bias"].add_(1)
+    assert not torch.equal(model(x), before)
+    second.detach()
+    assert torch.equal(model(x), before)
+
+
+def test_merged_for_good_the_head_is_the_models(x: Tensor):
+    model = net()
+    first, second = trained(model, "first", 0), trained(model, "second", 1)
+    second.disable()
+    out = model(x)
+    first.merge(permanent=True)
+    torch.testing.assert_close(model(x), out)
+    second.enable()
+    second.detach()
+    torch.testing.assert_close(model(x), out)
+    assert not svdpeft.adapters(model)
+
+
+def test_only_what_is_on_and_own_gets_a_gradient():
+    model = net().train()
+    first, second = trained(model, "first", 0), trained(model, "second", 1)
+    model.train()
+    with svdpeft.only(model, "first"):
+        model(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad is not None for p in first.parameters())
+    assert all(p.grad is None for p in second.parameters())
+    svdpeft.only(model)
+    model(torch.randn(4, 6, requires_grad=True)).sum().backward()
+    assert model.head.weight.grad is None  # the base's
+    assert not model.head.weight.requires_grad
+
+
+def test_training_one_whose_head_is_covered_is_refused():
+    from svdpeft.training.trained import check_trains
+
+    model = net()
+    first, _ = trained(model, "first", 0), trained(model, "second", 1)
+    with pytest.raises(ValueError, match=r"head.* of adapter 'first' is covered by that of adapter 'second'.*only\("):
+        check_trains(first, model)
+    with svdpeft.only(model, "first"):
+        check_trains(first, model)
+
+
+def test_moved_to_another_precision_while_it_is_away(x: Tensor):
+    model = net()
+    trained(model, "first", 0)
+    trained(model, "second", 1)
+    svdpeft.only(model, "first")
+    expected = model(x)
+    svdpeft.only(model, "second")
+    model.double()
+    svdpeft.only(model, "first")
+    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} == {torch.float64}
+    torch.testing.assert_close(model(x.double()), expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_head_is_exchanged_wherever_it_is():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    for i, name in enumerate("ab"):
+        adapter = attach(model, LoRA(rank=1), ["body"], train=["embed"], name=name)
+        with torch.no_grad():
+            adapter.own["embed.weight"].fill_(i)
+    for name, value in (("a", 0), ("b", 1)):
+        svdpeft.only(model, name)
+        assert model["head"].weight is model["embed"].weight
+        assert bool((model["head"].weight == value).all())
+
+
+def test_a_recurrent_layer_that_trains_whole():
+    """It computes with a list of its own, which has to know the other version."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 3, batch_first=True), "out": nn.Linear(3, 2)})
+    x = torch.randn(2, 5, 4)
+    base = model["rnn"](x)[0]
+    adapter = attach(model, LoRA(rank=1), ["out"], train=["rnn"])
+    with torch.no_grad():
+        for name in adapter.whole:
+            adapter.own[name].add_(0.1)
+    moved = model["rnn"](x)[0]
+    assert not torch.equal(moved, base)
+    with adapter.disabled():
+        assert torch.equal(model["rnn"](x)[0], base)
+    assert torch.equal(model["rnn"](x)[0], moved)
+
+
+@every_factored_pair
+def test_off_is_the_base_and_what_is_off_can_be_saved_and_merged(method: Method, kind: tuple[str, int], tmp_path: Path):
+    model, x = host(kind)
+    flags = [p.requires_grad_(False) for p in model.parameters()]  # as they are then: attention has a path of its own
+    base = model(x)
+    for p in flags:
+        p.requires_grad_(True)
+    adapter = adapt(model, method, train=("head.weight",))
+    perturb(adapter)
+    out = model(x)
+    adapter.disable()
+    assert equal_bits(model(x), base)
+    adapter.save(tmp_path)
+    other, _ = host(kind)
+    other.load_state_dict(host(kind)[0].state_dict())
+    loaded = load(other, tmp_path, enabled=False)
+    assert loaded.state == "disabled"
+    assert equal_bits(other(x), base)
+    loaded.enable()
+    assert equal_bits(other(x), out)
+    adapter.merge()
+    torch.testing.assert_close(model(x), out, atol=1e-8, rtol=1e-8)
+    adapter.disable()
+    assert equal_bits(model(x), base)
+    adapter.enable()
+    assert equal_bits(model(x), out)
+
+
+def test_a_block_leaves_what_was_on_and_merged():
+    model = net()
+    first, second = (attach(model, PiSSA(rank=1), BODY, name=name) for name in ("first", "second"))
+    perturb(first)
+    first.merge()
+    weight = model.body[0].weight.detach().clone()
+    second.disable()
+    with svdpeft.only(model, "second"):
+        assert (first.state, second.state) == ("disabled", "attached")
+    assert (first.state, second.state) == ("merged", "disabled")
+    assert torch.equal(model.body[0].weight, weight)
+    with pytest.raises(ValueError, match="no adapter of this model is called 'secnd': did you mean 'second'"):
+        svdpeft.only(model, "secnd")
+    assert (first.state, second.state) == ("merged", "disabled")
+    with second.disabled():  # it was off before the block
+        pass
+    assert second.state == "disabled"
+
+
+def test_adapters_of_parts_and_of_wrapped_models():
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(3, 3)), "head": nn.Linear(3, 2)})
+    whole = attach(model, LoRA(rank=1), ["head"])
+    part = attach(model["encoder"], LoRA(rank=1), name="own")
+    assert svdpeft.adapters(torch.compile(model)) == {"default": whole, "encoder.own": part}
+    svdpeft.only(model, "encoder.own")
+    assert (whole.state, part.state) == ("disabled", "attached")
+
+
+def test_the_averaged_copy_of_a_model_has_its_adapter():
+    """``torch.optim.swa_utils.AveragedModel`` and timm's ``ModelEmaV3`` keep a deep copy in ``module``."""
+    model = net()
+    adapter = attach(model, LoRA(rank=1), BODY, train=["head"])
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    perturb(adapter)
+    averaged.update_parameters(model)
+    copied = svdpeft.adapters(averaged.module)["default"]
+    assert copied is not adapter
+    assert copied.trainable_count == adapter.trainable_count
+
+
+def test_biases_of_the_adapted_layers():
+    model = net()
+    adapter = attach(model, LoRA(rank=1), ["body.0"], bias=True)
+    assert list(adapter.whole) == ["body.0.bias"]
+    assert adapter.trainable_count == 6 + 8 + 8
+    with pytest.raises(ValueError, match="bias=True: none of the adapted layers has a bias"):
+        attach(nn.Linear(3, 2, bias=False), LoRA(rank=1), bias=True)
