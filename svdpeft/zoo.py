@@ -67,7 +67,8 @@ def card(name: str) -> Card:
     cls = METHODS[name]
     own = cls.__doc__ or ""
     own = "" if own.startswith(f"{cls.__name__}(") else inspect.cleandoc(own)  # what a dataclass writes for itself
-    about = (getattr(inspect.getmodule(cls), "__doc__", None) or "").strip()
+    module = inspect.getmodule(cls)
+    about = ((module and module.__doc__) or "").strip()
     paragraphs = (about or cls.__name__).split("\n\n")
     summary, sections = _sections(own)
     shared: dict[str, Any] = {

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter import steering
+from svdpeft.adapter.file import Source, State
 from svdpeft.adapter.pretrained import NAME, plain
 from svdpeft.adapter.reach import run_once, unwatch
 from svdpeft.adapter.roster import LIVE, ROSTER, Roster
 from svdpeft.adapter.routing import by_example, must_be
-from svdpeft.adapter.saving import Contents, save
+from svdpeft.adapter.saving import Contents, save, to_state
 from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import lowered, summarise
+from svdpeft.adapter.swapping import swap_in
 from svdpeft.adapter.switching import WAYS, check_foldable, check_no_transform_beside, check_there, go, guard_loading
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
@@ -198,7 +200,10 @@ class Adapter:
     @contextmanager
     def unwritten(self) -> Iterator[None]:
         """Within the block nothing of this adapter is written in the base weights; afterwards again what was."""
-        self._must_be("attached", "merged", "folded")
+        self._must_be("attached", "merged", "folded", "disabled")
+        if self.state == "disabled":
+            yield
+            return
         state = self.state
         self._to("attached")
         try:
@@ -289,6 +294,7 @@ class Adapter:
             >>> list(adapter.merged_state_dict())
             ['weight', 'bias']
         """
+        self._must_be("attached", "merged", "folded")
         if self.state == "merged":
             return {name: tensor.detach().clone() for name, tensor in plain(self.model.state_dict()).items()}
         with self.unwritten():
@@ -415,6 +421,34 @@ class Adapter:
         return Contents(
             self.name, self.model, rules, self.sites, list(self.whole), values, self.skipped, self.batch_norm
         )
+
+    def state_dict(self) -> State:
+        """Return the adapter as it would be saved, in memory; ``svdpeft.load`` takes it as it takes a folder.
+
+        Returns:
+            Copies of the ``tensors``, and the header as ``metadata``: what ``safetensors`` writes into one file.
+
+        Example:
+            >>> adapter = svdpeft.attach(nn.Linear(4, 3), svdpeft.LoRA(rank=1))
+            >>> tensors, metadata = adapter.state_dict()
+            >>> sorted(tensors), list(metadata)
+            (['/A', '/L'], ['adapter.json'])
+        """
+        return to_state(self.contents())
+
+    def load_state_dict(self, source: Source, check_base: bool = True) -> None:
+        """Take another adapter's values into the tensors of this one: nothing is compiled or captured again.
+
+        Args:
+            source: what ``state_dict`` gave, a folder or a file; this adapter may be in any state. Of the same methods
+                and ranks; where this adapter is a LoRA, of any methods whose updates have at most its rank. A LoRA has
+                no update at sites that the values do not have; whole parameters that they do not have are the base's.
+            check_base: as for ``svdpeft.load``.
+
+        Raises:
+            CheckpointError: the values are of another base or do not fit. Nothing has changed then.
+        """
+        swap_in(self.model, self.sites, self.own, self.whole, source, check_base, self.unwritten)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter into the folder ``path``, replacing an adapter that is there.

@@ -24,7 +24,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     Example:
         >>> model = nn.Linear(4, 3)
         >>> a, b = (svdpeft.attach(model, svdpeft.LoRA(rank=1), name=name) for name in "ab")
-        >>> list(svdpeft.adapters(copy.deepcopy(model)))
+        >>> list(svdpeft.adapters(model))
         ['a', 'b']
     """
     parts = ((path, vars(part)[ROSTER]) for path, part in unwrapped(model).named_modules() if ROSTER in vars(part))

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,36 +114,76 @@ def _carries_header(file: Path) -> bool:
         return False
 
 
-def folder_of(path: str | os.PathLike[str]) -> Path:
-    """The folder that holds an adapter's files: ``path``, or the folder ``adapter`` in it, as a training leaves it."""
-    path = Path(path)
-    inner = path / FOLDER
-    return inner if not (path / HEADER).is_file() and (inner / HEADER).is_file() else path
+class State(NamedTuple):
+    """An adapter in memory, as its file of tensors has it: ``save_file(state.tensors, path, metadata=state.metadata)``.
+
+    Args:
+        tensors: by name.
+        metadata: the header, as one text under the name of its file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of the adapter in a folder.
+Source = str | os.PathLike[str] | State
+
+
+def read(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Return header and tensors of an adapter, and what to call it in messages.
+
+    Args:
+        source: its folder, or one with a folder ``adapter`` in it, as a training leaves it; its file of tensors; or its
+            state.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version.
     """
+    if isinstance(source, State):
+        where, tensors = Path("the state"), dict(source.tensors)
+        header = _parsed(where, source.metadata.get(HEADER, ""))
+    else:
+        where = Path(source)
+        inner = where / FOLDER
+        where = inner if not (where / HEADER).is_file() and (inner / HEADER).is_file() else where
+        header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        version = header.get("format") if isinstance(header, dict) else None
+        raise CheckpointError(f"{where / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
+    if missing := KEYS - header.keys():
+        raise CheckpointError(f"{where / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
+    return header, tensors, where
+
+
+def _of_folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     if not (path / HEADER).is_file() or not (path / TENSORS).is_file():
         raise CheckpointError(f"{path} is not an adapter folder: it must hold {HEADER} and {TENSORS}")
     try:
-        header = json.loads((path / HEADER).read_text())
-        with safe_open(path / TENSORS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            inside = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        header = _parsed(path, (path / HEADER).read_text())
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    inside, tensors = _of_file(path / TENSORS, path)
     if inside and _is_header(header) and inside["id"] != header.get("id"):
         header = inside  # the other file is of another save
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        version = header.get("format") if isinstance(header, dict) else None
-        raise CheckpointError(f"{path / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
-    if missing := KEYS - header.keys():
-        raise CheckpointError(f"{path / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
     return header, tensors
+
+
+def _of_file(file: Path, where: Path | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """What the file of tensors has; where it carries no header, as one of another tool, an empty one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
+            text = (opened.metadata() or {}).get(HEADER, "{}")
+    except SafetensorError as error:
+        raise CheckpointError(f"{where or file} is damaged or cut off: {error}") from error
+    return _parsed(where or file, text), tensors
+
+
+def _parsed(where: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is damaged or cut off: {error}") from error
 
 
 def method_in(entry: Mapping[str, Any], path: Path) -> Method:

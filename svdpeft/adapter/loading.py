@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import os
-import warnings
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
+from svdpeft.adapter.checking import checked
 from svdpeft.adapter.file import (
-    HEADER,
-    PLACE_KEYS,
-    SITE_KEYS,
-    TENSORS,
     CheckpointError,
-    folder_of,
+    Source,
     held,
     method_in,
     read,
-    rounded,
 )
-from svdpeft.adapter.roster import adapted, base_weight
-from svdpeft.decomposition import digest
-from svdpeft.layers.heads import Heads
-from svdpeft.layers.part import Part
-from svdpeft.methods.base import Factors, Method, PerSite, share
-from svdpeft.registry import KINDS, near_miss
-from svdpeft.sites.normalisation import running_statistics
-from svdpeft.sites.place import Place
-from svdpeft.sites.weights import sample, stored
-from svdpeft.targets.choice import Choice
-from svdpeft.targets.inventory import users_of_parameters
 from svdpeft.targets.wrappers import unwrapped
 
 
 @ordinary()
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Source,
     name: str | None = None,
     check_base: bool = True,
     enabled: bool = True,
@@ -52,7 +31,8 @@ def load(
 
     Args:
         model: the base; unchanged if anything is wrong with the file.
-        path: folder written by ``Adapter.save``, or one in which a training has left a folder ``adapter``.
+        path: folder written by ``Adapter.save``, or one in which a training has left a folder ``adapter``; its file
+            ``adapter.safetensors`` alone; or what ``Adapter.state_dict`` gave.
         name: of the adapter in this model; default the name it was saved under.
         check_base: refuse a base whose adapted weights differ in a single bit; the same weights in another precision
             are loaded with a warning.
@@ -62,20 +42,8 @@ def load(
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
             tensor, a wrong shape.
     """
-    path, model = folder_of(path), unwrapped(model)
-    header, tensors = read(path)
-    try:
-        parts = _parts(model, header, tensors, path, check_base)
-    except CheckpointError:
-        raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # the header is not as we write it
-        raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
+    model = unwrapped(model)
+    header, parts = checked(model, path, check_base)
     adapter = install(
         model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
     )
@@ -87,81 +55,21 @@ def load(
     return adapter
 
 
-class _Parts(NamedTuple):
-    """What a file says, checked against the model: everything that ``install`` wants."""
-
-    pairs: list[tuple[str, Method]]
-    built: list[tuple[Choice, PerSite, Factors]]
-    whole: dict[str, tuple[nn.Module, str]]
-    values: dict[str, Tensor]
-
-
-def _parts(
-    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path, check_base: bool
-) -> _Parts:
-    if not isinstance(header["name"], str):
-        raise TypeError(f"the name is {header['name']!r}")
-    if not isinstance(header["skipped"], dict) or header["batch_norm"] not in ("train", "frozen"):
-        raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
-    pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
-    modules, users = dict(model.named_modules()), users_of_parameters(model)
-    remaining, built, checked, others = dict(tensors), [], set(), adapted()
-    other: list[tuple[str, str, str]] = []  # weights in another precision
-    groups: dict[str, dict[str, Tensor]] = {}
-    for site, entry in header["sites"].items():
-        if missing := SITE_KEYS - entry.keys():
-            raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
-        places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
-        first = places[0]
-        parameter = first.module._parameters[first.parameter]
-        there = {(place["layer"], place["parameter"]) for place in entry["places"]}
-        here = users[id(parameter)]
-        if set(here) != there:
-            raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
-        weight = base_weight(first.module, first.parameter, others).original
-        if _check_base(site, entry, weight, path, check_base and id(parameter) not in checked):
-            other.append((site, entry["dtype"], str(weight.dtype)))
-        checked.add(id(parameter))  # the parts of a fused weight have one hash
-        method = method_in(entry["method"], path)
-        assert isinstance(method, PerSite)
-        own = _take(remaining, site, entry["tensors"], path)
-        tied = _tied(site, entry["tied"], own, method, groups)
-        shape = first.kind.to_matrix(first.module, weight).shape
-        factors = Factors(own, method.trains, tied, (math.prod(shape[:-2]), shape[-2], shape[-1]))
-        _check_fit(site, method, factors, shape, path)
-        built.append(
-            (Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"]), method, factors)
-        )
-    places, values = _whole_tensors(model, header, remaining, path)
-    if remaining:
-        raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
-    if other:
-        site, there, here = other[0]
-        warnings.warn(
-            f"{path} was made for a base in {there}, and {site} is in {here} here{_more(len(other))}: the values are "
-            "the same up to rounding, and the adapted model's are those of the training up to that",
-            stacklevel=4,
-        )
-    whole = {name: place for name, place in places.items() if name in header["whole"]}
-    return _Parts(pairs, built, whole, values)
-
-
 @ordinary()
-def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+def restore(adapter: Adapter, path: Source) -> None:
     """Copy a saved adapter's tensors into this attached one: how a training run resumes.
 
     Raises:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
-    path = folder_of(path)
-    header, saved = read(path)
+    header, saved, path = read(path)
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
         here = site.method.to_json()
         if there and (method := method_in(there["method"], path).to_json()) != here:
             changed = [key for key in here if method.get(key) != here[key]]
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
-        if there and there["hash"] != digest(site.weight.original):
+        if there and there["hash"] != site.weight.digest():
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
     places = {
         f"{name}/{role}": tensor
@@ -182,127 +90,3 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             tensor.copy_(saved[name])
     for site in adapter.sites.values():
         site.factors.settle()
-
-
-def _more(count: int) -> str:
-    return f", with {count - 1} other weights" if count > 1 else ""
-
-
-def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]], path: Path) -> dict[str, Tensor]:
-    """Take a site's tensors out of ``remaining``; each must be there in the shape that the header states."""
-    taken = {}
-    for role, shape in shapes.items():
-        tensor = remaining.pop(f"{site}/{role}", None)
-        if tensor is None or list(tensor.shape) != shape:
-            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise CheckpointError(f"{path / TENSORS}: tensor {site}/{role} of shape {shape} is {found}")
-        taken[role] = tensor.clone()  # in memory aligned as torch aligns it: its kernels may differ by that
-    return taken
-
-
-def _tied(
-    site: str, tied: dict[str, str], own: dict[str, Tensor], method: PerSite, groups: dict[str, dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """What a site shares with others: taken out of its own tensors where it is the holder, else the holder's."""
-    groups[site] = share({role: own.pop(role) for role, holder in tied.items() if holder == site}, method.trains)
-    found, holders = {role: groups[holder][role] for role, holder in tied.items()}, set(tied.values())
-    whole = groups[holders.pop()] if len(holders) == 1 else {}
-    return whole if whole.keys() == found.keys() else found  # one mapping for all of a group, as attach makes it
-
-
-@torch.no_grad()
-def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
-    """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
-    *batch, m, n = shape
-    for name in method.tensor_names():
-        if name not in factors._parameters:
-            raise CheckpointError(f"{path / TENSORS}: tensor {site}/{name} is missing, or not of floating point")
-    try:
-        product = method.product(factors, folded=True)  # L, C and A as they are
-        if product is None:
-            dtype = next(factors.parameters()).dtype
-            if (found := method.delta(factors, torch.zeros(shape, dtype=dtype)).shape) != shape:
-                raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
-            return
-        for role, tensor, want in (("L", product.L, [*batch, m]), ("A", product.A.mT, [*batch, n])):
-            if list(tensor.shape[:-1]) != want:
-                raise CheckpointError(f"{path / TENSORS}: {site}/{role} does not fit the {m}x{n} weight of {site}")
-        update = method.product(factors)
-        assert update is not None
-        update._replace(L=update.L[..., :1, :], A=update.A[..., :1]).dense()  # one entry: do the ranks agree?
-    except (AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
-
-
-def _place(
-    modules: dict[str, nn.Module], entry: dict[str, Any], part: dict[str, Any] | None, site: str, path: Path
-) -> Place:
-    if missing := PLACE_KEYS - entry.keys():
-        raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
-    layer, parameter = entry["layer"], entry["parameter"]
-    if layer not in modules or modules[layer]._parameters.get(parameter) is None:
-        missing = f"{layer}.{parameter}" if layer in modules else layer
-        known = modules if layer not in modules else [f"{layer}.{key}" for key in modules[layer]._parameters]
-        raise CheckpointError(
-            f"{path} adapts {site}, which this model does not have: {near_miss(missing, filter(None, known))}"
-        )
-    module = modules[layer]
-    try:
-        cls = KINDS[entry["kind"]]
-    except ValueError as error:
-        raise CheckpointError(f"{path / HEADER}: {error}") from error
-    if not cls.fits(module, parameter):
-        raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
-    kind = cls.from_json(entry)
-    if part is not None:
-        rows = kind.to_matrix(module, stored(module, parameter)).shape[-2]
-        if part["of"] != rows:
-            raise CheckpointError(f"{path}: {site} is a part of {part['of']} rows there, of {rows} here")
-    for view, fields in ((Part, part), (Heads, entry.get(Heads.word))):
-        kind = kind if fields is None else view.of(kind, fields)
-    return Place(module, parameter, kind)
-
-
-def _check_base(site: str, entry: dict[str, Any], weight: Tensor, path: Path, strict: bool) -> bool:
-    """Whether a weight is the one of the file in another precision; one of another base is refused."""
-    if list(weight.shape) != entry["shape"]:
-        raise CheckpointError(
-            f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
-        )
-    if not strict or digest(weight) == entry["hash"]:
-        return False
-    other = str(weight.dtype) != entry["dtype"]
-    if other and "sample" in entry:
-        dtypes = [weight.dtype, getattr(torch, entry["dtype"].removeprefix("torch."))]
-        if rounded(entry["sample"], sample(weight), dtypes):
-            return True
-    dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
-    raise CheckpointError(
-        f"{path} was made for another base: the first weight that differs is {site}{dtypes}; check_base=False "
-        "loads it all the same",
-        entry["dtype"].removeprefix("torch.") if other else None,
-    )
-
-
-def _whole_tensors(
-    model: nn.Module, header: dict[str, Any], remaining: dict[str, Tensor], path: Path
-) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, Tensor]]:
-    """Take the tensors of the base out of ``remaining``: their places in the model and their values."""
-    parameters = dict(model.named_parameters())
-    places = running_statistics(model)
-    for name in header["whole"]:
-        if name not in parameters:
-            raise CheckpointError(
-                f"{path} trains {name}, which this model does not have: {near_miss(name, parameters)}"
-            )
-        owner, _, attribute = name.rpartition(".")
-        places[name] = (model.get_submodule(owner), attribute)
-    values = {name: remaining.pop(name) for name in list(remaining) if name in places}
-    if missing := set(header["whole"]) - values.keys():
-        raise CheckpointError(f"{path / TENSORS}: tensor {min(missing)} is missing")
-    for name, value in values.items():
-        owner, attribute = places[name]
-        shape = stored(owner, attribute).shape
-        if value.shape != shape:
-            raise CheckpointError(f"{path}: {name} is {list(value.shape)} there, {list(shape)} in this model")
-    return places, values

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, check_ours, held, identified
+from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, held, identified
 from svdpeft.atomic import replacing
 from svdpeft.methods.base import Method
 from svdpeft.sites.site import Site
@@ -58,14 +58,15 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_ours(path)
-    tensors, header = to_file(contents)
+    tensors, metadata = to_state(contents)
+    header = json.loads(metadata[HEADER])
     with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
-        save_file(tensors, tensors_file, metadata={HEADER: json.dumps(header)})
+        save_file(tensors, tensors_file, metadata=metadata)
         json_file.write_text(json.dumps(header, indent=1) + "\n")
 
 
-def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what is written: tensors by name, and the header."""
+def to_state(contents: Contents) -> State:
+    """Return what is written: copies of the tensors, and the header."""
     names = {id(module): name for name, module in contents.model.named_modules()}
     for site in contents.sites.values():
         site.check_size()
@@ -101,7 +102,7 @@ def to_file(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "skipped": dict(contents.skipped),
         "batch_norm": contents.batch_norm,
     }
-    return tensors, identified(header)
+    return State(tensors, {HEADER: json.dumps(identified(header))})
 
 
 def _describe(site: Site, names: Mapping[int, str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from svdpeft.decomposition.cache import digest, svd_cache, uncached
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
-from svdpeft.decomposition.products import Product, difference, exact_rank, recompress
+from svdpeft.decomposition.products import Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
     cayley,
     cayley_neumann,
@@ -47,6 +47,7 @@ __all__ = [
     "skew_count",
     "svd_cache",
     "top_index",
+    "truncated",
     "truncated_svd",
     "uncached",
 ]

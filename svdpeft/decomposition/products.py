@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -89,15 +90,37 @@ def recompress(product: Product, tolerance: float | None = None) -> Product:
         A product with ``C`` ``None`` and ``scale`` 1 whose rank is the exact rank of the update (the largest one in
         the batch, and at least 1), in the dtype of ``product``.
     """
+    return truncated(product, None, tolerance)[0]
+
+
+def truncated(product: Product, rank: int | None, tolerance: float | None = None) -> tuple[Product, float]:
+    """Return the nearest product of a rank, as ``recompress`` does, and what it lacks.
+
+    Args:
+        product: any product; computed in float64.
+        rank: at most so much; ``None`` is the exact rank.
+        tolerance: as in ``recompress``.
+
+    Returns:
+        The product and its relative distance ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F, over the whole batch.
+
+    Example:
+        >>> p = Product(torch.eye(3, 2), torch.tensor([3.0, 4.0]), torch.eye(2, 3))
+        >>> nearest, lost = truncated(p, 1)
+        >>> nearest.rank, round(lost, 3)
+        (1, 0.6)
+    """
     dtype = product.L.dtype
     q, s, k = _thin_svd(product)
-    rank = max(int((s > _cutoff(s, product, tolerance)).sum(-1).max()), 1)
+    exact = max(int((s > _cutoff(s, product, tolerance)).sum(-1).max()), 1)
+    rank = exact if rank is None else min(rank, exact)
     root = s[..., :rank].sqrt()
-    return Product(
-        (q[..., :rank] * root.unsqueeze(-2)).to(dtype),
-        None,
-        (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype),
+    nearest = Product(
+        (q[..., :rank] * root.unsqueeze(-2)).to(dtype), None, (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype)
     )
+    whole = float(s.square().sum())
+    lost = float(s[..., rank:].square().sum()) if rank < exact else 0.0
+    return nearest, math.sqrt(lost / whole) if whole else 0.0
 
 
 def exact_rank(product: Product, tolerance: float | None = None) -> Int[Tensor, "*b"]:

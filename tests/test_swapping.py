@@ -1,0 +1,171 @@
+"""An adapter in memory, and the values of one in the tensors of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import adapt, close, equal_bits, host, perturb, refused
+from rows import Kind, every_factored_pair
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import svdpeft
+from svdpeft import OFT, SORSA, CheckpointError, LoRA, PiSSA, attach, load
+from svdpeft.adapter.file import State
+from svdpeft.methods.base import Factored, Method
+
+LINEAR = ("linear", 0)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+
+
+@every_factored_pair
+def test_the_state_is_the_adapter(method: Method, kind: Kind, tmp_path: Path):
+    """Loaded from memory, from one file, and into an attached adapter: the same bits."""
+    model, x = host(kind)
+    adapter = adapt(model, method, train=("head.weight",))
+    start = adapter.state_dict()
+    perturb(adapter)
+    out, state = model(x), adapter.state_dict()
+    save_file(state.tensors, tmp_path / "one.safetensors", metadata=state.metadata)
+    adapter.load_state_dict(start)
+    assert not equal_bits(model(x), out)
+    adapter.merge()
+    adapter.load_state_dict(state)
+    assert adapter.state == "merged"
+    adapter.unmerge()
+    assert equal_bits(model(x), out)
+    for source in (state, tmp_path / "one.safetensors", str(tmp_path / "one.safetensors")):
+        adapter.detach()
+        adapter = load(model, source)
+        assert equal_bits(model(x), out)
+    assert adapter.state_dict().metadata == state.metadata
+
+
+@every_factored_pair
+def test_a_lora_takes_the_update_of_any_method_up_to_its_rank(method: Method, kind: Kind):
+    model, x = host(kind)
+    source = adapt(model, method)
+    perturb(source)
+    out, state = model(x), source.state_dict()
+    ranks = {name: site.method.product(site.factors) for name, site in source.sites.items()}
+    deltas = {name: source.delta(name) for name in source.sites}
+    source.detach()
+    room = {name: min(site.shape[1:]) for name, site in source.sites.items()}
+    slot = attach(model, LoRA(rank=room, alpha=5.0), model.targets, name="slot")
+    if None in ranks.values():
+        with refused(model, "has an update of full rank: no LoRA can hold it"):
+            slot.load_state_dict(state)
+        return
+    slot.load_state_dict(state)
+    for name, delta in deltas.items():
+        close(slot.delta(name), delta)
+    if isinstance(method, Factored) and not method.dropout:
+        close(model(x), out)
+
+
+def test_a_compiled_model_is_not_compiled_again(x: Tensor):
+    states, expected = [], []
+    for i, method in enumerate((LoRA(rank=1), PiSSA(rank=3), SORSA(rank=2), LoRA(rank=6, alpha=2))):
+        model = net()
+        adapter = attach(model, method, ["0", "2"], train=["4"])
+        perturb(adapter, 0.1 * (i + 1))
+        states.append(adapter.state_dict())
+        expected.append(model(x).detach())
+    model = net()
+    slot = attach(model, LoRA(rank=6), ["0", "2"], train=["4"])
+    pointers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for state, out in zip(states, expected, strict=True):
+                slot.load_state_dict(state)
+                torch.testing.assert_close(compiled(x), out, atol=1e-5, rtol=1e-5)
+    assert pointers == [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+
+
+def test_what_the_values_do_not_have_is_the_base(x: Tensor):
+    model = net()
+    base = model(x)
+    slot = attach(model, LoRA(rank=4), ["0", "2"], train=["4"])
+    perturb(slot)
+    part = net()
+    other = attach(part, LoRA(rank=2), ["0"])
+    perturb(other)
+    slot.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(x), part(x))
+    other.detach()
+    slot.load_state_dict(attach(part, LoRA(rank=1), ["2"]).state_dict())
+    assert torch.equal(model(x), base)
+
+
+def test_what_does_not_fit_changes_nothing(x: Tensor):
+    model = net()
+    slot = attach(model, LoRA(rank=2), ["0", "2"])
+    perturb(slot)
+    before = slot.state_dict()
+    cases = {
+        "has an update of rank 6, and LoRA(rank=2) has room for 2": (net(), PiSSA(rank=3), ["0"], {}),
+        "has an update of full rank": (net(), OFT(block_size=2), ["0"], {}),
+        "the values have a site 4, which the attached adapter does not have": (net(), LoRA(rank=1), ["4"], {}),
+        "which the attached adapter does not train whole": (net(), LoRA(rank=1), ["0"], {"train": ["4"]}),
+        "was made for another base: the first weight that differs is 0": (net(1), LoRA(rank=1), ["0"], {}),
+    }
+    for words, (other, method, targets, options) in cases.items():
+        adapter = attach(other, method, targets, **options)
+        perturb(adapter, 0.3)
+        with pytest.raises(CheckpointError, match=words.replace("(", r"\(").replace(")", r"\)")):
+            slot.load_state_dict(adapter.state_dict())
+        after = slot.state_dict()
+        assert all(torch.equal(t, after.tensors[name]) for name, t in before.tensors.items())
+    slot.load_state_dict(attach(net(1), LoRA(rank=1), ["0"]).state_dict(), check_base=False)
+    pissa = attach(net(), PiSSA(rank=2), ["0", "2"])
+    with pytest.raises(CheckpointError, match=r"the values at 0 are of LoRA.* attach LoRA\(rank=…\)"):
+        pissa.load_state_dict(before)
+    with pytest.raises(CheckpointError, match="the state is damaged or cut off"):
+        load(net(), State({}, {}))
+    with pytest.raises(CheckpointError, match="has format None"):
+        load(net(), State({}, {"adapter.json": "{}"}))
+
+
+def test_a_file_of_another_tool_is_named(tmp_path: Path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors.* has format None"):
+        load(net(), tmp_path / "other.safetensors")
+
+
+def test_while_it_is_off(x: Tensor):
+    model = net()
+    base = model(x)
+    slot = attach(model, LoRA(rank=4), ["0"], train=["4"])
+    other = net()
+    adapter = attach(other, LoRA(rank=2), ["0"], train=["4"])
+    perturb(adapter)
+    slot.disable()
+    slot.load_state_dict(adapter.state_dict())
+    assert torch.equal(model(x), base)
+    slot.enable()
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_the_state_is_a_copy_and_its_file_is_the_adapters(tmp_path: Path):
+    model = net()
+    adapter = attach(model, SORSA(rank=2), ["0"])
+    state = adapter.state_dict()
+    adapter.save(tmp_path)
+    perturb(adapter)
+    for name, tensor in load_file(tmp_path / "adapter.safetensors").items():
+        assert torch.equal(tensor, state.tensors[name])
+    svdpeft.load(net(), tmp_path / "adapter.safetensors")
