@@ -13,6 +13,7 @@ from svdpeft import methods
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.adapter.choosing import adapters, only
+from svdpeft.adapter.combining import combine
 from svdpeft.adapter.file import CheckpointError
 from svdpeft.adapter.loading import load
 from svdpeft.calibration.calibrate import calibrate
@@ -38,6 +39,7 @@ __all__ = [
     "attach",
     "calibrate",
     "cite",
+    "combine",
     "load",
     "method",
     "methods",
