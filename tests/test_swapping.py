@@ -169,3 +169,32 @@ def test_the_state_is_a_copy_and_its_file_is_the_adapters(tmp_path: Path):
     for name, tensor in load_file(tmp_path / "adapter.safetensors").items():
         assert torch.equal(tensor, state.tensors[name])
     svdpeft.load(net(), tmp_path / "adapter.safetensors")
+
+
+class Wrapped(nn.Module):
+    """The same layers under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+def test_modules_that_have_other_names(x: Tensor, tmp_path: Path):
+    model = net()
+    adapter = attach(model, svdpeft.VeRA(rank=2), ["0", "2"], train=["4"])
+    perturb(adapter)
+    adapter.save(tmp_path)
+    out = model(x)
+    moved = Wrapped().eval()
+    loaded = load(moved, tmp_path, rename={"": "backbone."})
+    assert torch.equal(moved(x), out)
+    assert list(loaded.whole) == ["backbone.4.weight", "backbone.4.bias"]
+    back = load(net(), loaded.state_dict(), rename={"backbone.": ""})
+    assert back.state_dict().tensors.keys() == adapter.state_dict().tensors.keys()
+    with pytest.raises(CheckpointError, match=r"rename: no name begins with 'model\.': they are 0, 2"):
+        load(Wrapped(), tmp_path, rename={"model.": "backbone."})
+    with pytest.raises(CheckpointError, match=r"gives two names the same one"):
+        load(Wrapped(), tmp_path, rename={"0": "2"})

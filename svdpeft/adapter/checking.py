@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from svdpeft.adapter.file import (
     Source,
     method_in,
     read,
+    renamed,
     rounded,
 )
 from svdpeft.adapter.roster import adapted, base_weight
@@ -33,14 +36,24 @@ from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
 
 
-def checked(model: nn.Module, source: Source, check_base: bool) -> tuple[dict[str, Any], Parts]:
+def checked(
+    model: nn.Module, source: Source, check_base: bool, rename: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Any], Parts]:
     """Read an adapter and hold it against the model, which stays as it is: the header, and what ``install`` wants.
+
+    Args:
+        model: that it is for.
+        source: of the adapter.
+        check_base: whether it must be the base of the adapter.
+        rename: beginnings of the names in the source -> those of the model.
 
     Raises:
         CheckpointError: as ``load`` does.
     """
     header, tensors, path = read(source)
     try:
+        if rename:
+            header, tensors = renamed(header, tensors, rename)
         return header, _parts(model, header, tensors, path, check_base)
     except CheckpointError:
         raise

@@ -186,6 +186,49 @@ def _parsed(where: Path, text: str) -> Any:
         raise CheckpointError(f"{where} is damaged or cut off: {error}") from error
 
 
+def renamed(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], beginnings: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter of a model whose modules have other names there than here.
+
+    Args:
+        header: of the adapter.
+        tensors: of the adapter.
+        beginnings: of names -> what stands here instead, such as ``{"model.": "backbone."}``; the first that a name
+            begins with. An empty one puts something before all names.
+
+    Raises:
+        ValueError: one with which no name begins, two names that become one.
+    """
+    used: set[str] = set()
+
+    def new(name: str) -> str:
+        found = next((begin for begin in beginnings if name.startswith(begin)), None)
+        if found is None:
+            return name
+        used.add(found)
+        return beginnings[found] + name.removeprefix(found)
+
+    sites = {}
+    for site, entry in header["sites"].items():
+        places = [{**place, "layer": new(place["layer"])} for place in entry["places"]]
+        sites[new(site)] = {
+            **entry,
+            "places": places,
+            "tied": {role: new(holder) for role, holder in entry["tied"].items()},
+        }
+    whole = [new(name) for name in header["whole"]]
+    skipped = {new(name): why for name, why in header["skipped"].items()}
+    values = {new(name): tensor for name, tensor in tensors.items()}
+    if unused := [begin for begin in beginnings if begin not in used]:
+        raise ValueError(
+            f"rename: no name begins with {unused[0]!r}: they are {', '.join(list(header['sites'])[:3])}, …"
+        )
+    if len(sites) < len(header["sites"]) or len(values) < len(tensors):
+        raise ValueError(f"rename={dict(beginnings)} gives two names the same one")
+    return {**header, "sites": sites, "whole": whole, "skipped": skipped}, values
+
+
 def method_in(entry: Mapping[str, Any], path: Path) -> Method:
     """Return the method that an entry of a header describes.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
@@ -26,6 +29,7 @@ def load(
     name: str | None = None,
     check_base: bool = True,
     enabled: bool = True,
+    rename: Mapping[str, str] = MappingProxyType({}),
 ) -> Adapter:
     """Attach a saved adapter to the base it was made for. Nothing is decomposed.
 
@@ -37,13 +41,15 @@ def load(
         check_base: refuse a base whose adapted weights differ in a single bit; the same weights in another precision
             are loaded with a warning.
         enabled: ``False`` leaves it off, so that the model goes on computing what it did: with another adapter, say.
+        rename: where the modules of this model have other names than those that it was saved from: beginnings of the
+            names there -> here, ``{"model.": "backbone."}``.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
             tensor, a wrong shape.
     """
     model = unwrapped(model)
-    header, parts = checked(model, path, check_base)
+    header, parts = checked(model, path, check_base, rename)
     adapter = install(
         model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
     )
