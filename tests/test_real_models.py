@@ -101,8 +101,10 @@ def test_the_tied_head_of_a_language_model_stays_tied():
     adapter = svdpeft.attach(model, svdpeft.LoRA(rank=2), "all-linear")
     assert "lm_head" in adapter.skipped
     adapter.detach()
-    with pytest.raises(ValueError, match=r"shared with model\.embed_tokens"):
-        svdpeft.attach(model, svdpeft.PiSSA(rank=2), ["lm_head"])
+    alone = svdpeft.attach(model, svdpeft.LoRA(rank=2), ["lm_head"])
+    with pytest.raises(ValueError, match=r"lm_head cannot be merged: model\.embed_tokens has the same weight"):
+        alone.merge()
+    assert alone.sites["lm_head"].weight.stored is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("method", [svdpeft.SORSA(rank=4), svdpeft.SVFT(pattern="topk")], ids=str)

@@ -24,6 +24,7 @@ from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import lowered, summarise
 from svdpeft.adapter.swapping import swap_in
 from svdpeft.adapter.switching import WAYS, check_foldable, check_no_transform_beside, check_there, go, guard_loading
+from svdpeft.adapter.untying import Untied, check_not_shared, tie_again, untie
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Frozen, running_statistics
@@ -58,6 +59,7 @@ class Adapter:
         self.own = Own(getattr(model, ROSTER).versions, name, whole, running_statistics(model))
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
+        self._unties, self._untied = False, list[Untied]()
         self._steps = Steps(sites.values())
         self._guard = guard_loading(model, self)
         LIVE.add(self)
@@ -249,7 +251,7 @@ class Adapter:
         with by_example(self.model, self._roster.adapters, names, flattened):
             yield
 
-    def merge(self, permanent: bool = False) -> MergeReport:
+    def merge(self, permanent: bool = False, untie: bool = False) -> MergeReport:
         """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
 
         A copy of each weight is kept for ``unmerge``.
@@ -257,11 +259,14 @@ class Adapter:
         Args:
             permanent: keep no copy, and take the factors out of the model: what remains is a plain model with
                 merged weights, and this adapter is spent.
+            untie: give a layer whose weight others share, and which alone is adapted, a weight of its own. ``unmerge``
+                ties it again; merged for good it stays so, and a configuration of transformers says it.
 
         Returns:
             The share of each site's update that was lost in rounding to the weight's dtype.
         """
         self._must_be("attached", "folded", "disabled")
+        self._unties = untie
         self.enable()
         if permanent:
             check_no_transform_beside(self.sites.values(), getattr(self.model, ROSTER).sites())
@@ -332,9 +337,15 @@ class Adapter:
             return MergeReport({})
         if state != "attached":
             check_there(self.model, self.sites.values())
+            if state == "merged" and self._unties:
+                self._untied = untie(self.model, self.sites.values())
+            check_not_shared(self.model, list(self.sites.values()), state)
         self.state = "attached"  # which is true of all sites if this is interrupted
         report = go(list(self.sites.values()), state)
         self.state = state
+        if state == "attached":
+            tie_again(self._untied)
+            self._untied = []
         return report
 
     def _activate(self, active: bool) -> None:

@@ -50,7 +50,8 @@ class Roster(Generic[M]):
         self.adapters: dict[str, M] = {}
         self.versions = Versions(model)
         known = {id(p): other.required_grad[name] for other in rosters() for name, p in other.parameters()}
-        base = ((name, p) for name, p in model.named_parameters() if not is_factor(name))
+        # By all its names: a weight may be untied.
+        base = ((name, p) for name, p in model.named_parameters(remove_duplicate=False) if not is_factor(name))
         self.required_grad = {name: known.get(id(p), p.requires_grad) for name, p in base}
 
     def sites(self) -> list[Site]:

@@ -118,8 +118,8 @@ def truncated(product: Product, rank: int | None, tolerance: float | None = None
     nearest = Product(
         (q[..., :rank] * root.unsqueeze(-2)).to(dtype), None, (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype)
     )
-    whole = float(s.square().sum())
-    lost = float(s[..., rank:].square().sum()) if rank < exact else 0.0
+    energy = s.detach().square()
+    whole, lost = float(energy.sum()), float(energy[..., rank:].sum()) if rank < exact else 0.0
     return nearest, math.sqrt(lost / whole) if whole else 0.0
 
 

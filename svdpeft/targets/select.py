@@ -110,7 +110,7 @@ def _verdict(survey: Survey, weight: Weight, taken: set[int]) -> _Verdict:
 
 def _by_parts(survey: Survey, weight: Weight, wanting: Sequence[Rule]) -> _Verdict:
     """One choice for a weight, or one for each part of it that is wanted."""
-    first, users = wanting[0], [weight, *survey.others(weight)]
+    first, users = wanting[0], [weight, *([] if survey.alone(weight) else survey.others(weight))]
     kind = weight.kind or Raw(first.axes)
     if isinstance(kind, Raw):
         kind.check_axes(weight.tensor, weight.name)

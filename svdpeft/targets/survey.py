@@ -18,7 +18,7 @@ from svdpeft.registry import KINDS, near_miss
 from svdpeft.targets.choice import NotDefined
 from svdpeft.targets.inventory import Weight, by_identity, computes_without_gradient, views, weights_of
 from svdpeft.targets.pairs import Half, Key, halves
-from svdpeft.targets.rules import Rule
+from svdpeft.targets.rules import BROAD, Rule
 
 STORED = "stored, or quantised, in a way that is not known here"
 KEEPS = "{} keeps references of its own to its weights"
@@ -89,6 +89,15 @@ class Survey:
             halves(model, kinds) if any(rule.method.pairs for rule in rules) else {},
         )
 
+    def alone(self, weight: Weight) -> bool:
+        """Whether of the uses of a shared weight this one is adapted and no other: it was named, and its layer is
+        called, so that the update can be added to its output alone."""
+        rule = next((rule for rule in self.rules if rule.wants(weight)), None)
+        named = rule is not None and rule.pattern not in BROAD and not rule.method.pairs
+        others = [other for other in self.others(weight) if not self.excluded(*other.names)]
+        wanted = any(rule.wants(other) for rule in self.rules for other in others)
+        return named and weight.kind is not None and weight.kind.called(weight.module) and not wanted
+
     def excluded(self, *names: str) -> str | None:
         """The pattern that excludes what goes by these names."""
         return next((p for p in self.exclude if any(matches(p, name) for name in names)), None)
@@ -113,11 +122,13 @@ class Survey:
 
     def refusal_of_shared(self, weight: Weight) -> Refusal | None:
         """A tied weight is adapted for all its users or for none: merging changes all of them."""
+        if self.alone(weight):
+            return None
         for other in self.others(weight):
             if not any(rule.wants(other) for rule in self.rules) or self.excluded(other.name):
                 return Refusal(
                     f"its weight is shared with {other.name}, which is not adapted; merging would change both. Name "
-                    "both and they share one adapter",
+                    "all its users and they share one adapter, or one that is called, alone",
                     ValueError,
                 )
             if _view(other) != _view(weight):
