@@ -38,6 +38,7 @@ def known_random_state() -> Iterator[None]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     yield
     assert torch.get_default_dtype() == dtype
+    assert not torch._C._len_torch_function_stack(), "a default device, or another mode, slows every call after this"
     torch.set_num_threads(threads)
 
 

@@ -122,7 +122,7 @@ class Trainer(transformers.Trainer):
         if not self._returns_loss:
             self.label_names = self.label_names or ["labels"]
             if self.compute_loss_func is None:
-                self.loss_is_scaled_for_ga = False  # ours is a mean over the batch
+                self.model_accepts_loss_kwargs = False  # ours is a mean over the batch: to be divided by the batches
         self._logged_at = (time.perf_counter(), 0)
 
     def compute_loss(
@@ -163,8 +163,8 @@ class Trainer(transformers.Trainer):
 
     def _scales(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is normalised over the whole accumulated batch, and not divided by its steps later on."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
+        if (said := getattr(self, "loss_is_scaled_for_ga", None)) is not None:  # by a class derived from this one
+            return bool(said)
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
