@@ -308,3 +308,16 @@ def test_biases_of_the_adapted_layers():
     assert adapter.trainable_count == 6 + 8 + 8
     with pytest.raises(ValueError, match="bias=True: none of the adapted layers has a bias"):
         attach(nn.Linear(3, 2, bias=False), LoRA(rank=1), bias=True)
+
+
+def test_what_cannot_be_merged_stays_off(x: Tensor):
+    model = net()
+    base = model(x)
+    adapter = attach(model, LoRA(rank=1), BODY, train=["head"])
+    with torch.no_grad():
+        adapter.sites["body.0"].factors.L.fill_(float("nan"))
+    adapter.disable()
+    with pytest.raises(ValueError, match=r"body\.0 cannot be merged"):
+        adapter.merge()
+    assert adapter.state == "disabled"
+    assert torch.equal(model(x), base)

@@ -71,6 +71,16 @@ def test_its_output_alone_changes(method: PerSite, user: str, tmp_path: Path):
     assert all(p.requires_grad for p in names.values())
 
 
+def test_a_merge_that_fails_leaves_it_tied():
+    model = Language()
+    adapter = attach(model, LoRA(rank=1), ["head"])
+    with torch.no_grad():
+        adapter.sites["head"].factors.L.fill_(float("inf"))
+    with pytest.raises(ValueError, match="head cannot be merged"):
+        adapter.merge(untie=True)
+    assert model.head._parameters["weight"] is model.embed.weight
+
+
 def test_a_broad_pattern_leaves_it_and_a_weight_that_is_read_is_refused():
     model = Language()
     assert (

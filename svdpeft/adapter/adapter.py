@@ -172,7 +172,6 @@ class Adapter:
         if self.frozen:
             self.frozen.release()
         self.state = "disabled"
-        self._roster.freeze()
 
     def enable(self) -> None:
         """Let a disabled adapter act again; one that is on stays as it is."""
@@ -184,7 +183,6 @@ class Adapter:
         self._activate(True)
         if self.frozen:
             self.frozen.hold()
-        self._roster.freeze()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -266,12 +264,17 @@ class Adapter:
             The share of each site's update that was lost in rounding to the weight's dtype.
         """
         self._must_be("attached", "folded", "disabled")
-        self._unties = untie
-        self.enable()
+        off, self._unties = self.state == "disabled", untie
         if permanent:
-            check_no_transform_beside(self.sites.values(), getattr(self.model, ROSTER).sites())
-        self._to("attached")
-        report = self._to("merged")
+            check_no_transform_beside(self.sites.values(), self._roster.sites())
+        self.enable()
+        try:
+            self._to("attached")
+            report = self._to("merged")
+        except BaseException:
+            if off:
+                self.disable()
+            raise
         if permanent:
             self._leave(restore=False)
         return report
@@ -341,11 +344,13 @@ class Adapter:
                 self._untied = untie(self.model, self.sites.values())
             check_not_shared(self.model, list(self.sites.values()), state)
         self.state = "attached"  # which is true of all sites if this is interrupted
-        report = go(list(self.sites.values()), state)
-        self.state = state
-        if state == "attached":
-            tie_again(self._untied)
-            self._untied = []
+        try:
+            report = go(list(self.sites.values()), state)
+            self.state = state
+        finally:
+            if self.state == "attached":
+                tie_again(self._untied)
+                self._untied = []
         return report
 
     def _activate(self, active: bool) -> None:
