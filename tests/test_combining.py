@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, close, host, perturb
-from rows import Kind, every_factored_pair
+from helpers import close, perturb
 from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import OFT, SORSA, LoRA, PiSSA, attach, combine, load
 from svdpeft.adapter.combining import ties
-from svdpeft.methods.base import Method
 
 
 def two(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any, Any]:
@@ -26,18 +24,6 @@ def two(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any, Any]:
     perturb(a)
     perturb(b)
     return model, a, b
-
-
-@every_factored_pair
-def test_the_sum_is_exact(method: Method, kind: Kind):
-    model, _ = host(kind)
-    a, b = adapt(model, method, name="a"), adapt(model, LoRA(rank=1), name="b")
-    perturb(a)
-    perturb(b)
-    made = combine([(a, 0.7), (b, -0.4)])
-    for name in a.sites:
-        close(made.adapter.delta(name), 0.7 * a.delta(name) - 0.4 * b.delta(name))
-        assert made.lost[name] < 1e-9
 
 
 def test_it_acts_merges_and_is_saved_as_any_other(tmp_path: Path):

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import adapt, close, equal_bits, host, perturb, refused
-from rows import Kind, every_factored_pair
+from helpers import perturb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import OFT, SORSA, CheckpointError, LoRA, PiSSA, attach, load
 from svdpeft.adapter.file import State
-from svdpeft.methods.base import Factored, Method
 
 LINEAR = ("linear", 0)
 
@@ -27,51 +25,6 @@ def net(seed: int = 0) -> nn.Sequential:
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
-
-
-@every_factored_pair
-def test_the_state_is_the_adapter(method: Method, kind: Kind, tmp_path: Path):
-    """Loaded from memory, from one file, and into an attached adapter: the same bits."""
-    model, x = host(kind)
-    adapter = adapt(model, method, train=("head.weight",))
-    start = adapter.state_dict()
-    perturb(adapter)
-    out, state = model(x), adapter.state_dict()
-    save_file(state.tensors, tmp_path / "one.safetensors", metadata=state.metadata)
-    adapter.load_state_dict(start)
-    assert not equal_bits(model(x), out)
-    adapter.merge()
-    adapter.load_state_dict(state)
-    assert adapter.state == "merged"
-    adapter.unmerge()
-    assert equal_bits(model(x), out)
-    for source in (state, tmp_path / "one.safetensors", str(tmp_path / "one.safetensors")):
-        adapter.detach()
-        adapter = load(model, source)
-        assert equal_bits(model(x), out)
-    assert adapter.state_dict().metadata == state.metadata
-
-
-@every_factored_pair
-def test_a_lora_takes_the_update_of_any_method_up_to_its_rank(method: Method, kind: Kind):
-    model, x = host(kind)
-    source = adapt(model, method)
-    perturb(source)
-    out, state = model(x), source.state_dict()
-    ranks = {name: site.method.product(site.factors) for name, site in source.sites.items()}
-    deltas = {name: source.delta(name) for name in source.sites}
-    source.detach()
-    room = {name: min(site.shape[1:]) for name, site in source.sites.items()}
-    slot = attach(model, LoRA(rank=room, alpha=5.0), model.targets, name="slot")
-    if None in ranks.values():
-        with refused(model, "has an update of full rank: no LoRA can hold it"):
-            slot.load_state_dict(state)
-        return
-    slot.load_state_dict(state)
-    for name, delta in deltas.items():
-        close(slot.delta(name), delta)
-    if isinstance(method, Factored) and not method.dropout:
-        close(model(x), out)
 
 
 def test_a_compiled_model_is_not_compiled_again(x: Tensor):

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, equal_bits, host, perturb
-from rows import every_factored_pair
+from helpers import perturb
 from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import LoRA, PiSSA, attach, load
-from svdpeft.methods.base import Method
 
 BODY = [r"body\..*"]
 TASKS = ("digits", "letters", "sums")
@@ -231,34 +229,6 @@ def test_a_recurrent_layer_that_trains_whole():
     with adapter.disabled():
         assert torch.equal(model["rnn"](x)[0], base)
     assert torch.equal(model["rnn"](x)[0], moved)
-
-
-@every_factored_pair
-def test_off_is_the_base_and_what_is_off_can_be_saved_and_merged(method: Method, kind: tuple[str, int], tmp_path: Path):
-    model, x = host(kind)
-    flags = [p.requires_grad_(False) for p in model.parameters()]  # as they are then: attention has a path of its own
-    base = model(x)
-    for p in flags:
-        p.requires_grad_(True)
-    adapter = adapt(model, method, train=("head.weight",))
-    perturb(adapter)
-    out = model(x)
-    adapter.disable()
-    assert equal_bits(model(x), base)
-    adapter.save(tmp_path)
-    other, _ = host(kind)
-    other.load_state_dict(host(kind)[0].state_dict())
-    loaded = load(other, tmp_path, enabled=False)
-    assert loaded.state == "disabled"
-    assert equal_bits(other(x), base)
-    loaded.enable()
-    assert equal_bits(other(x), out)
-    adapter.merge()
-    torch.testing.assert_close(model(x), out, atol=1e-8, rtol=1e-8)
-    adapter.disable()
-    assert equal_bits(model(x), base)
-    adapter.enable()
-    assert equal_bits(model(x), out)
 
 
 def test_a_block_leaves_what_was_on_and_merged():
