@@ -149,5 +149,61 @@ def test_modules_that_have_other_names(x: Tensor, tmp_path: Path):
     assert back.state_dict().tensors.keys() == adapter.state_dict().tensors.keys()
     with pytest.raises(CheckpointError, match=r"rename: no name begins with 'model\.': they are 0, 2"):
         load(Wrapped(), tmp_path, rename={"model.": "backbone."})
+    deep = nn.Sequential(*[nn.Linear(3, 3) for _ in range(12)])
+    state = attach(deep, LoRA(rank=1), ["1", "11"]).state_dict()
+    other = nn.ModuleDict({"x": deep[1], "11": deep[11]})
+    for adapter in svdpeft.adapters(deep).values():
+        adapter.detach()
+    assert list(load(other, state, rename={"1": "x"}).sites) == ["x", "11"]  # whole parts of a name
+    bare = attach(nn.Linear(3, 3), LoRA(rank=1), bias=True)
+    held = nn.ModuleDict({"fc": bare.model})
+    state = bare.state_dict()
+    bare.detach()
+    for beginning in ("fc", "fc."):
+        found = load(held, state, rename={"": beginning})
+        assert (list(found.sites), list(found.whole)) == (["fc"], ["fc.bias"])
+        found.detach()
     with pytest.raises(CheckpointError, match=r"gives two names the same one"):
         load(Wrapped(), tmp_path, rename={"0": "2"})
+
+
+def test_values_that_cannot_be_merged_change_nothing(x: Tensor):
+    model = net().half()
+    adapter = attach(model, LoRA(rank=1), ["0"])
+    adapter.merge()
+    before = adapter.state_dict()
+    large = State({n: torch.full_like(t, 6e4) for n, t in before.tensors.items()}, before.metadata)
+    with pytest.raises(ValueError, match="0 cannot be merged"):
+        adapter.load_state_dict(large)
+    with pytest.raises(CheckpointError, match="the values are not finite"):
+        adapter.load_state_dict(State({n: t / 0 for n, t in large.tensors.items()}, before.metadata))
+    assert adapter.state == "merged"
+    assert all(torch.equal(t, before.tensors[n]) for n, t in adapter.state_dict().tensors.items())
+
+
+def test_another_view_of_a_weight_is_refused():
+    def raw() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.w = nn.Parameter(torch.randn(6, 6))
+        return model
+
+    state = attach(raw(), LoRA(rank=2), ["w[in,out]"]).state_dict()
+    with pytest.raises(CheckpointError, match="w is another use, or another view, of its weight"):
+        attach(raw(), LoRA(rank=2), ["w[out,in]"]).load_state_dict(state)
+
+
+def test_half_precision_factors_keep_their_rank():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).double()
+    pair = [attach(model, LoRA(rank=4), ["0"], name=name) for name in "ab"]
+    for i, adapter in enumerate(pair):
+        perturb(adapter, 1e-4 if i else 1.0)
+    model.bfloat16()
+    made = svdpeft.combine([(adapter, 1.0) for adapter in pair])
+    exact = sum(adapter.delta("0").double() for adapter in pair)
+    found = made.adapter.sites["0"].method.product(made.adapter.sites["0"].factors).dense().double()
+    torch.testing.assert_close(found, exact, atol=float(exact.abs().max()) / 50, rtol=0)
+    assert made.adapter.sites["0"].method.rank == 8
+    with pytest.raises(CheckpointError, match="has an update of rank 4"):
+        attach(model, LoRA(rank=2), ["0"], name="slot").load_state_dict(pair[0].state_dict())

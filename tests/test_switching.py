@@ -291,3 +291,100 @@ def test_what_cannot_be_merged_stays_off(x: Tensor):
         adapter.merge()
     assert adapter.state == "disabled"
     assert torch.equal(model(x), base)
+
+
+def with_statistics(name: str, changed: bool) -> Any:
+    """The state of an adapter, and what the model gives with it."""
+    model = net()
+    adapter = attach(model, LoRA(rank=1), BODY, name=name)
+    perturb(adapter)
+    if changed:
+        model.train()(3 + torch.randn(32, 6, generator=torch.Generator().manual_seed(5)))
+        model.eval()
+    return adapter.state_dict(), model
+
+
+def test_statistics_that_a_file_does_not_have_are_the_bases(x: Tensor):
+    """And not those of an adapter that is on while it is loaded, combined or swapped in."""
+    (changed, _), (plain, alone) = with_statistics("a", True), with_statistics("b", False)
+    for enabled in (True, False):
+        model = net()
+        load(model, changed)
+        load(model, plain, enabled=enabled)
+        svdpeft.only(model, "b")
+        assert torch.equal(model(x), alone(x))
+    model = net()
+    first, slot = load(model, changed), attach(model, LoRA(rank=2), BODY, name="slot")
+    slot.load_state_dict(plain)
+    svdpeft.only(model, "slot")
+    torch.testing.assert_close(model(x), alone(x))
+    first.enable()
+    svdpeft.combine([(slot, 1.0)])
+    svdpeft.only(model, "combined")
+    torch.testing.assert_close(model(x), alone(x))
+
+
+def test_statistics_of_a_part_and_of_the_whole(x: Tensor):
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    part = attach(model.body, LoRA(rank=1), ["0"], name="part")
+    model.train()(3 * x)
+    whole = attach(model, LoRA(rank=1), ["head"], name="whole")
+    model(7 * x)
+    model.eval()
+    out = model(x)
+    with svdpeft.only(model):
+        pass
+    assert torch.equal(model(x), out)
+    part.detach()
+    whole.detach()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("last", ["detach", "permanent"])
+def test_the_parameter_of_before_whoever_had_it_first(last: str):
+    model = net()
+    weight = model.head.weight
+    first, second = (attach(model, LoRA(rank=1), BODY, train=["head"], name=name) for name in "ab")
+    first.detach()
+    if last == "permanent":
+        perturb(second)
+        value = second.own["head.weight"].detach().clone()
+        second.merge(permanent=True)
+        assert torch.equal(model.head.weight, value)
+    else:
+        first = attach(model, LoRA(rank=1), BODY, train=["head"], name="a")
+        first.detach()
+        second.detach()
+    assert model.head.weight is weight
+    assert weight.requires_grad
+
+
+def test_a_base_that_is_shown_does_not_train():
+    model = net()
+    a, b, c = (attach(model, LoRA(rank=1), BODY, train=["head"] * (n < "c"), name=n) for n in "abc")
+    a.detach()
+    b.disable()
+    assert not model.head.weight.requires_grad
+    assert all(p.requires_grad for p in c.parameters())
+
+
+def test_nothing_is_enabled_in_a_block_that_names_rows(x: Tensor):
+    model = net()
+    a, b = (attach(model, LoRA(rank=1), BODY, name=name, batch_norm="frozen") for name in "ab")
+    b.disable()
+    for call in (b.enable, b.merge):
+        with (
+            a.per_example([None] * 5),
+            pytest.raises(RuntimeError, match="'b' cannot be enabled in a per_"),
+        ):
+            call()
+    assert b.state == "disabled"
+
+
+def test_a_head_that_was_replaced_is_not_saved():
+    model = net()
+    adapter = attach(model, LoRA(rank=1), BODY, train=["head"])
+    model.head = nn.Linear(8, 2)
+    with pytest.raises(RuntimeError, match=r"head\.\w+: its layer is no longer in the model"):
+        adapter.state_dict()

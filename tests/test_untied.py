@@ -130,3 +130,18 @@ def test_a_model_of_transformers_is_saved_untied(tmp_path: Path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, out)
     assert not svdpeft.adapters(model)
+
+
+def test_the_weight_of_the_others_is_nobody_elses_while_it_is_untied():
+    model = Language()
+    first = attach(model, LoRA(rank=1), ["head"], name="a")
+    perturb(first)
+    first.merge(untie=True)
+    with refused(model, "embed cannot be adapted: adapter 'a' has untied it"):
+        attach(model, LoRA(rank=1), ["embed"], name="b")
+    with refused(model, "embed.weight cannot be trained: adapter 'a' has untied it"):
+        attach(model, LoRA(rank=1), ["body"], train=["embed"], name="b")
+    first.unmerge()
+    attach(model, LoRA(rank=1), ["embed"], name="b")
+    with pytest.raises(ValueError, match=r"head cannot be merged"):
+        first.merge()  # it was untied once, and is not asked to be again

@@ -17,7 +17,7 @@ from svdpeft.adapter import steering
 from svdpeft.adapter.file import Source, State
 from svdpeft.adapter.pretrained import NAME, plain
 from svdpeft.adapter.reach import run_once, unwatch
-from svdpeft.adapter.roster import LIVE, ROSTER, Roster
+from svdpeft.adapter.roster import LIVE, ROSTER, Roster, held_elsewhere
 from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save, to_state
 from svdpeft.adapter.steps import Steps
@@ -30,7 +30,7 @@ from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Frozen, running_statistics
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
-from svdpeft.sites.weights import MergeReport
+from svdpeft.sites.weights import MergeReport, stored
 
 Condition = Literal["attached", "merged", "folded", "disabled", "in a per_example block", "detached"]
 BatchNorm = Literal["train", "frozen"]
@@ -56,7 +56,9 @@ class Adapter:
         self.whole = whole
         self.skipped: Mapping[str, str] = skipped
         self.state: Condition = "attached"
-        self.own = Own(getattr(model, ROSTER).versions, name, whole, running_statistics(model))
+        elsewhere = held_elsewhere(getattr(model, ROSTER))  # by an adapter of a part of the model, or of a larger one
+        statistics = {n: p for n, p in running_statistics(model).items() if id(stored(*p)) not in elsewhere}
+        self.own = Own(getattr(model, ROSTER).versions, name, whole, statistics)
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._unties, self._untied = False, list[Untied]()
@@ -178,6 +180,8 @@ class Adapter:
         self._must_be("attached", "merged", "folded", "disabled")
         if self.state != "disabled":
             return
+        if any(other.state == "in a per_example block" for other in self._roster.adapters.values()):
+            raise RuntimeError(f"adapter {self.name!r} cannot be enabled in a per_example block: no row names it")
         self.state = "attached"
         self.own.turn(on=True)
         self._activate(True)
@@ -283,6 +287,7 @@ class Adapter:
         """Give the base weights back, bit for bit, and add the update in the forward pass again."""
         self._must_be("merged")
         self._to("attached")
+        self._unties = False
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """Return the ``state_dict`` of the plain model with W0 + ΔW, under the names that it had before the adapter.
@@ -431,7 +436,7 @@ class Adapter:
         """
         if self.state == "detached":
             raise RuntimeError(f"adapter {self.name!r} is detached: it cannot be saved now")
-        check_there(self.model, self.sites.values())
+        check_there(self.model, self.sites.values(), self.whole)
         values = {**self.own.changed(), **{name: self.own[name].detach() for name in self.whole}}
         rules = list(zip(self.patterns, self.methods, strict=True))
         return Contents(
@@ -464,7 +469,12 @@ class Adapter:
         Raises:
             CheckpointError: the values are of another base or do not fit. Nothing has changed then.
         """
-        swap_in(self.model, self.sites, self.own, self.whole, source, check_base, self.unwritten)
+        before = self.state
+        try:
+            swap_in(self.model, self.sites, self.own, self.whole, source, check_base, self.unwritten)
+        except BaseException:
+            self._to(before)
+            raise
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter into the folder ``path``, replacing an adapter that is there.

@@ -84,12 +84,17 @@ class Only:
     ) -> None:
         there: list[tuple[Adapter, Condition]]
         there = [(adapter, state) for adapter, state in self._before.items() if adapter.state != "detached"]
-        for adapter, state in there:
-            if state == "disabled" and adapter.state != "disabled":
-                adapter.disable()
-        for adapter, state in there:
-            if state != "disabled":
-                adapter.enable()
-                if adapter.state != state:
-                    adapter._to("attached")
-                    adapter._to(state)
+        failed = []
+        for adapter, state in sorted(there, key=lambda each: each[1] != "disabled"):  # first those that go off
+            try:
+                if state == "disabled" and adapter.state != "disabled":
+                    adapter.disable()
+                elif state != "disabled":
+                    adapter.enable()
+                    if adapter.state != state:
+                        adapter._to("attached")
+                        adapter._to(state)
+            except Exception as problem:  # the others are given back all the same
+                failed.append(problem)
+        if failed:
+            raise failed[0]

@@ -27,11 +27,11 @@ from torch import Tensor
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
-from svdpeft.decomposition import Product, truncated
+from svdpeft.decomposition import EXACT, Product, truncated
 from svdpeft.methods.base import Factors, generator
 from svdpeft.methods.lora import LoRA
 from svdpeft.registry import near_miss
-from svdpeft.sites.place import Place
+from svdpeft.sites.place import Place, same_use
 from svdpeft.sites.site import Site
 from svdpeft.targets.choice import Choice
 
@@ -52,6 +52,8 @@ class Combined:
     lost: Mapping[str, float]
 
     def __str__(self) -> str:
+        if not self.lost:
+            return str(self.adapter)
         where = max(self.lost, key=lambda name: self.lost[name])
         return f"{self.adapter}: at most {self.lost[where]:.2%} of an update is lost, at {where}"
 
@@ -101,18 +103,25 @@ def combine(
     for site, its in found.items():
         sums = {
             "sum": lambda its=its: _sum(its),
-            "ties": lambda its=its: _whole(ties([w * s.matrix() for w, s in its], density)),
-            "dare": lambda its=its, site=site: _whole(_dare(its, density, f"{seed}/{site}")),
+            "ties": lambda its=its: (_whole(ties([w * s.matrix() for w, s in its], density)), None),
+            "dare": lambda its=its, site=site: (_whole(_dare(its, density, f"{seed}/{site}")), None),
         }
-        product, lost[site] = truncated(sums[how](), rank)
+        product, tolerance = sums[how]()
+        product, lost[site] = truncated(product, rank, tolerance)
         method, one = LoRA(rank=product.rank), its[0][1]
         factors = Factors({"L": product.L, "A": product.A}, method.trains, shape=one.shape)
         places = [Place(place.module, place.parameter, place.kind) for place in one.places]
         built.append((Choice(site, places, method, one.part), method, factors))
     whole = {n: place for adapter, _ in adapters for n, place in adapter.whole.items()}
+    for site, its in found.items():
+        for _, other in its[1:]:
+            if not same_use(its[0][1].places, other.places):
+                raise ValueError(f"{site} is another use, or another view, of its weight in another of the adapters")
     values = {n: _of_whole(n, adapters) for n in whole}
     pairs = [(choice.name, method) for choice, method, _ in built]
     made = install(first.model, pairs, built, whole, {}, name, first.batch_norm)
+    for statistics in made.own.statistics:  # not those of an adapter that is on
+        made.own.reset(statistics)
     for parameter, value in values.items():
         made.own[parameter].copy_(value)
     made.disable()
@@ -143,12 +152,14 @@ def _check(adapters: Sequence[tuple[Adapter, float]], rank: int | None, how: str
             )
 
 
-def _sum(its: Weighted) -> Product:
+def _sum(its: Weighted) -> tuple[Product, float | None]:
+    """The sum, and which of its singular values are rounding: of float64, or of matrices that were formed whole."""
     products = [(w, site.method.product(site.factors)) for w, site in its]
     if any(product is None for _, product in products):
-        return _whole(torch.stack([w * site.matrix() for w, site in its]).sum(0))
+        return _whole(torch.stack([w * site.matrix() for w, site in its]).sum(0)), None
     parts = [(w * p.scale * p.cored(), p.A) for w, p in products if p is not None]
-    return Product(torch.cat([left for left, _ in parts], -1), None, torch.cat([right for _, right in parts], -2))
+    left, right = torch.cat([left for left, _ in parts], -1), torch.cat([right for _, right in parts], -2)
+    return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
 
 
 def _whole(delta: Tensor) -> Product:

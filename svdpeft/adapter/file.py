@@ -203,11 +203,17 @@ def renamed(
     used: set[str] = set()
 
     def new(name: str) -> str:
-        found = next((begin for begin in beginnings if name.startswith(begin)), None)
-        if found is None:
-            return name
-        used.add(found)
-        return beginnings[found] + name.removeprefix(found)
+        for begin, instead in beginnings.items():
+            rest = name.removeprefix(begin)
+            if name.startswith(begin) and (begin in ("", name) or begin[-1] == "." or rest[0] in ".["):
+                used.add(begin)
+                dot = "." if not begin and instead and rest and instead[-1] != "." else ""
+                return f"{instead}{dot}{rest}" if rest else instead.rstrip(".")
+        return name
+
+    def of_tensor(name: str) -> str:
+        site, slash, role = name.rpartition("/")
+        return f"{new(site)}/{role}" if slash and site in header["sites"] else new(name)
 
     sites = {}
     for site, entry in header["sites"].items():
@@ -219,7 +225,7 @@ def renamed(
         }
     whole = [new(name) for name in header["whole"]]
     skipped = {new(name): why for name, why in header["skipped"].items()}
-    values = {new(name): tensor for name, tensor in tensors.items()}
+    values = {of_tensor(name): tensor for name, tensor in tensors.items()}
     if unused := [begin for begin in beginnings if begin not in used]:
         raise ValueError(
             f"rename: no name begins with {unused[0]!r}: they are {', '.join(list(header['sites'])[:3])}, …"

@@ -54,6 +54,8 @@ def load(
         model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
     )
     with torch.no_grad():
+        for name in adapter.own.statistics:  # not those of another adapter, which may be on
+            adapter.own.reset(name)
         for name, value in parts.values.items():
             adapter.own[name].copy_(value)
     if not enabled:

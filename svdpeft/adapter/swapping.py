@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import CheckpointError, Source
-from svdpeft.decomposition import exact_rank, recompress
+from svdpeft.decomposition import EXACT, exact_rank, recompress
 from svdpeft.methods.base import Factors, PerSite
 from svdpeft.methods.lora import LoRA
+from svdpeft.sites.place import same_use
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
 
@@ -51,16 +52,19 @@ def swap_in(
     values = _plan(sites, parts)
     if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole.keys():
         raise CheckpointError(f"the values have {min(extra)}, which the attached adapter does not train whole")
-    with unwritten(), torch.no_grad():
-        for target, value in values:
-            target.copy_(value)
-        for name in own.places:
-            if name in parts.values:
-                own[name].copy_(parts.values[name])
-            elif name in whole:
-                own[name].copy_(own.base(name))
-            else:
-                own.reset(name)
+    values += [(own[name].detach(), parts.values.get(name, own.base(name).detach())) for name in own.places]
+    if bad := [value for _, value in values if value.is_floating_point() and not value.isfinite().all()]:
+        raise CheckpointError(f"the values are not finite, of {len(bad)} tensors: the training has diverged")
+    before = [(target, target.clone()) for target, _ in values]
+    try:
+        with unwritten(), torch.no_grad():
+            for target, value in values:
+                target.copy_(value)
+    except BaseException:  # they cannot be merged, say
+        with torch.no_grad():
+            for target, value in before:
+                target.copy_(value)
+        raise
     for site in sites.values():
         site.factors.settle()
 
@@ -68,6 +72,11 @@ def swap_in(
 def _plan(sites: Mapping[str, Site], parts: Parts) -> list[tuple[Tensor, Tensor]]:
     """The tensors of the attached adapter, each with what it will hold."""
     there = {choice.name: (method, factors) for choice, method, factors in parts.built}
+    for choice, _, _ in parts.built:
+        if choice.name in sites and not same_use(choice.places, sites[choice.name].places):
+            raise CheckpointError(
+                f"{choice.name} is another use, or another view, of its weight in the attached adapter"
+            )
     if extra := there.keys() - sites.keys():
         raise CheckpointError(f"the values have a site {min(extra)}, which the attached adapter does not have")
     plan = []
@@ -102,11 +111,11 @@ def _as_lora(name: str, site: Site, method: PerSite, factors: Factors) -> list[t
     left, right = (site.factors.tensors()[role] for role in "LA")
     room = left.shape[-1]
     if product.rank > room:
-        if (rank := int(exact_rank(product).max())) > room:
+        if (rank := int(exact_rank(product, EXACT).max())) > room:
             raise CheckpointError(
                 f"{method} at {name} has an update of rank {rank}, and {site.method} has room for {room}"
             )
-        product = recompress(product)
+        product = recompress(product, EXACT)
     filled = torch.zeros_like(left), torch.zeros_like(right)
     filled[0][..., : product.rank] = product.cored() * (product.scale / site.method.scale)
     filled[1][..., : product.rank, :] = product.A

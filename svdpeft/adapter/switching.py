@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,19 +43,22 @@ def go(sites: Sequence[Site], state: str) -> MergeReport:
     return MergeReport(lost)
 
 
-def check_there(model: nn.Module, sites: Iterable[Site]) -> None:
+def check_there(
+    model: nn.Module, sites: Iterable[Site], whole: Mapping[str, tuple[nn.Module, str]] = MappingProxyType({})
+) -> None:
     """Refuse an adapter of layers that have left the model: somebody has replaced a head, say.
 
     Raises:
-        RuntimeError: the layer of a site is no longer in the model.
+        RuntimeError: the layer of a site, or of a parameter that trains whole, is no longer in the model.
     """
     modules = set(model.modules())
-    for site in sites:
-        if not modules.issuperset(site.owners):
-            raise RuntimeError(
-                f"{site.name}: its layer is no longer in the model, which has another in its place: what the adapter "
-                "has learned there acts on nothing. Detach it, and attach or load it to the new model"
-            )
+    gone = [site.name for site in sites if not modules.issuperset(site.owners)]
+    gone += [name for name, (owner, _) in whole.items() if owner not in modules]
+    if gone:
+        raise RuntimeError(
+            f"{gone[0]}: its layer is no longer in the model, which has another in its place: what the adapter "
+            "has learned there acts on nothing. Detach it, and attach or load it to the new model"
+        )
 
 
 def check_foldable(sites: Iterable[Site]) -> None:

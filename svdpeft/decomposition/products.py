@@ -93,6 +93,11 @@ def recompress(product: Product, tolerance: float | None = None) -> Product:
     return truncated(product, None, tolerance)[0]
 
 
+EXACT = (
+    1e-11  # of the largest singular value: below it is the rounding of float64, in which thin factors are decomposed
+)
+
+
 def truncated(product: Product, rank: int | None, tolerance: float | None = None) -> tuple[Product, float]:
     """Return the nearest product of a rank, as ``recompress`` does, and what it lacks.
 
@@ -119,7 +124,7 @@ def truncated(product: Product, rank: int | None, tolerance: float | None = None
         (q[..., :rank] * root.unsqueeze(-2)).to(dtype), None, (k[..., :rank, :] * root.unsqueeze(-1)).to(dtype)
     )
     energy = s.detach().square()
-    whole, lost = float(energy.sum()), float(energy[..., rank:].sum()) if rank < exact else 0.0
+    whole, lost = float(energy.sum()), float(energy[..., rank:].sum())
     return nearest, math.sqrt(lost / whole) if whole else 0.0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,6 +55,14 @@ class Place:
     def key_for(self, adapter: str, part: str) -> str:
         """The name of an adapter's factors on the layer."""
         return f"{adapter}:{self.parameter}" + (f"[{part}]" if part else "")
+
+
+def same_use(one: Sequence[Place], other: Sequence[Place]) -> bool:
+    """Whether two sites are the same view of the same weight in the same layers."""
+    uses = [
+        {(id(p.module), p.parameter, json.dumps(p.kind.to_json(), sort_keys=True)) for p in ps} for ps in (one, other)
+    ]
+    return uses[0] == uses[1]
 
 
 class Answers(Protocol):

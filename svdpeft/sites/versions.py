@@ -28,7 +28,8 @@ class Slot:
 
     def __init__(self, place: Where, first: str) -> None:
         here = stored(*place)
-        self.place, self.first = place, first
+        self.place = place
+        self.first: str | None = first
         self.versions: dict[str | None, Tensor] = {BASE: here.detach().clone(), first: here}
         self.shown: str | None = first  # whose version is in the model
 
@@ -49,6 +50,9 @@ class Slot:
             away = nn.Parameter(away, requires_grad=False)
         if (away.device, away.dtype) != (here.device, here.dtype):
             away.data = away.data.to(here.device, here.dtype)
+            away.grad = None if away.grad is None else away.grad.to(here.device, here.dtype)
+        if holder is BASE and isinstance(away, nn.Parameter):
+            away.requires_grad_(False)
         self.versions[holder] = away
         return away
 
@@ -93,7 +97,11 @@ class Versions:
             own = slot.versions.pop(adapter)
             if restore and slot.first == adapter:
                 own.copy_(slot.versions[BASE])
-            if not restore or slot.first == adapter:
+            if slot.first == adapter:
+                slot.versions[BASE], slot.first = own, None
+            elif not restore and slot.first is None:  # the base's is the tensor that the model came with
+                slot.versions[BASE].copy_(own)
+            elif not restore:
                 slot.versions[BASE] = own
         self._show(left)
         self.off.discard(adapter)
@@ -135,9 +143,7 @@ class Own:
         self.adapter, self.places = adapter, {**whole, **statistics}
         self._versions = versions
         versions.enter(adapter, self.places)
-        slots = {name: versions.slots[name] for name in statistics}
-        # What they were when it came: the base's version is theirs where nobody was there before.
-        self._start = {n: s.versions[BASE] if s.first == adapter else s[adapter].clone() for n, s in slots.items()}
+        self.statistics = tuple(statistics)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._versions.slots[name][self.adapter]
@@ -161,13 +167,10 @@ class Own:
 
     @torch.no_grad()
     def reset(self, name: str) -> None:
-        """Make statistics again what they were when the adapter came."""
-        self[name].copy_(self._start[name])
+        """Make a tensor what the base's is."""
+        self[name].copy_(self.base(name))
 
     def changed(self) -> dict[str, Tensor]:
-        """The statistics that differ from what they were."""
-        return {
-            name: self[name].detach()
-            for name, was in self._start.items()
-            if not torch.equal(self[name], was.to(self[name]))
-        }
+        """The statistics that differ from the base's."""
+        now = {name: self[name].detach() for name in self.statistics}
+        return {name: t for name, t in now.items() if not torch.equal(t, self.base(name).to(t))}
