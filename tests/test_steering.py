@@ -220,7 +220,7 @@ def test_states_in_which_nothing_is_set():
     adapter.unmerge()
     with (
         adapter.disabled(),
-        refused(model, "'default' is disabled", "leave the block first", error=RuntimeError),
+        refused(model, "'default' is disabled", "enable() it first", error=RuntimeError),
     ):
         adapter.set(coefficient=0.5)
     assert value(adapter, "coefficient") == [1.0]
