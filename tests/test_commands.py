@@ -53,7 +53,7 @@ INSTEAD = {
 }
 FEW = {  # options of a task that make it small; its data where they are not given
     "mnist5k": {"train_size": 20, "validation_size": 10, "test_size": 10},
-    "wordproblems": {"train_size": 10, "validation_size": 4, "test_size": 4, "max_new_tokens": 4},
+    "wordproblems": {"train_size": 6, "validation_size": 2, "test_size": 2, "max_new_tokens": 2},
     "gsm8k": {"test_size": 2, "max_new_tokens": 4},
     "humaneval": {"test_size": 1, "max_new_tokens": 4},
     "flowers102": {},
@@ -114,7 +114,7 @@ def shortened(*args: Any, **options: Any) -> Any:
         epochs=min(spec.epochs, 1) if few else 0.15,
         task_options={**spec.task_options, **few},
         search=None,
-        batch_size=min(spec.batch_size, 5 if few else 32),
+        batch_size=min(spec.batch_size, 3 if few else 32),
         image_size=spec.image_size if spec.image_size or spec.model in BLOCKS else 32,
         snapshots=1,
     )

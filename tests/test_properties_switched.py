@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 from helpers import adapt, close, equal_bits, host, perturb, refused
-from rows import Kind, every_factored_pair
+from rows import EVERYTHING, Kind, order, pairs, rows
 from safetensors.torch import save_file
 
 from svdpeft import LoRA, attach, combine, load
 from svdpeft.methods.base import Factored, Method
 
+HALF = [(m, k) for m, k in pairs() if m.factored and (EVERYTHING or order("switched", m, k) % 2)]
 
-@every_factored_pair
+
+@rows("method, kind", HALF)
 def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_path: Path):
     model, x = host(kind)
     flags = [p.requires_grad_(False) for p in model.parameters()]  # as they are then: attention has a path of its own
