@@ -388,3 +388,12 @@ def test_a_head_that_was_replaced_is_not_saved():
     model.head = nn.Linear(8, 2)
     with pytest.raises(RuntimeError, match=r"head\.\w+: its layer is no longer in the model"):
         adapter.state_dict()
+
+
+def test_statistics_that_an_adapter_of_a_part_has_are_refused_before_anything_is_attached():
+    changed, _ = with_statistics("a", True)
+    model = net()
+    part = attach(model.body, LoRA(rank=1), ["0"], name="part")
+    with pytest.raises(svdpeft.CheckpointError, match=r"body\.1\.\w+ is among the values, and an adapter"):
+        load(model, changed)
+    assert svdpeft.adapters(model) == {"body.part": part}

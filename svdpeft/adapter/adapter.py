@@ -61,7 +61,7 @@ class Adapter:
         self.own = Own(getattr(model, ROSTER).versions, name, whole, statistics)
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
-        self._unties, self._untied = False, list[Untied]()
+        self._unties, self.untied = False, list[Untied]()
         self._steps = Steps(sites.values())
         self._guard = guard_loading(model, self)
         LIVE.add(self)
@@ -346,7 +346,7 @@ class Adapter:
         if state != "attached":
             check_there(self.model, self.sites.values())
             if state == "merged" and self._unties:
-                self._untied = untie(self.model, self.sites.values())
+                self.untied = untie(self.model, self.sites.values())
             check_not_shared(self.model, list(self.sites.values()), state)
         self.state = "attached"  # which is true of all sites if this is interrupted
         try:
@@ -354,8 +354,8 @@ class Adapter:
             self.state = state
         finally:
             if self.state == "attached":
-                tie_again(self._untied)
-                self._untied = []
+                tie_again(self.untied)
+                self.untied = []
         return report
 
     def _activate(self, active: bool) -> None:
@@ -471,7 +471,7 @@ class Adapter:
         """
         before = self.state
         try:
-            swap_in(self.model, self.sites, self.own, self.whole, source, check_base, self.unwritten)
+            swap_in(self.model, self.sites, self.own, source, check_base, self.unwritten)
         except BaseException:
             self._to(before)
             raise

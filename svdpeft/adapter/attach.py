@@ -15,7 +15,7 @@ from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
-from svdpeft.adapter.roster import ROSTER, Roster, adapted, attached, base_weight, claimed
+from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import (
     Factors,
@@ -245,11 +245,10 @@ def install(
 
 def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> None:
     """A weight is adapted, or trained whole, but not both; and a layer knows each adapter by one name."""
-    whole = claimed()
-    untied = {id(each.shared): adapter.name for adapter in attached() for each in adapter._untied}
+    whole, loose = claimed(), untied()
     for choice, _, _ in built:
         for place in choice.places:
-            if (other := untied.get(id(stored(place.module, place.parameter)))) is not None:
+            if (other := loose.get(id(stored(place.module, place.parameter)))) is not None:
                 raise ValueError(
                     f"{choice.name} cannot be adapted: adapter {other!r} has untied it; unmerge() that first"
                 )
@@ -293,13 +292,12 @@ def _check_name(name: str, roster: Roster) -> None:
 
 def _check_whole(whole: Mapping[str, tuple[nn.Module, str]], roster: Roster) -> None:
     """Adapters of one model have versions of a parameter; none of a part of it, or of a larger one, has it as well."""
-    others, sites = claimed(but=roster), adapted()
-    untied = {id(each.shared): adapter.name for adapter in attached() for each in adapter._untied}
+    others, sites, loose = claimed(but=roster), adapted(), untied()
     for name in sorted(whole):
         parameter = id(stored(*whole[name]))
-        if parameter in untied:
+        if parameter in loose:
             raise ValueError(
-                f"{name} cannot be trained: adapter {untied[parameter]!r} has untied it; unmerge() that first"
+                f"{name} cannot be trained: adapter {loose[parameter]!r} has untied it; unmerge() that first"
             )
         if parameter in others:
             known = others[parameter]

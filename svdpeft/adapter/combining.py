@@ -99,31 +99,24 @@ def combine(
     first = adapters[0][0]
     names = dict.fromkeys(site for adapter, _ in adapters for site in adapter.sites)
     found = {site: [(w, a.sites[site]) for a, w in adapters if site in a.sites] for site in names}
+    for site, its in found.items():
+        for _, other in its[1:]:
+            if not same_use(its[0][1].places, other.places):
+                raise ValueError(f"{site} is another use, or another view, of its weight in another of the adapters")
     built, lost = [], {}
     for site, its in found.items():
-        sums = {
-            "sum": lambda its=its: _sum(its),
-            "ties": lambda its=its: (_whole(ties([w * s.matrix() for w, s in its], density)), None),
-            "dare": lambda its=its, site=site: (_whole(_dare(its, density, f"{seed}/{site}")), None),
-        }
-        product, tolerance = sums[how]()
+        product, tolerance = _update(its, how, density, f"{seed}/{site}")
         product, lost[site] = truncated(product, rank, tolerance)
         method, one = LoRA(rank=product.rank), its[0][1]
         factors = Factors({"L": product.L, "A": product.A}, method.trains, shape=one.shape)
         places = [Place(place.module, place.parameter, place.kind) for place in one.places]
         built.append((Choice(site, places, method, one.part), method, factors))
     whole = {n: place for adapter, _ in adapters for n, place in adapter.whole.items()}
-    for site, its in found.items():
-        for _, other in its[1:]:
-            if not same_use(its[0][1].places, other.places):
-                raise ValueError(f"{site} is another use, or another view, of its weight in another of the adapters")
     values = {n: _of_whole(n, adapters) for n in whole}
     pairs = [(choice.name, method) for choice, method, _ in built]
     made = install(first.model, pairs, built, whole, {}, name, first.batch_norm)
-    for statistics in made.own.statistics:  # not those of an adapter that is on
-        made.own.reset(statistics)
-    for parameter, value in values.items():
-        made.own[parameter].copy_(value)
+    for tensor, value in made.own.holding(values):  # and nothing of an adapter that is on
+        tensor.copy_(value)
     made.disable()
     return Combined(made, lost)
 
@@ -152,14 +145,21 @@ def _check(adapters: Sequence[tuple[Adapter, float]], rank: int | None, how: str
             )
 
 
-def _sum(its: Weighted) -> tuple[Product, float | None]:
-    """The sum, and which of its singular values are rounding: of float64, or of matrices that were formed whole."""
+def _update(its: Weighted, how: How, density: float, seed: str) -> tuple[Product, float | None]:
+    """The update of one site, and which of its singular values are rounding: of float64 where factors are put side by
+    side, of the matrices (``None``) where it is formed whole."""
     products = [(w, site.method.product(site.factors)) for w, site in its]
-    if any(product is None for _, product in products):
-        return _whole(torch.stack([w * site.matrix() for w, site in its]).sum(0)), None
     parts = [(w * p.scale * p.cored(), p.A) for w, p in products if p is not None]
-    left, right = torch.cat([left for left, _ in parts], -1), torch.cat([right for _, right in parts], -2)
-    return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
+    if how == "sum" and len(parts) == len(its):
+        left, right = torch.cat([left for left, _ in parts], -1), torch.cat([right for _, right in parts], -2)
+        return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
+    deltas = [w * site.matrix() for w, site in its]
+    if how == "ties":
+        return _whole(ties(deltas, density)), None
+    if how == "dare":
+        draws = generator(zlib.crc32(seed.encode()))
+        deltas = [d * (torch.rand(d.shape, generator=draws) < density).to(d) / density for d in deltas]
+    return _whole(torch.stack(deltas).sum(0)), None
 
 
 def _whole(delta: Tensor) -> Product:
@@ -190,12 +190,6 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     index = delta.abs().flatten().topk(max(round(density * delta.numel()), 1)).indices
     kept[index] = delta.flatten()[index]
     return kept.view_as(delta)
-
-
-def _dare(its: Weighted, density: float, seed: str) -> Tensor:
-    draws = generator(zlib.crc32(seed.encode()))
-    kept = [(torch.rand(site.matrix().shape, generator=draws) < density).to(site.matrix()) for _, site in its]
-    return torch.stack([w / density * mask * site.matrix() for (w, site), mask in zip(its, kept, strict=True)]).sum(0)
 
 
 def _of_whole(name: str, adapters: Sequence[tuple[Adapter, float]]) -> Tensor:

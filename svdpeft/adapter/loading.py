@@ -11,7 +11,7 @@ from torch import nn
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
-from svdpeft.adapter.checking import checked
+from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import (
     CheckpointError,
     Source,
@@ -19,6 +19,9 @@ from svdpeft.adapter.file import (
     method_in,
     read,
 )
+from svdpeft.adapter.roster import ROSTER, held_elsewhere
+from svdpeft.sites.normalisation import running_statistics
+from svdpeft.sites.weights import stored
 from svdpeft.targets.wrappers import unwrapped
 
 
@@ -50,14 +53,12 @@ def load(
     """
     model = unwrapped(model)
     header, parts = checked(model, path, check_base, rename)
+    _check_statistics(model, parts)
     adapter = install(
         model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
     )
-    with torch.no_grad():
-        for name in adapter.own.statistics:  # not those of another adapter, which may be on
-            adapter.own.reset(name)
-        for name, value in parts.values.items():
-            adapter.own[name].copy_(value)
+    for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
+        tensor.copy_(value)
     if not enabled:
         adapter.disable()
     return adapter
@@ -79,12 +80,13 @@ def restore(adapter: Adapter, path: Source) -> None:
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
         if there and there["hash"] != site.weight.digest():
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
-    places = {
+    factors = {
         f"{name}/{role}": tensor
         for name, (tensors, _) in held(adapter.sites).items()
         for role, tensor in tensors.items()
     }
-    places |= {name: adapter.own[name] for name in adapter.own.places if name in saved or name in adapter.whole}
+    own = {name: adapter.own[name] for name in adapter.own.places if name in saved or name in adapter.whole}
+    places = factors | own
     if places.keys() != saved.keys():
         other = min(places.keys() ^ saved.keys())
         raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
@@ -92,9 +94,18 @@ def restore(adapter: Adapter, path: Source) -> None:
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
     with adapter.unwritten(), torch.no_grad():
-        for name in adapter.own.places.keys() - saved.keys():  # statistics that had not changed when it was saved
-            adapter.own.reset(name)
-        for name, tensor in places.items():
-            tensor.copy_(saved[name])
+        for tensor, value in [*((t, saved[n]) for n, t in factors.items()), *adapter.own.holding(saved)]:
+            tensor.copy_(value)
     for site in adapter.sites.values():
         site.factors.settle()
+
+
+def _check_statistics(model: nn.Module, parts: Parts) -> None:
+    """Refuse statistics that an adapter of a part of the model, or of a larger one, has versions of."""
+    places, elsewhere = running_statistics(model), held_elsewhere(getattr(model, ROSTER, None))
+    for name in parts.values.keys() - parts.whole.keys():
+        if id(stored(*places[name])) in elsewhere:
+            raise CheckpointError(
+                f"{name} is among the values, and an adapter that is attached to a part of this model, or to a larger "
+                "one, has it already: attach both to the same"
+            )

@@ -110,7 +110,12 @@ def claimed(but: Roster[Any] | None = None) -> dict[int, str]:
     return {id(t): name for each in found for name in each.whole for t in (each.own[name], each.own.base(name))}
 
 
-def held_elsewhere(roster: Roster[Any]) -> set[int]:
+def untied() -> dict[int, str]:
+    """The weights, by identity, that an adapter has untied to merge: the adapter's name."""
+    return {id(each.shared): adapter.name for adapter in attached() for each in adapter.untied}
+
+
+def held_elsewhere(roster: Roster[Any] | None) -> set[int]:
     """The tensors, by identity, of which adapters of other models, or of parts of one, have versions in theirs."""
     slots = (slot for other in rosters() if other is not roster for slot in other.versions.slots.values())
     return {id(stored(*slot.place)) for slot in slots}

@@ -28,7 +28,6 @@ def swap_in(
     model: nn.Module,
     sites: Mapping[str, Site],
     own: Own,
-    whole: Mapping[str, object],
     source: Source,
     check_base: bool,
     unwritten: Callable[[], AbstractContextManager[None]],
@@ -39,7 +38,6 @@ def swap_in(
         model: that the adapter is attached to.
         sites: of the adapter.
         own: its versions of the base's tensors.
-        whole: what it trains whole.
         source: of the values.
         check_base: whether they must be of this base.
         unwritten: a block within which nothing is written in the base weights.
@@ -50,9 +48,10 @@ def swap_in(
     """
     _, parts = checked(model, source, check_base)
     values = _plan(sites, parts)
-    if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole.keys():
+    whole = own.places.keys() - set(own.statistics)
+    if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole:
         raise CheckpointError(f"the values have {min(extra)}, which the attached adapter does not train whole")
-    values += [(own[name].detach(), parts.values.get(name, own.base(name).detach())) for name in own.places]
+    values += own.holding(parts.values)
     if bad := [value for _, value in values if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"the values are not finite, of {len(bad)} tensors: the training has diverged")
     before = [(target, target.clone()) for target, _ in values]

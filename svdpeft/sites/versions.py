@@ -165,10 +165,9 @@ class Own:
         """Take its versions away, or make them the base's."""
         self._versions.leave(self.adapter, restore)
 
-    @torch.no_grad()
-    def reset(self, name: str) -> None:
-        """Make a tensor what the base's is."""
-        self[name].copy_(self.base(name))
+    def holding(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each of its tensors with what it is to hold: a value, or where there is none what the base holds."""
+        return [(self[name].detach(), values.get(name, self.base(name).detach())) for name in self.places]
 
     def changed(self) -> dict[str, Tensor]:
         """The statistics that differ from the base's."""
