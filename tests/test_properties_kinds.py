@@ -41,7 +41,7 @@ def test_apply_equals_the_layer_with_the_dense_update(kind: Kind, core: str):
     close(found.apply(layer, x, product), expected)
     base = layer(x).detach()
     close(found.add(layer, x, base.clone(), product), base + expected)
-    close(found.add_dense(layer, x, base.clone(), product), base + expected)
+    close(found.add_matrix(layer, x, base.clone(), product.dense()), base + expected)
     close(found.add_bias(layer, found.run(layer, x, layer.weight)), layer(x))
     if core != "none":  # the dense form itself, without the library
         full = torch.diag_embed(c) if core == "diagonal" else c

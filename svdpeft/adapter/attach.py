@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from svdpeft.sites.place import CHILD
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
+from svdpeft.targets.chosen_rows import chosen_rows
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
 from svdpeft.targets.survey import STORED
@@ -46,7 +47,7 @@ def attach(
     method: Method | None = None,
     targets: Targets | None = None,
     exclude: str | Sequence[str] = (),
-    train: str | Sequence[str] = (),
+    train: str | Sequence[str] | Mapping[str, Iterable[int] | None] = (),
     name: str = "default",
     seed: int = 0,
     clip_rank: bool | None = None,
@@ -67,7 +68,9 @@ def attach(
             ``"rwkv"``, ``"rwkv-time-mix"``, or a role such as ``"time-mix.decay"``. Brackets choose parts of a fused
             weight, ``"qkv[q,v]"``, or name the axes of a raw parameter, ``"spectral[in,out,mode]"``.
         exclude: patterns of what is left alone: layers, or parts of a fused one.
-        train: patterns of modules or parameters of the base that are trained whole, such as a new head.
+        train: patterns of modules or parameters of the base that are trained whole, such as a new head; or a mapping
+            from such a pattern to the rows of it that are trained alone, ``{"embed_tokens": [32000, 32001]}``, in all
+            layers that share the weight (``None``: the whole of it).
         name: of the adapter; several of different names add up.
         seed: of every random draw; each site's own depends on this and on its name only.
         clip_rank: lower a rank that is too large for a small matrix instead of raising; the scale α/r stays that of the
@@ -98,16 +101,18 @@ def attach(
     known = default_targets(model) if targets is None else targets
     clip = (targets is None and known == "all") if clip_rank is None else clip_rank
     pairs = rules(known, method)
-    named = [train] if isinstance(train, str) else train
-    whole = trained_whole(model, [*named, *(pattern for _, m in pairs for pattern in m.whole(model))])
+    named = {train: None} if isinstance(train, str) else train if isinstance(train, Mapping) else dict.fromkeys(train)
+    entire = [pattern for pattern, rows in named.items() if rows is None]
+    whole = trained_whole(model, [*entire, *(pattern for _, m in pairs for pattern in m.whole(model))])
     _check_whole(whole, roster)
+    rows = chosen_rows(model, {pattern: rows for pattern, rows in named.items() if rows is not None}, whole)
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
     selection = select(model, factored, exclude, unavailable) if factored else Selection()
     if bias:
         whole |= biases_of(model, (place.module for choice in selection.choices for place in choice.places))
         _check_whole(whole, roster)
-    built = _build(selection.choices, seed, clip, calibration or {})
+    built = _build([*selection.choices, *rows], seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
     _warn_of_stored(selection.skipped)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ from svdpeft.adapter.file import (
     renamed,
     rounded,
 )
+from svdpeft.adapter.growing import grown
 from svdpeft.adapter.roster import adapted, base_weight
+from svdpeft.layers.base import LayerKind
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
 from svdpeft.methods.base import Factors, Method, PerSite, share
@@ -36,10 +39,14 @@ from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
 
 
+@contextmanager
 def checked(
     model: nn.Module, source: Source, check_base: bool, rename: Mapping[str, str] = MappingProxyType({})
-) -> tuple[dict[str, Any], Parts]:
-    """Read an adapter and hold it against the model, which stays as it is: the header, and what ``install`` wants.
+) -> Iterator[tuple[dict[str, Any], Parts]]:
+    """Read an adapter and hold it against the model: the header, and what ``install`` wants.
+
+    The model stays as it is, but for embeddings that get rows for the adapter's new tokens; an error in the block takes
+    that back, too.
 
     Args:
         model: that it is for.
@@ -51,15 +58,18 @@ def checked(
         CheckpointError: as ``load`` does.
     """
     header, tensors, path = read(source)
-    try:
-        if rename:
-            header, tensors = renamed(header, tensors, rename)
-        return header, _parts(model, header, tensors, path, check_base)
-    except CheckpointError:
-        raise
-    # the header is not as we write it
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
+    with ExitStack() as stack:
+        try:
+            if rename:
+                header, tensors = renamed(header, tensors, rename)
+            stack.enter_context(grown(model, header, tensors, path))
+            parts = _parts(model, header, tensors, path, check_base)
+        except CheckpointError:
+            raise
+        # the header is not as we write it
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
+        yield header, parts
 
 
 class Parts(NamedTuple):
@@ -81,12 +91,21 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
     remaining, built, checked, others = dict(tensors), [], set(), adapted()
     other: list[tuple[str, str, str]] = []  # weights in another precision
     groups: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, tuple[list[Place], PerSite]] = {}
+    free: dict[int, list[LayerKind]] = {}  # parts of weights, by identity, that do not matter to the adapter
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
+        method = method_in(entry["method"], path)
+        assert isinstance(method, PerSite)
         places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
+        found[site] = places, method
+        weight = stored(places[0].module, places[0].parameter)
+        free.setdefault(id(weight), []).extend([] if method.depends_on_base else [places[0].kind])
+    for site, entry in header["sites"].items():
+        places, method = found[site]
         first = places[0]
-        parameter = first.module._parameters[first.parameter]
+        parameter = stored(first.module, first.parameter)
         there = {(place["layer"], place["parameter"]) for place in entry["places"]}
         here = users[id(parameter)]
         alone = there < set(here) and all(place.can_call for place in places)  # the update is in its own output
@@ -94,11 +113,10 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
             raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
         record = base_weight(first.module, first.parameter, others)
         weight = record.original
-        if _check_base(site, entry, record, path, check_base and id(parameter) not in checked):
+        unseen = check_base and id(parameter) not in checked  # the parts of a fused weight have one hash
+        if _check_base(site, entry, record, path, unseen, free[id(parameter)]):
             other.append((site, entry["dtype"], str(weight.dtype)))
-        checked.add(id(parameter))  # the parts of a fused weight have one hash
-        method = method_in(entry["method"], path)
-        assert isinstance(method, PerSite)
+        checked.add(id(parameter))
         own = _take(remaining, site, entry["tensors"], path)
         tied = _tied(site, entry["tied"], own, method, groups)
         shape = first.kind.to_matrix(first.module, weight).shape
@@ -200,19 +218,21 @@ def _place(
     return Place(module, parameter, kind)
 
 
-def _check_base(site: str, entry: dict[str, Any], record: BaseWeight, path: Path, strict: bool) -> bool:
+def _check_base(
+    site: str, entry: dict[str, Any], record: BaseWeight, path: Path, strict: bool, free: Sequence[LayerKind]
+) -> bool:
     """Whether a weight is the one of the file in another precision; one of another base is refused."""
     weight = record.original
     if list(weight.shape) != entry["shape"]:
         raise CheckpointError(
             f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
         )
-    if not strict or record.digest() == entry["hash"]:
+    if not strict or record.digest(free) == entry["hash"]:
         return False
     other = str(weight.dtype) != entry["dtype"]
     if other and "sample" in entry:
         dtypes = [weight.dtype, getattr(torch, entry["dtype"].removeprefix("torch."))]
-        if rounded(entry["sample"], sample(weight), dtypes):
+        if rounded(entry["sample"], sample(record.known(free)), dtypes):
             return True
     dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
     raise CheckpointError(

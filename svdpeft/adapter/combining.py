@@ -30,6 +30,7 @@ from svdpeft.adapter.attach import install
 from svdpeft.decomposition import EXACT, Product, truncated
 from svdpeft.methods.base import Factors, generator
 from svdpeft.methods.lora import LoRA
+from svdpeft.methods.whole import Whole
 from svdpeft.registry import near_miss
 from svdpeft.sites.place import Place, same_use
 from svdpeft.sites.site import Site
@@ -44,7 +45,7 @@ class Combined:
     """What ``combine`` has made.
 
     Args:
-        adapter: a LoRA of scale one, attached and off.
+        adapter: a LoRA of scale one, attached and off; rows and weights that train whole stay so.
         lost: per site ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F, what a rank that is too small leaves out; 0 up to rounding without one.
     """
 
@@ -106,9 +107,15 @@ def combine(
     built, lost = [], {}
     for site, its in found.items():
         product, tolerance = _update(its, how, density, f"{seed}/{site}")
-        product, lost[site] = truncated(product, rank, tolerance)
-        method, one = LoRA(rank=product.rank), its[0][1]
-        factors = Factors({"L": product.L, "A": product.A}, method.trains, shape=one.shape)
+        one = its[0][1]
+        method: LoRA | Whole
+        if all(isinstance(each.method, Whole) for _, each in its):  # as parameters that are trained whole
+            method, lost[site] = Whole(), 0.0
+            factors = Factors({"W": one.base_matrix() + product.dense()}, method.trains, shape=one.shape)
+        else:
+            product, lost[site] = truncated(product, rank, tolerance)
+            method = LoRA(rank=product.rank)
+            factors = Factors({"L": product.L, "A": product.A}, method.trains, shape=one.shape)
         places = [Place(place.module, place.parameter, place.kind) for place in one.places]
         built.append((Choice(site, places, method, one.part), method, factors))
     whole = {n: place for adapter, _ in adapters for n, place in adapter.whole.items()}

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS
 from svdpeft.sites.site import Site
@@ -69,6 +70,14 @@ def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[s
         factors = site.factors
         tied = {role: holders.setdefault(id(getattr(factors, role)), name) for role in factors.tied}
         found[name] = ({role: t for role, t in factors.tensors().items() if tied.get(role, name) == name}, tied)
+    return found
+
+
+def free_parts(sites: Iterable[Site]) -> dict[int, list[LayerKind]]:
+    """What of the weights does not matter to an adapter, by the identity of their records: it has values of its own."""
+    found: dict[int, list[LayerKind]] = {}
+    for site in sites:
+        found.setdefault(id(site.weight), []).extend([] if site.method.depends_on_base else [site.kind])
     return found
 
 

@@ -15,6 +15,7 @@ from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import (
     CheckpointError,
     Source,
+    free_parts,
     held,
     method_in,
     read,
@@ -52,11 +53,17 @@ def load(
             tensor, a wrong shape.
     """
     model = unwrapped(model)
-    header, parts = checked(model, path, check_base, rename)
-    _check_statistics(model, parts)
-    adapter = install(
-        model, parts.pairs, parts.built, parts.whole, header["skipped"], name or header["name"], header["batch_norm"]
-    )
+    with checked(model, path, check_base, rename) as (header, parts):
+        _check_statistics(model, parts)
+        adapter = install(
+            model,
+            parts.pairs,
+            parts.built,
+            parts.whole,
+            header["skipped"],
+            name or header["name"],
+            header["batch_norm"],
+        )
     for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
         tensor.copy_(value)
     if not enabled:
@@ -72,13 +79,14 @@ def restore(adapter: Adapter, path: Source) -> None:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     header, saved, path = read(path)
+    free = free_parts(adapter.sites.values())
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
         here = site.method.to_json()
         if there and (method := method_in(there["method"], path).to_json()) != here:
             changed = [key for key in here if method.get(key) != here[key]]
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
-        if there and there["hash"] != site.weight.digest():
+        if there and there["hash"] != site.weight.digest(free[id(site.weight)]):
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
     factors = {
         f"{name}/{role}": tensor

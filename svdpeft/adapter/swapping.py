@@ -46,8 +46,8 @@ def swap_in(
         CheckpointError: as ``load`` does; a site or a whole parameter that the adapter does not have; an update that
             it cannot hold.
     """
-    _, parts = checked(model, source, check_base)
-    values = _plan(sites, parts)
+    with checked(model, source, check_base) as (_, parts):
+        values = _plan(sites, parts)
     whole = own.places.keys() - set(own.statistics)
     if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole:
         raise CheckpointError(f"the values have {min(extra)}, which the attached adapter does not train whole")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from svdpeft.decomposition import Product
@@ -219,11 +219,24 @@ class CalledKind(LayerKind):
         """Add the update to the layer's fresh output, in place."""
         return out.add_(self.apply(module, x, product))
 
-    def add_dense(
-        self, module: nn.Module, x: Tensor, out: Float[Tensor, "*out"], product: Product
+    def add_matrix(
+        self, module: nn.Module, x: Tensor, out: Float[Tensor, "*out"], matrix: Float[Tensor, "*b m n"]
     ) -> Float[Tensor, "*out"]:
-        """The same by way of the dense ΔW: cheaper where the matrices are tiny."""
-        return out.add_(self.run(module, x, self.from_matrix(module, product.dense())))
+        """The same of a dense ΔW, in the dtype of ``out``: cheaper where the matrices are tiny."""
+        return out.add_(self.run_like(module, x, self.from_matrix(module, matrix), out))
+
+    def add_rows(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        out: Float[Tensor, "*out"],
+        matrix: Float[Tensor, "*b k n"],
+        rows: Int[Tensor, " k"],
+        total: int,
+    ) -> Float[Tensor, "*out"]:
+        """``add_matrix`` of a ΔW that is zero but for k of its ``total`` rows, whose positions are ``rows``."""
+        whole = matrix.new_zeros(*matrix.shape[:-2], total, matrix.shape[-1])
+        return self.add_matrix(module, x, out, whole.index_copy(-2, rows, matrix))
 
 
 def dotted(cls: type) -> str:

@@ -52,9 +52,6 @@ class ConvTranspose(CalledKind):
     def add(self, module: Any, x: Tensor, out: Tensor, product: Product) -> Tensor:
         return out.add_(self._apply(module, x, product, out))
 
-    def add_dense(self, module: Any, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return out.add_(self._run(module, x, self.from_matrix(module, product.dense()), out))
-
     def run_like(self, module: Any, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
         return self._run(module, x, w, out)
 

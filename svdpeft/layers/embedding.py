@@ -44,6 +44,11 @@ class Embedding(CalledKind):
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding(x, w, module.padding_idx)  # whose row gets no gradient
 
+    def add_rows(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor, rows: Tensor, total: int) -> Tensor:
+        at = rows.new_full((total,), len(rows))  # token -> its row of the matrix; of most tokens the row of zeros
+        at = at.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+        return out.add_(F.embedding(at[x], F.pad(matrix, (0, 0, 0, 1))))
+
     def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor:
         return self.run(module, x, values.unsqueeze(-1))
 

@@ -58,6 +58,9 @@ class Linear(CalledKind):
         rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
         return rows.view(out.shape)  # not `out`: torch 2.11 takes it for a leaf in a second adapter's in-place addition
 
+    def add_rows(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor, rows: Tensor, total: int) -> Tensor:
+        return out.index_add_(-1, rows, F.linear(x, matrix))
+
     def examples(self) -> list[Example]:
         torch_linear = nn.Linear(7, 5, dtype=torch.float64)
         wide = nn.Linear(6, 11, bias=False, dtype=torch.float64)

@@ -29,6 +29,7 @@ class Part(View):
         super().__init__(whole)
         self.total = total
         self.rows: Ranges = tuple((start, stop, step) for start, stop, step in rows)
+        self._known: dict[torch.device, Tensor] = {}
         self.name = whole.name
         self.linear = whole.linear
         self.sees = whole.sees
@@ -45,7 +46,7 @@ class Part(View):
         if len(self.rows) == 1:  # a view
             start, stop, step = self.rows[0]
             return w[..., start:stop:step, :]
-        return torch.cat([w[..., start:stop:step, :] for start, stop, step in self.rows], -2)
+        return w.index_select(-2, self._positions(w.device))
 
     def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return self.whole.from_matrix(module, self._among_zeros(matrix))
@@ -58,7 +59,7 @@ class Part(View):
 
     def run_whole(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         out = self._layer.run_whole(module, x, w)
-        mine = self.per_row(module, x, out.new_ones(sum(len(range(*rows)) for rows in self.rows)))
+        mine = self.per_row(module, x, out.new_ones(len(self._positions(out.device))))
         return out if mine is None else out * mine
 
     def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor | None:
@@ -70,8 +71,8 @@ class Part(View):
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
         return self._layer.add(module, x, out, self._widen(product))
 
-    def add_dense(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return self._layer.add_dense(module, x, out, self._widen(product))
+    def add_matrix(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor) -> Tensor:
+        return self._layer.add_rows(module, x, out, matrix, self._positions(matrix.device), self.total)
 
     def spread(self, out: Tensor) -> Tensor:
         """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
@@ -88,9 +89,13 @@ class Part(View):
             start, stop, _ = self.rows[0]
             return F.pad(part, (0, 0, start, self.total - stop))
         whole = part.new_zeros(*part.shape[:-2], self.total, part.shape[-1])
-        at = 0
-        for start, stop, step in self.rows:
-            count = len(range(start, stop, step))
-            whole[..., start:stop:step, :] = part[..., at : at + count, :]
-            at += count
-        return whole
+        return whole.index_copy(-2, self._positions(part.device), part)
+
+    def _positions(self, device: torch.device) -> Tensor:
+        """Which rows, as numbers, copied to a device once."""
+        if device in self._known:
+            return self._known[device]
+        found = torch.tensor([row for rows in self.rows for row in range(*rows)], device=device)
+        if not torch.compiler.is_compiling():
+            self._known[device] = found
+        return found

@@ -53,8 +53,10 @@ class LayerCall:
         x = self.x
         if dropout and self.module.training and x.is_floating_point():
             x = F.dropout(x, dropout)
-        add = self.kind.add_dense if self.site.prefers_dense(product) else self.kind.add
-        return add(self.module, x, out, product.to(out.dtype))
+        dense, product = self.site.prefers_dense(product), product.to(out.dtype)
+        if dense:
+            return self.kind.add_matrix(self.module, x, out, product.dense())
+        return self.kind.add(self.module, x, out, product)
 
     def _stored(self) -> Tensor:
         return self.site.weight.original.to(self.like.dtype)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdpeft.methods.base import Transform
 from svdpeft.sites.place import PLACES
 
 HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
@@ -31,7 +30,7 @@ def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 except (IndexError, RuntimeError):
                     site.check_size()  # says more, if that is why
                     raise
-            if site.rows is not None or not isinstance(site.method, Transform):
+            if not site.keeps_output:
                 own = None
     return out
 

@@ -80,6 +80,11 @@ class Answers(Protocol):
         """Add the update to the layer's output."""
         ...
 
+    @property
+    def keeps_output(self) -> bool:
+        """Say whether ``add`` makes a new tensor."""
+        ...
+
     def add_to_rows(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
         """Add it to some rows of a batch."""
         ...

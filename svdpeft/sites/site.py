@@ -102,9 +102,8 @@ class Site:
 
     def base_matrix(self) -> Float[Tensor, "*b {self.shape[1]} {self.shape[2]}"]:
         """W0 as matrices, at least float32, whatever is written into the weight at present."""
-        w = self.weight.original
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
-        return self.kind.to_matrix(self.places[0].module, w)
+        w = self.kind.to_matrix(self.places[0].module, self.weight.original)
+        return w.to(torch.promote_types(w.dtype, torch.float32))  # of a part no more than that
 
     def matrix(self, folded: bool = False) -> Float[Tensor, "*b {self.shape[1]} {self.shape[2]}"]:
         """What is added to the layer's own weight as matrices, dense: ΔW, or all of L C A where the site is folded."""
@@ -129,8 +128,8 @@ class Site:
         Args:
             place: the layer.
             x: its input.
-            out: its output with the updates of those before; changed in place where the method is on the equation.
-            own: its output as the layer has made it, where that is still known.
+            out: its output with the updates of those before; changed in place unless ``keeps_output``.
+            own: its output as the layer has made it, where nothing has been added to that in place.
         """
         kind = place.kind
         assert isinstance(kind, CalledKind)
@@ -143,12 +142,13 @@ class Site:
                 x = F.dropout(x, self.method.dropout)
             x = x.to(out.dtype)
         if product is None:
-            return out + self._change(place, x, out, own)
+            return self._add_change(place, x, out, own)
         product = product.to(out.dtype)
         if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
             return out + kind.apply(place.module, x, product)
-        add = kind.add_dense if self.dense else kind.add
-        return add(place.module, x, out, product)
+        if self.dense:
+            return kind.add_matrix(place.module, x, out, product.dense())
+        return kind.add(place.module, x, out, product)
 
     def _product(self, device: str, folded: bool) -> Product | None:
         """The product, formed in the factors' own precision whatever the autocast: only the result is rounded."""
@@ -157,15 +157,23 @@ class Site:
         with torch.autocast(device, enabled=False):
             return self.method.product(self.factors, folded)
 
-    def _change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
+    def _add_change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
         """ΔW x of a method outside the equation: its tensors in their own precision, the layer in its output's."""
         kind, method = place.kind, self.method
         assert isinstance(kind, CalledKind)
         with torch.autocast(self.weight.tensor.device.type, enabled=False):
             if not self.dense and isinstance(method, Transform) and not out.is_nested:
-                return method.act(self.factors, LayerCall(place, x, out, None if self.weight.overwritten else own))
-            w = kind.from_matrix(place.module, method.delta(self.factors, self.base_matrix()))
-            return kind.run_like(place.module, x, w.to(out.dtype), out)
+                call = LayerCall(place, x, out, None if self.weight.overwritten else own)
+                return out + method.act(self.factors, call)
+            matrix = method.delta(self.factors, self.base_matrix()).to(out.dtype)
+            if out.is_nested:
+                return out + kind.run_like(place.module, x, kind.from_matrix(place.module, matrix), out)
+            return kind.add_matrix(place.module, x, out, matrix)
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether ``add`` makes a new tensor."""
+        return not self.dense and self.rows is None and isinstance(self.method, Transform)
 
     def add_to_rows(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None) -> Tensor:
         """Add the update to the rows of this adapter; all others are left as they are."""

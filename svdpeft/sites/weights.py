@@ -6,7 +6,7 @@ is copied back when nothing is: it is never reached by subtracting, so every bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.decomposition import digest
+from svdpeft.layers.base import LayerKind
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
@@ -123,13 +124,21 @@ class BaseWeight:
         else:
             self._original = None
 
-    def digest(self) -> str:
-        """The hash of the base's own value, found once for a value: saving twice does not read the base twice."""
+    def digest(self, free: Sequence[LayerKind] = ()) -> str:
+        """The hash of what an adapter depends on, found once for a value: saving twice does not read the base twice."""
         w = self.original
-        seen = (w.data_ptr(), None if w.is_inference() else w._version, tuple(sample(w)))  # and .data raises no version
+        version = None if w.is_inference() else w._version  # which .data does not raise
+        seen = w.data_ptr(), version, tuple(sample(w)), *(str(kind.to_json()) for kind in free)
         if self._digest is None or self._digest[0] != seen:
-            self._digest = seen, digest(w)
+            self._digest = seen, digest(self.known(free))
         return self._digest[1]
+
+    def known(self, free: Sequence[LayerKind] = ()) -> Tensor:
+        """The base's own value, zero in the parts that an adapter has values of its own for, whatever is there."""
+        w = self.original
+        for kind in free:
+            w = w - kind.from_matrix(self.owner, kind.to_matrix(self.owner, w))
+        return w
 
     @property
     def overwritten(self) -> bool:

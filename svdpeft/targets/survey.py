@@ -114,7 +114,7 @@ class Survey:
             return Refusal(f"excluded by {pattern!r}")
         if id(weight.tensor) in self.trained:
             return Refusal("trained whole")
-        if (why := self._why_not_adaptable(weight)) is not None:
+        if (why := self.why_not_adaptable(weight)) is not None:
             return Refusal(why, ValueError)
         if (why := _why_not_defined(weight, wanting[0].method)) is not None:
             return Refusal(why, NotDefined)
@@ -131,7 +131,7 @@ class Survey:
                     "all its users and they share one adapter, or one that is called, alone",
                     ValueError,
                 )
-            if _view(other) != _view(weight):
+            if not same_matrix(other, weight):
                 return Refusal(f"its weight is shared with {other.name}, which sees another matrix in it", ValueError)
             mine, its = (next(rule.method for rule in self.rules if rule.wants(user)) for user in (weight, other))
             if mine != its:
@@ -139,7 +139,7 @@ class Survey:
                 return Refusal(why, ValueError)
         return None
 
-    def _why_not_adaptable(self, weight: Weight) -> str | None:
+    def why_not_adaptable(self, weight: Weight) -> str | None:
         """Why no method could adapt the weight, or ``None``."""
         tensor, layer = weight.tensor, type(weight.module).__name__
         if tensor.is_complex():
@@ -190,6 +190,11 @@ def _why_not_defined(weight: Weight, method: PerSite) -> str | None:
     return None if method.pairs else method.why_not(kind)  # of a pair it is asked where its half is known
 
 
-def _view(weight: Weight) -> tuple[Any, ...]:
-    matrix = (weight.kind or Raw()).to_matrix(weight.module, weight.tensor)
-    return matrix.shape, matrix.stride(), matrix.data_ptr()
+def same_matrix(one: Weight, other: Weight) -> bool:
+    """Whether two uses of a parameter see the same matrix in it."""
+
+    def view(weight: Weight) -> tuple[Any, ...]:
+        matrix = (weight.kind or Raw()).to_matrix(weight.module, weight.tensor)
+        return matrix.shape, matrix.stride(), matrix.data_ptr()
+
+    return view(one) == view(other)

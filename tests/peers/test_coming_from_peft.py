@@ -96,6 +96,41 @@ def same(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+@row("`trainable_token_indices=", "`model.save_pretrained(path, save_embedding_layers=")
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens(tied: bool, tmp_path: Path):
+    """A few steps of SGD on equal bases with equal new rows: the same rows, the same logits, here from the old base."""
+    ours, theirs = llama(tie_word_embeddings=tied), llama(tie_word_embeddings=tied)
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        model.resize_token_embeddings(43, mean_resizing=False)
+    rows = [5, *range(40, 43)]
+    chosen = {"embed_tokens": rows} if tied else {"embed_tokens": rows, "lm_head": rows}
+    adapter = svdpeft.attach(ours, LoRA(rank=2), ["q_proj"], train=chosen)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], trainable_token_indices=chosen)
+    wrapped = there(config, theirs)
+    with torch.no_grad():
+        for p in (*adapter.roles()["A"], *(p for name, p in wrapped.named_parameters() if "lora_A" in name)):
+            p.fill_(0.1)
+    assert adapter.trainable_count == trains(wrapped)
+    ids = torch.cat([IDS, torch.tensor([[40, 5, 41, 3, 42, 40, 1]])])
+    for model, parameters in ((ours, list(adapter.parameters())), (wrapped, None)):
+        parameters = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+        optimizer = torch.optim.SGD(parameters, lr=0.5)
+        for _ in range(3):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same(logits(ours, ids), logits(wrapped, ids))
+    adapter.save(tmp_path / "ours")
+    with adapter.disabled():
+        before = logits(ours, ids)
+    assert (logits(ours, ids) - before).abs().max() > 1e-2
+    old = llama(tie_word_embeddings=tied)
+    svdpeft.load(old, tmp_path / "ours")
+    same(logits(old, ids), logits(wrapped, ids))
+
+
 def test_every_row_is_shown():
     assert len(table()) > 20
     for cell in table():

@@ -29,6 +29,7 @@ class Hooks(Method):
     """
 
     exact_start: ClassVar[bool] = True  # the adapted model starts as the base model
+    depends_on_base: ClassVar[bool] = True  # False: what the base holds there does not matter to the adapted weight
     draws: ClassVar[bool] = False  # its start, or a part of it, is drawn from the seed
     smallest: ClassVar[tuple[int, int]] = (1, 1)  # the smallest matrix, m×n, that it is defined on
     settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
