@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -347,6 +349,82 @@ def test_butterflies_that_do_not_fit():
         BOFT(block_size=3, butterflies=2)
     with pytest.raises(ValueError, match="butterflies 0"):
         BOFT(butterflies=0)
+
+
+# -- dropout of blocks -----------------------------------------------------------------------------------------
+
+LEFT_OUT = [OFT(3, dropout=0.4), OFT(3, block_share=True, dropout=0.4), OFT(3, neumann=2, dropout=0.4)]
+LEFT_OUT += [BOFT(2, butterflies=2, dropout=0.4)]
+
+
+@pytest.mark.parametrize("layer_type", ["linear", "convolution"])
+@pytest.mark.parametrize("method", LEFT_OUT, ids=str)
+def test_a_training_forward_leaves_blocks_out(method: OFT | BOFT, layer_type: str):
+    """Each is one of the forwards with some blocks at rest, all of these come, about as often as they should."""
+    n = 9 if isinstance(method, OFT) else 8
+    if layer_type == "linear":
+        layer, x = nn.Linear(n, 5, dtype=torch.float64), torch.randn(4, n, dtype=torch.float64)
+    else:
+        layer, x = nn.Conv1d(1, 5, n, dtype=torch.float64), torch.randn(2, 1, n + 2, dtype=torch.float64)
+    model = nn.Sequential(layer).train()
+    adapter = attach(model, method)
+    perturb(adapter)
+    site = adapter.sites["0"]
+    q = site.factors.Q.detach().clone()
+    blocks = (*q.shape[:-2], 3, 1) if isinstance(method, OFT) else (*q.shape[:-1], 1)  # of a convolution a batch of one
+    twin = nn.Sequential(
+        layer.__class__(*((n, 5) if layer_type == "linear" else (1, 5, n)), dtype=torch.float64)
+    ).eval()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "svdpeft" not in k})
+    apart = {"block_share": False} if isinstance(method, OFT) else {}
+    plain = attach(twin, dataclasses.replace(method, dropout=0.0, **apart))
+    known = []
+    count = math.prod(blocks)
+    for bits in itertools.product((0.0, 1.0), repeat=count):
+        with torch.no_grad():
+            plain.sites["0"].factors.Q.copy_(q * torch.tensor(bits).view(blocks))
+            if "s" in dict(site.factors.named_parameters()):
+                plain.sites["0"].factors.s.copy_(site.factors.s)
+            known.append((sum(bits), twin(x)))
+    seen, kept, draws = set(), 0.0, 400
+    with torch.no_grad():
+        for _ in range(draws):
+            y = model(x)
+            at = min(range(len(known)), key=lambda i: float((known[i][1] - y).abs().max()))
+            close(y, known[at][1])
+            seen.add(at)
+            kept += known[at][0]
+    assert len(seen) == len(known) if count < 4 else len(seen) > 60
+    assert abs(kept / (draws * count) - 0.6) < 4 * math.sqrt(0.24 / (draws * count))
+    model.eval()
+    close(model(x), known[-1][1])
+    assert torch.equal(model(x), model(x))
+
+
+def test_what_is_left_out_gets_no_gradient():
+    model = nn.Sequential(nn.Linear(9, 5)).train()
+    adapter = attach(model, OFT(3, dropout=0.5))
+    perturb(adapter)
+    for _ in range(40):
+        model(torch.randn(4, 9)).square().sum().backward()
+        grad = adapter.sites["0"].factors.Q.grad.abs().sum(-1)
+        if 0 < (grad == 0).sum() < 3:
+            return
+        adapter.sites["0"].factors.Q.grad = None
+    pytest.fail("no forward left out some of the blocks")
+
+
+def test_dropout_of_blocks_is_compiled_and_refused_where_a_weight_is_read():
+    model = nn.Sequential(nn.Linear(8, 8)).train()
+    perturb(attach(model, BOFT(2, butterflies=2, dropout=0.5)))
+    x = torch.randn(4, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert not torch.equal(compiled(x), compiled(x))
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match=r"dropout 0\.5 at in_proj_weight"):
+        attach(nn.MultiheadAttention(8, 2), OFT(4, dropout=0.5), ["in_proj_weight"])
+    with pytest.raises(ValueError, match="outside"):
+        OFT(dropout=1.0)
 
 
 # -- FLoRA ---------------------------------------------------------------------------------------------------

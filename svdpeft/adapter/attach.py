@@ -281,8 +281,8 @@ def _check_dropout(choice: Choice) -> None:
     method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
     if method.dropout and place is not None:
         raise ValueError(
-            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, so the adapter "
-            "has no input of its own to drop; set dropout=0, or leave it out"
+            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, and only in its "
+            "layer's own call can an adapter drop anything; set dropout=0, or leave it out"
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from svdpeft.decomposition import check_matrix, skew_count
 from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform
-from svdpeft.methods.oft import block_sizes, blockwise, check_block_size, fitting, turns
+from svdpeft.methods.oft import block_sizes, blockwise, check_block_size, fitting, turns, with_blocks_left_out
 from svdpeft.registry import METHODS
 
 
@@ -39,12 +39,15 @@ class BOFT(Transform):
     Paper and code:
         PEFT stores full b×b blocks and uses their skew part alone, N n b + m values for our N n(b − 1)/2 + m.
         Without its CUDA extension PEFT sets N to 1 without a word, and it holds each permutation as an n×n matrix.
-        Its dropout of blocks is not offered.
+        PEFT leaves out a fixed number of blocks of one factor drawn at random; here each block of each factor is left
+            out with probability p.
 
     Args:
         block_size: b, which divides the number of inputs n; even where there are several factors. ``clip_rank`` takes
             the nearest divisor below, or else the smallest.
         butterflies: N; b 2^(N − 1) divides n, ``clip_rank`` lowers it.
+        dropout: probability with which a block of a factor is the identity in a training forward: the paper's
+            multiplicative dropout.
 
     Example:
         >>> BOFT(block_size=4, butterflies=2).count(1, 10, 16)  # 2 · 16 · 3/2 + 10
@@ -53,6 +56,7 @@ class BOFT(Transform):
 
     block_size: int = 4
     butterflies: int = 1
+    dropout: float = 0.0
 
     learning_rates: ClassVar = {"vision": 3e-3, "language": 3e-4}
     trains: ClassVar = ("Q", "s")
@@ -123,6 +127,9 @@ class BOFT(Transform):
         for j in range(self.butterflies):
             total = total @ (each + self._turned_by(each, self._turns(f).to(w0.dtype), [j]).abs())
         return f.s.abs().unsqueeze(-1) * (w0.abs() @ total) + w0.abs()
+
+    def thinned(self, f: Factors) -> Factors:
+        return with_blocks_left_out(f, self.dropout, (self.butterflies, f.shape[-1] // self.block_size))
 
     def acts(self, linear: bool) -> bool:
         return linear

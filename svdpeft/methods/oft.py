@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class OFT(Transform):
         PEFT has the Neumann series on by default, of 5 terms by its count: ``neumann=3`` here, whose polynomial is
             I + 2Q + 2Q² + 2Q³ + Q⁴. Its series turns the other way round than its exact rotation; here both turn
             alike.
-        PEFT's dropout of whole blocks is not offered.
+        PEFT leaves out a fixed number of blocks, the share p rounded down, and none of shared ones; here each block is
+            left out with probability p, and of shared ones each place.
         On convolutions PEFT rotates the patches of its input without the layer's stride and adds the overlapping ones
             up, which is not the layer that it merges; here it is W0 R in both.
 
@@ -51,6 +52,8 @@ class OFT(Transform):
         block_share: one rotation for all blocks of a site.
         eps: COFT: ‖Q_i‖_F is held below eps / √(number of rotations) after each step; the code's value is 6e-5.
         neumann: terms of the series in the place of (I − Q)⁻¹, orthogonal only for small Q; ``None`` solves.
+        dropout: probability with which a block of the input is not turned in a training forward (BOFT's paper calls it
+            multiplicative dropout).
 
     Example:
         >>> OFT(block_size=32).count(1, 4096, 1024)  # 1024 · 31 / 2
@@ -61,6 +64,7 @@ class OFT(Transform):
     block_share: bool = False
     eps: float | None = None
     neumann: int | None = None
+    dropout: float = 0.0
 
     learning_rates: ClassVar = {"vision": 3e-3, "language": 3e-4}
     trains: ClassVar = ("Q",)
@@ -107,6 +111,9 @@ class OFT(Transform):
     def absolute(self, f: Factors, w0: Tensor) -> Tensor:
         return blockwise(w0.abs(), turns(f.Q.to(w0.dtype), self.block_size, self.neumann).abs())
 
+    def thinned(self, f: Factors) -> Factors:
+        return with_blocks_left_out(f, self.dropout, (f.shape[-1] // self.block_size,))
+
     def acts(self, linear: bool) -> bool:
         return linear
 
@@ -134,6 +141,26 @@ def turns(values: Tensor, size: int, neumann: int | None = None) -> Tensor:
     """Return R − I of every block, (*b, blocks, size, size), from its free values, (*b, blocks, size(size − 1)/2)."""
     q = skew(values, size)
     return cayley_offset(q) if neumann is None else cayley_neumann_offset(q, neumann)
+
+
+def with_blocks_left_out(f: Factors, dropout: float, shape: tuple[int, ...]) -> Factors:
+    """The tensors of one forward in which some rotations, drawn anew, are the identity: their Q is zero.
+
+    Args:
+        f: of the site, with Q of (*b, *shape, values), or one for all blocks.
+        dropout: probability of each.
+        shape: of the rotations.
+    """
+    kept = torch.rand(*f.Q.shape[: -len(shape) - 1], *shape, 1, device=f.Q.device) >= dropout
+    return cast("Factors", Thinned({**dict(f.named_parameters()), "Q": f.Q * kept}))
+
+
+class Thinned:
+    """Tensors by name, as ``Factors`` has them; no SimpleNamespace, which a compiler cannot enter."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
 
 def blockwise(w: Tensor, t: Tensor) -> Tensor:

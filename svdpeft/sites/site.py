@@ -159,13 +159,16 @@ class Site:
 
     def _add_change(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
         """ΔW x of a method outside the equation: its tensors in their own precision, the layer in its output's."""
-        kind, method = place.kind, self.method
+        kind, method, factors = place.kind, self.method, self.factors
         assert isinstance(kind, CalledKind)
+        assert isinstance(method, Transform)
         with torch.autocast(self.weight.tensor.device.type, enabled=False):
-            if not self.dense and isinstance(method, Transform) and not out.is_nested:
+            if method.dropout and place.module.training:
+                factors = method.thinned(factors)
+            if not self.dense and not out.is_nested:
                 call = LayerCall(place, x, out, None if self.weight.overwritten else own)
-                return out + method.act(self.factors, call)
-            matrix = method.delta(self.factors, self.base_matrix()).to(out.dtype)
+                return out + method.act(factors, call)
+            matrix = method.delta(factors, self.base_matrix()).to(out.dtype)
             if out.is_nested:
                 return out + kind.run_like(place.module, x, kind.from_matrix(place.module, matrix), out)
             return kind.add_matrix(place.module, x, out, matrix)

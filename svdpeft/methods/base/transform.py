@@ -40,6 +40,10 @@ class Transform(PerSite):
             (*b, m, n) in the dtype of ``w0``, differentiable in the site's tensors, exactly zero at an exact start.
         """
 
+    def thinned(self, f: Factors) -> Factors:
+        """Return the site's tensors for one forward in training; only asked where the method has ``dropout``."""
+        return f
+
     def acts(self, linear: bool) -> bool:
         """Whether ``act`` is defined on a layer that is called; ``linear``: it multiplies its input's last axis."""
         return False
