@@ -459,17 +459,128 @@ def test_the_block_ends_when_something_raises():
     assert all(site.active and site.rows is None for adapter in (a, b) for site in adapter.sites.values())
 
 
-def test_a_weight_that_is_read():
+class Decoder(nn.Module):
+    """Reads a raw parameter in its own call, and calls a layer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 6).double())
+        self.fc = nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(torch.tanh(x @ self.w.T @ self.w) * scale)
+
+
+class Encoder(nn.Module):
+    """torch's own attention, with a mask for the batch and one for each example, and a head on its first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True).double()
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[:, -1] = x[:, -1, 0] > 0
+        out, weights = self.attention(x, x, x, key_padding_mask=padding, attn_mask=causal)
+        assert weights.shape == (len(x), 4, 4)
+        return self.head(out[:, 1])
+
+
+def mixture() -> nn.Module:
+    """A mixture of experts of transformers, whose tokens are flattened."""
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="transformers has no Mixtral")
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 6, "intermediate_size": 5, "num_local_experts": 3, "num_experts_per_tok": 2}
+    block = modeling.MixtralSparseMoeBlock(MixtralConfig(**sizes))
+    for p in block.parameters():
+        nn.init.normal_(p)
+    return block.double().eval()
+
+
+READ = {
+    "raw parameter": (lambda: Decoder(), ["w", "fc"], (4, 6), False),
+    "attention": (lambda: Encoder(), "all", (4, 4, 6), False),
+    "output projection": (lambda: Encoder(), ["out_proj"], (4, 4, 6), False),
+    "experts": (mixture, ["gate_up_proj", "down_proj"], (4, 3, 6), True),
+    "called and read": (lambda: Both().double(), "all", (4, 6), False),
+}
+
+
+@pytest.mark.parametrize("names", [["a", "b", None, "b"], ["b", "b", "b", "b"], ["a", "a", "b", "b"]], ids=str)
+@pytest.mark.parametrize("what", READ)
+def test_a_weight_that_is_read(what: str, names: list[str | None]):
+    """Rows and gradients are those of one example after the other; afterwards the model is what it was."""
+    make, targets, shape, flattened = READ[what]
+    torch.manual_seed(0)
+    model = make()
+    model.eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    a, b = attach(model, PiSSA(rank=2), targets, name="a"), attach(model, LoRA(rank=1), targets, name="b")
+    for adapter in (a, b):
+        perturb(adapter)
+    model(x)
+    before = snapshot(model)
+    expected = one_by_one(model, [a, b], x, names)
+    parameters = [*a.parameters(), *b.parameters()]
+    wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
+    with a.per_example(names, flattened=flattened):
+        got = model(x)
+    close(got, expected)
+    for mine, its in zip(torch.autograd.grad(got.square().sum(), parameters, allow_unused=True), wanted, strict=True):
+        zero = torch.zeros((), dtype=torch.float64)  # nobody named it
+        close(zero if mine is None else mine, zero if its is None else its)
+    assert "forward" not in {name for module in model.modules() for name in vars(module)}
+    assert_same(before, snapshot(model))
+
+
+def test_a_layer_that_reads_its_weight_is_called_once_per_adapter_and_forms_it_once(monkeypatch: pytest.MonkeyPatch):
+    model, x, calls, formed = Decoder(), torch.randn(6, 6).double(), [], []
+    adapters = [attach(model, LoRA(rank=1), ["w"], name=name) for name in "abc"]
+    monkeypatch.setattr(Decoder, "forward", lambda self, x, run=Decoder.forward: calls.append(len(x)) or run(self, x))
+    for adapter in adapters:
+        site = adapter.sites["w"]
+        monkeypatch.setattr(site, "matrix", lambda *a, m=site.matrix, n=adapter.name: formed.append(n) or m(*a))
+    with adapters[0].per_example(["a", "b", "a", None, "b", "a"]):
+        model(x)
+    assert calls == [3, 2, 1]
+    assert formed == ["a", "b"]
+
+
+def test_what_cannot_be_split_is_refused():
+    """Where it is not known which input has a row for each example, nothing is computed."""
     model, x = Both().double(), torch.randn(2, 6, dtype=torch.float64)
     a = attach(model, LoRA(rank=1), name="a")
-    with refused(model, "reads the weight of layer", "leave it out", error=RuntimeError), a.per_example(["a", None]):
+    with refused(model, "reads the weight of layer", "once before", error=RuntimeError), a.per_example(["a", None]):
         model(x)
     with a.per_example([None, None]):  # not named: W0 for everybody
         model(x)
-    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2, batch_first=True)})
-    a = attach(attention, LoRA(rank=1), name="a")
-    with refused(attention, "reads the weight", "attention", error=RuntimeError), a.per_example(["a", None]):
-        raise AssertionError
+    time_first = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2)})
+    a = attach(time_first, LoRA(rank=1), name="a")
+    x = torch.randn(2, 2, 6)
+    with refused(time_first, "in_proj_weight", "not known", error=RuntimeError), a.per_example(["a", None]):
+        time_first["attention"](x, x, x)
+    per_head = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2, batch_first=True)})
+    a = attach(per_head, LoRA(rank=1), name="a")
+    with refused(per_head, "attn_mask", error=RuntimeError), a.per_example(["a", None]):
+        per_head["attention"](x, x, x, attn_mask=torch.zeros(4, 2, 2))
+
+    class Cached(Decoder):
+        def forward(self, x: Tensor, cache: Any = None, other: Any = None) -> Any:
+            return super().forward(x), cache, x.sum() if other else None
+
+    model = Cached()
+    x = torch.randn(2, 6).double()
+    a = attach(model, LoRA(rank=1), ["w"], name="a")
+    with a.per_example(["a", None]):
+        assert model(x)[1:] == (None, None)
+        for bad, words in (({"cache": []}, "cache is a list"), ({"other": True}, "does not have a row for each")):
+            with refused(model, words, error=RuntimeError):
+                model(x, **bad)
+        with refused(model, "sees 3 rows"):
+            model(torch.randn(3, 6).double())
 
 
 def test_what_is_one_for_the_whole_batch():

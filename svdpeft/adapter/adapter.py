@@ -221,8 +221,9 @@ class Adapter:
 
         The base is computed once for all rows. Each adapter that is named adds one low-rank pass over its own rows, and
         a copy of their inputs and outputs, at each of its layers; adapters that are not named cost nothing, and add
-        nothing. Every adapter gets the gradient of its own rows. A batch whose rows are all of one adapter gives that
-        adapter's outputs. Where activations are checkpointed, ``backward`` belongs in the block too.
+        nothing. A layer that reads its weight (experts, ``nn.MultiheadAttention``) is called once per adapter. Every
+        adapter gets the gradient of its own rows. A batch whose rows are all of one adapter gives that adapter's
+        outputs. Where activations are checkpointed, ``backward`` belongs in the block too.
 
         Rows are indices of the first axis of what a layer is called with. If a model puts time first, a batch of as
         many examples as time steps cannot be told from one that is right. In training mode batch normalisation
@@ -238,8 +239,8 @@ class Adapter:
         Raises:
             ValueError: a name that no adapter has; parameters or statistics that an adapter has changed whole, since
                 they are one for the whole batch; in the forward, a layer that does not see one row per example.
-            RuntimeError: an adapter that is merged or folded, one that is named and disabled, a weight that is read
-                instead of called, a block within a block.
+            RuntimeError: an adapter that is merged or folded, one that is named and disabled, a block within a block;
+                in the forward, a weight that is read by a layer whose inputs and outputs cannot be split by examples.
 
         Example:
             >>> from svdpeft import LoRA, attach

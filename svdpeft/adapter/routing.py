@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.adapter.splitting import Groups, split
 from svdpeft.sites.place import PLACES
 from svdpeft.sites.rows import Rows, rows_of
-from svdpeft.sites.site import Site
 
 
 @contextmanager
@@ -41,7 +41,10 @@ def by_example(
                 f"adapter {adapter.name!r} has changed {one}, which is one for the whole batch: per_example() needs "
                 "adapters without train= and with batch_norm='frozen'; disable this one to leave it out"
             )
-    with routed(model, {site: its for name, its in rows.items() for site in known[name].sites.values()}):
+    taken = {row for its in rows.values() for row in its.index.tolist()}
+    base = Rows([row for row in range(len(names)) if row not in taken], len(names), flattened)
+    groups = [(its, set(known[name].sites.values())) for name, its in rows.items()]
+    with routed(model, [*groups, *([(base, set())] if len(base.index) else [])]):
         # Where no adapter acts, no layer would see that the batch has another number of rows.
         counts = None if rows else model.register_forward_pre_hook(_Count(len(names), flattened), with_kwargs=True)
         try:
@@ -77,32 +80,32 @@ def must_be(adapter: Any, *states: str) -> None:
 
 
 @contextmanager
-def routed(model: nn.Module, mine: Mapping[Site, Rows]) -> Iterator[None]:
+def routed(model: nn.Module, groups: Groups) -> Iterator[None]:
     """Within the block some sites act on their rows alone, and all other sites of the model on none.
 
     Args:
         model: whose forward will be called.
-        mine: the sites that act, each with the rows of its adapter.
+        groups: the rows of each adapter, and of the base, with the sites that act on them.
 
     Raises:
-        RuntimeError: a weight that is read instead of called, an adapter that is merged or folded.
+        RuntimeError: an adapter that is merged or folded.
     """
-    for site, its in mine.items():
-        if site.read_only or not all(place.can_call for place in site.places):
-            its.refuse_read(site.name)
+    mine = {site: its for its, sites in groups for site in sites}
     placed = {place.site: None for module in model.modules() for place in vars(module).get(PLACES, ())}
     for site in placed:  # of adapters of a larger model too
         if site.folded or site.weight.written(site):
             raise RuntimeError(f"an adapter is merged or folded at {site.name}: every row would have it")
     silenced = [site for site in placed if site.active and site not in mine]
-    for site, its in mine.items():
-        its.prepare(next(site.factors.parameters()).device)
+    for its, _ in groups:
+        for device in {next(site.factors.parameters()).device for site in mine}:
+            its.prepare(device)
     try:
         for site, its in mine.items():
             site.rows = its
         for site in silenced:
             site.active = False
-        yield
+        with split(model, groups, list(placed)):
+            yield
     finally:
         for site in mine:
             site.rows = None

@@ -5,7 +5,8 @@ stored in_proj_weight (3·E, E) = q, k, v (E, E); with other widths of key and v
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ class Attention(LayerKind):
 
     def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return matrix
+
+    def per_example(self, module: Any, tensors: Mapping[str, Tensor]) -> Sequence[str] | None:
+        mask = tensors.get("attn_mask")
+        if not module.batch_first or tensors["query"].ndim != 3 or (mask is not None and mask.ndim == 3):
+            return None  # time first, no batch, or a mask for every head of every example
+        return [name for name in tensors if name != "attn_mask"]
 
     def examples(self) -> list[Example]:
         x = torch.randn(2, 4, 6, dtype=torch.float64)

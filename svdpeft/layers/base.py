@@ -7,7 +7,7 @@ Every kind gives the matrix view; that is enough to adapt a weight where it is r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float, Int
@@ -136,6 +136,18 @@ class LayerKind(ABC):
     def examples(self) -> list[Example]:
         """Return small layers in float64, each with an input: what every property test runs over; none is square."""
 
+    def per_example(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str] | None:
+        """Which inputs of the layer's own call have a row for each example: asked where that call reads the weight.
+
+        Args:
+            module: the layer.
+            tensors: what it is called with, by the names of the arguments of its ``forward``.
+
+        Returns:
+            Names; all other tensors are for the whole batch. ``None``, the default of several tensors: not known.
+        """
+        return only_tensor(tensors)
+
     def prefers_dense(self, shape: tuple[int, int, int], rank: int, mixes: bool) -> bool:
         """Whether building ΔW costs fewer multiplications than going through the factors.
 
@@ -237,6 +249,11 @@ class CalledKind(LayerKind):
         """``add_matrix`` of a ΔW that is zero but for k of its ``total`` rows, whose positions are ``rows``."""
         whole = matrix.new_zeros(*matrix.shape[:-2], total, matrix.shape[-1])
         return self.add_matrix(module, x, out, whole.index_copy(-2, rows, matrix))
+
+
+def only_tensor(tensors: Mapping[str, Tensor]) -> Sequence[str] | None:
+    """The name of the one tensor, which has a row for each example; ``None`` where there are several."""
+    return tuple(tensors) if len(tensors) == 1 else None
 
 
 def dotted(cls: type) -> str:

@@ -5,6 +5,7 @@ stored (experts, out, in), or (experts, in, out) where the module says ``is_tran
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class Experts(LayerKind):
 
     def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.mT if self._transposed(module) else matrix
+
+    def per_example(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str] | None:
+        # A row for each token, and with it which experts are to see it: others are called expert by expert.
+        routed = {"top_k_index", "router_indices"} & tensors.keys() and "hidden_states" in tensors
+        return tuple(tensors) if routed and len({len(tensor) for tensor in tensors.values()}) == 1 else None
 
     def _transposed(self, module: nn.Module) -> bool:
         says = _says(module)

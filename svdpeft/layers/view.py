@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class View(CalledKind):
 
     def called(self, module: nn.Module) -> bool:
         return self.whole.called(module)
+
+    def per_example(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str] | None:
+        return self.whole.per_example(module, tensors)
 
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         return self._layer.run(module, x, w)

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -152,15 +152,7 @@ def with_blocks_left_out(f: Factors, dropout: float, shape: tuple[int, ...]) -> 
         shape: of the rotations.
     """
     kept = torch.rand(*f.Q.shape[: -len(shape) - 1], *shape, 1, device=f.Q.device) >= dropout
-    return cast("Factors", Thinned({**dict(f.named_parameters()), "Q": f.Q * kept}))
-
-
-class Thinned:
-    """Tensors by name, as ``Factors`` has them; no SimpleNamespace, which a compiler cannot enter."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
+    return f.instead(Q=f.Q * kept)
 
 
 def blockwise(w: Tensor, t: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ class Rows:
     def refuse_read(self, site: str) -> NoReturn:
         """Say what is wrong with a weight that is read and not called."""
         raise RuntimeError(
-            f"the model reads the weight of {site} instead of calling the layer: it is one for the whole batch, so "
-            "per_example() cannot give every row its own; leave it out of the adapter"
+            f"the model reads the weight of {site} instead of calling the layer, in a place that was not known when "
+            "per_example() began: call the model once before the block. If that does not help it is read further up "
+            "than in the layer around it; leave it out of the adapter then"
         )
 
     def _positions(self, device: torch.device, times: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -71,6 +71,10 @@ class Factors(nn.Module):
         """Every tensor of the site, detached, by name."""
         return {name: t.detach() for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
+    def instead(self, **tensors: Tensor) -> Factors:
+        """The site's tensors with others in the place of some, for one forward."""
+        return cast("Factors", _Seen({**dict(self.named_parameters()), **dict(self.named_buffers()), **tensors}))
+
     def was_stepped(self) -> bool:
         """Whether an optimizer has stepped since this was last asked, and ``settle`` was not called since."""
         trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
@@ -93,6 +97,14 @@ class Factors(nn.Module):
     def started(self, name: str) -> Tensor:
         """The start value of a factor: ``L0`` where ``L`` trains, ``L`` itself where it is frozen."""
         return getattr(self, f"{name}0" if f"{name}0" in self._parameters else name)
+
+
+class _Seen:
+    """Tensors by name; no SimpleNamespace, which a compiler cannot enter."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
 
 def share(tensors: Tensors, trains: Sequence[str]) -> Tensors:

@@ -1,0 +1,124 @@
+"""A layer that reads its weights, in a batch whose rows use different adapters: its call is made once per adapter.
+
+W' = W0 + ΔW is one matrix for a whole call, so each adapter's rows are taken out of the inputs, computed with that
+adapter alone, and put back in their places. The work on the inputs is the same; what is added is one W' per adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdpeft.layers.base import only_tensor
+from svdpeft.sites.rows import Rows
+from svdpeft.sites.site import Site
+from svdpeft.targets.inventory import kind_of
+
+Groups = Sequence[tuple[Rows, set[Site]]]
+PLAIN = (type(None), bool, int, float, str)  # arguments that are the same for every row
+
+
+@contextmanager
+def split(model: nn.Module, groups: Groups, placed: Sequence[Site]) -> Iterator[None]:
+    """Within the block every layer that reads weights of some of the sites is called once for each group of rows.
+
+    Args:
+        model: whose forward will be called.
+        groups: the rows of each adapter, and of the base, with the sites that act on them: every row is in one.
+        placed: all sites of the model.
+    """
+    named = {site for _, sites in groups for site in sites}
+    before: dict[nn.Module, Any] = {}
+    try:
+        for reader in _readers(model, named):
+            inside = set(reader.modules())
+            sites = [site for site in placed if not inside.isdisjoint(site.owners)]
+            before[reader] = vars(reader).get("forward")
+            vars(reader)["forward"] = _Split(reader, groups, sites)
+        yield
+    finally:
+        for reader, forward in before.items():
+            del vars(reader)["forward"]
+            if forward is not None:
+                vars(reader)["forward"] = forward
+
+
+def _readers(model: nn.Module, sites: set[Site]) -> list[nn.Module]:
+    """The layers in whose own call the weights are read: those that have them, or those around these."""
+    around = {child: module for module in model.modules() for child in module.children()}
+    found: dict[nn.Module, None] = {}
+    for site in sites:
+        for place in site.places:
+            owner = place.module
+            never_called = isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            if not place.can_call and not never_called:
+                found[owner] = None
+            elif (never_called or place.was_read) and owner in around:
+                found[around[owner]] = None
+    return list(found)
+
+
+class _Split:
+    """Stands in the place of a layer's ``forward``."""
+
+    def __init__(self, layer: nn.Module, groups: Groups, sites: Sequence[Site]) -> None:
+        self.layer, self.groups, self.sites, self.forward = layer, groups, sites, layer.forward
+        self.signature = inspect.signature(layer.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if all(site.rows is None for site in self.sites):  # in the call of a layer around it, which is split
+            return self.forward(*args, **kwargs)
+        if len(self.groups) == 1:
+            return self._with(self.groups[0][1], args, kwargs)
+        given = self.signature.bind(*args, **kwargs)
+        tensors = {name: value for name, value in given.arguments.items() if isinstance(value, Tensor)}
+        kind = next((kind for name in self.layer._parameters if (kind := kind_of(self.layer, name))), None)
+        names = only_tensor(tensors) if kind is None else kind.per_example(self.layer, tensors)
+        if names is None:
+            raise self._refusal(f"of its inputs {', '.join(tensors)} it is not known which have a row for each example")
+        if other := [name for name, value in given.arguments.items() if not isinstance(value, (Tensor, *PLAIN))]:
+            raise self._refusal(f"its input {other[0]} is a {type(given.arguments[other[0]]).__name__}")
+        outputs, taken = [], []
+        for rows, sites in self.groups:
+            mine = {name: rows.of(type(self.layer).__name__, tensors[name], tensors[name]) for name in names}
+            parts = {name: tensors[name].index_select(0, at) for name, at in mine.items() if at is not None}
+            arguments = inspect.BoundArguments(self.signature, {**given.arguments, **parts})  # type: ignore[arg-type]
+            outputs.append(self._with(sites, arguments.args, arguments.kwargs))
+            taken.append(mine[names[0]])
+        return self._together(outputs, taken, torch.cat(taken).argsort())
+
+    def _with(self, sites: set[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the layer with some sites on all rows that it is given, and no others."""
+        before = [(site, site.rows, site.active) for site in self.sites]
+        try:
+            for site in self.sites:
+                site.rows, site.active = None, site in sites
+            return self.forward(*args, **kwargs)
+        finally:
+            for site, rows, active in before:
+                site.rows, site.active = rows, active
+
+    def _together(self, parts: Sequence[Any], taken: Sequence[Tensor], order: Tensor) -> Any:
+        """The outputs of all groups, every row where it belongs."""
+        first = parts[0]
+        if isinstance(first, Tensor):
+            if any(part.ndim == 0 or len(part) != len(at) for part, at in zip(parts, taken, strict=True)):
+                raise self._refusal("one of its outputs does not have a row for each example")
+            return torch.cat(list(parts)).index_select(0, order)
+        if isinstance(first, (tuple, list)):
+            return type(first)(self._together(each, taken, order) for each in zip(*parts, strict=True))
+        if isinstance(first, PLAIN) and all(part == first for part in parts):
+            return first
+        raise self._refusal(f"one of its outputs is a {type(first).__name__}")
+
+    def _refusal(self, why: str) -> RuntimeError:
+        names = ", ".join(site.name for site in self.sites if site.rows is not None)
+        return RuntimeError(
+            f"{type(self.layer).__name__} reads the weight of {names}, so that per_example() has to call it once per "
+            f"adapter, and {why}; leave it out of the adapter"
+        )
