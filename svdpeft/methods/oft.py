@@ -41,7 +41,7 @@ class OFT(Transform):
         PEFT has the Neumann series on by default, of 5 terms by its count: ``neumann=3`` here, whose polynomial is
             I + 2Q + 2Q² + 2Q³ + Q⁴. Its series turns the other way round than its exact rotation; here both turn
             alike.
-        PEFT leaves out the share p of the blocks, rounded down; here each with probability p, and each use of a shared one.
+        PEFT leaves out the share p of the blocks, rounded down; here each, and each use of a shared one, with p.
         On convolutions PEFT rotates the patches of its input without the layer's stride and adds the overlapping ones
             up, which is not the layer that it merges; here it is W0 R in both.
 
