@@ -12,6 +12,7 @@ from helpers import (
     Both,
     adapt,
     assert_same,
+    below,
     close,
     differs,
     equal_bits,
@@ -21,7 +22,7 @@ from helpers import (
     refused,
     snapshot,
 )
-from rows import every_called_pair
+from rows import called, pairs, rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -48,11 +49,9 @@ def one_by_one(model: nn.Module, adapters: list[Adapter], x: Tensor, names: list
 class Only(nn.Module):
     """A layer under test that is called alone."""
 
-    targets = ("layer",)
-
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, targets: tuple[str, ...] = ("layer",)) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.targets = layer, targets
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -69,10 +68,11 @@ def five(x: Tensor) -> Tensor:
 NAMES = ["a", None, "b", "c", "a"]
 
 
-@every_called_pair
+# The example of a mixture routes by the positions of its rows: real ones are below.
+@rows("method, kind", [(m, k) for m, k in pairs() if m.factored and k[0] != "experts"])
 def test_rows_are_as_if_each_were_alone(method: Method, kind: tuple[str, int]):
     _, layer, x = example(kind)
-    x, model = five(x), Only(layer).eval()
+    x, model = five(x), Only(layer, below(kind)).eval()
     adapters = [
         adapt(model, method, name="a"),
         adapt(model, LoRA(rank=1), name="b", seed=6),
@@ -89,7 +89,9 @@ def test_rows_are_as_if_each_were_alone(method: Method, kind: tuple[str, int]):
     close(found, expected)
     assert torch.equal(model(x), everything)
     with adapters[0].disabled(), adapters[1].disabled(), adapters[2].disabled():
-        assert equal_bits(found[1], model(x)[1])
+        close(found[1], model(x)[1])
+        # Where the call is split the row was in a batch of one, which may take another kernel.
+        assert equal_bits(found[1], model(x)[1]) or not called(kind)
     weights = torch.linspace(1, 2, expected.numel()).view_as(expected).double()
     trained = [list(adapter.parameters()) for adapter in adapters]
     flat = [p for parameters in trained for p in parameters]

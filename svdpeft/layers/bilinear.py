@@ -5,6 +5,7 @@ stored (out, in1, in2) = a batch of ``out`` matrices
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,9 @@ class Bilinear(LayerKind):
 
     def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return matrix
+
+    def per_example(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+        return tuple(tensors)
 
     def examples(self) -> list[Example]:
         return [Example(Pair(), torch.randn(2, 6, 7).double(), ("score",))]
