@@ -48,18 +48,15 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=40, n_embd=24, n_inner=36, n_layer=2, n_head=3, n_positions=16),
 }
 ARCHITECTURE = {"mistral": "llama"}  # of the others their own name
-# llama.cpp's word for the leaf of a module's name, written down by hand.
-LLAMA_LEAVES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
-LEAVES = {
-    "phi3": {"qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"},
+# llama.cpp's words for the layers of a block, written down by hand.
+ATTENTION = {f"self_attn.{leaf}_proj": f"attn_{leaf}" for leaf in "qkv"} | {"self_attn.o_proj": "attn_output"}
+LAYERS = {
+    "phi3": {
+        "self_attn.qkv_proj": "attn_qkv",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
     "gpt2": {
         "attn.c_attn": "attn_qkv",
         "attn.c_proj": "attn_output",
@@ -67,6 +64,7 @@ LEAVES = {
         "mlp.c_proj": "ffn_down",
     },
 }
+OTHERS = ATTENTION | {f"mlp.{leaf}_proj": f"ffn_{leaf}" for leaf in ("gate", "up", "down")}
 
 
 def model_of(name):
@@ -82,16 +80,8 @@ def tuned(model, method, targets="all-linear", **options):
 
 def expected_names(name):
     """Module -> tensor, of every linear layer of a block."""
-    stem = "transformer.h.{}.{}" if name == "gpt2" else "model.layers.{}.{}"
-    found = {}
-    for layer in range(2):
-        for leaf, tensor in LEAVES.get(name, LLAMA_LEAVES).items():
-            if name not in LEAVES:
-                leaf = ("self_attn." if tensor.startswith("attn") else "mlp.") + leaf
-            elif name == "phi3":
-                leaf = ("self_attn." if tensor.startswith("attn") else "mlp.") + leaf
-            found[stem.format(layer, leaf)] = f"blk.{layer}.{tensor}.weight"
-    return found
+    stem, layers = "transformer.h" if name == "gpt2" else "model.layers", LAYERS.get(name, OTHERS)
+    return {f"{stem}.{i}.{leaf}": f"blk.{i}.{tensor}.weight" for i in range(2) for leaf, tensor in layers.items()}
 
 
 def neighbours(rows, heads):
