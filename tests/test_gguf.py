@@ -43,7 +43,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
     "gemma": GemmaConfig(**{**SIZES, "tie_word_embeddings": True}),
-    "gemma2": Gemma2Config(**{**SIZES, "tie_word_embeddings": True}),
+    "gemma2": Gemma2Config(**{**SIZES, "tie_word_embeddings": True}, query_pre_attn_scalar=8),
     "phi3": Phi3Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=40, n_embd=24, n_inner=36, n_layer=2, n_head=3, n_positions=16),
 }
