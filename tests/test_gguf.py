@@ -235,6 +235,8 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     rows = svdpeft.attach(model_of("llama"), lora, ["q_proj"], train={"embed_tokens": [3, 4]})
     refuse(rows, r"embed_tokens\[rows\] has an update of full rank")
     refuse(svdpeft.attach(model_of("gpt2"), lora, ["wpe"]), f"'gpt2' do not reach transformer.wpe, .*{way_out}")
+    clover = svdpeft.attach(model_of("gpt2"), svdpeft.CLOVER(), "all-linear")
+    refuse(clover, f"'gpt2' do not reach transformer.h.0.attn.*, of kind 'hf-conv1d heads'{way_out}", max_rank=1)
     tied = f"shares its weight with another layer: llama.cpp's adapters cannot say that{way_out}"
     refuse(svdpeft.attach(model_of("gpt2"), lora, ["lm_head"]), f"lm_head {tied}")
     refuse(svdpeft.attach(model_of("gpt2"), lora, ["wte", "lm_head"]), f"transformer.wte {tied}")

@@ -124,11 +124,13 @@ def _weights(adapter: Adapter) -> dict[str, list[Site]]:
 def _named(name: str, sites: Sequence[Site], model: Any, arch: MODEL_ARCH) -> tuple[MODEL_TENSOR, str]:
     """What llama.cpp calls a weight, if its adapters reach it."""
     found = get_tensor_name_map(arch, model.config.num_hidden_layers).get_type_and_name(name)
-    tensor, kind = found and found[0], sites[0].kind.name
+    tensor = found and found[0]
     # Positions are looked up, too, but without a look at the adapters.
-    if found is None or kind not in (("embedding",) if tensor is MODEL_TENSOR.TOKEN_EMBD else ("linear", "hf-conv1d")):
-        known = MODEL_ARCH_NAMES[arch]
-        raise ValueError(f"llama.cpp's adapters for {known!r} do not reach {name}, of kind {kind!r}; {INSTEAD}")
+    reached = {"embedding"} if tensor is MODEL_TENSOR.TOKEN_EMBD else {"linear", "hf-conv1d"}
+    kinds = {site.kind.name for site in sites}  # a projection head by head is one of its own
+    if found is None or not kinds <= reached:
+        known, what = MODEL_ARCH_NAMES[arch], ", ".join(sorted(kinds))
+        raise ValueError(f"llama.cpp's adapters for {known!r} do not reach {name}, of kind {what!r}; {INSTEAD}")
     # Of tied embeddings llama.cpp has one tensor, with which it also multiplies: by factors that lie the other way.
     tied = model.config.tie_word_embeddings and tensor in (MODEL_TENSOR.TOKEN_EMBD, MODEL_TENSOR.OUTPUT)
     if tied or len(sites[0].owners) > 1:
