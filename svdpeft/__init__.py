@@ -51,6 +51,7 @@ _LATE = {
     "Trainer": "svdpeft.training.trainer",
     "AdapterCallback": "svdpeft.training.callback",
     "Diverged": "svdpeft.training.divergence",
+    "export_gguf": "svdpeft.interop.gguf",
     "export_lora": "svdpeft.interop.peft",
 }
 _PACKAGES = ("analysis", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for

@@ -78,6 +78,19 @@ def difference(now: Product, start: Product) -> Product:
     return Product(torch.cat([now.cored() - left, left], -1), None, torch.cat([now.A, now.A - start.A], -2), now.scale)
 
 
+def as_product(matrix: Float[Tensor, "*b m n"]) -> Product:
+    """Return a matrix as a product of itself and the identity, of rank min(m, n).
+
+    Example:
+        >>> p = as_product(torch.ones(3, 2))
+        >>> p.rank, bool(p.dense().eq(1).all())
+        (2, True)
+    """
+    m, n = matrix.shape[-2:]
+    eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+    return Product(matrix, None, eye) if n <= m else Product(eye, None, matrix)
+
+
 def recompress(product: Product, tolerance: float | None = None) -> Product:
     """Return an equal product in the balanced form U√Σ · √ΣVᵀ, by QR of the thin factors: m×n is never built.
 

@@ -13,14 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.atomic import replacing
-from svdpeft.decomposition import Product, exact_rank, recompress
-from svdpeft.sites.site import Site
+from svdpeft.interop.lora import as_lora, check_low_rank
 
 CONV = re.compile(r"conv|conv-same")
 TASKS = {  # PEFT's words for what the classes of transformers are for
@@ -40,7 +38,7 @@ def export_ranks(adapter: Adapter) -> dict[str, int]:
         ValueError: the adapter is not a LoRA: see ``export_lora``.
     """
     _check(adapter)
-    return {name: max(int(exact_rank(_product(site)).max()), 1) for name, site in adapter.sites.items()}
+    return {name: as_lora([site]).rank for name, site in adapter.sites.items()}
 
 
 def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int]:
@@ -64,7 +62,7 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str, int
     ranks = export_ranks(adapter)
     tensors: dict[str, Tensor] = {}
     for name, site in adapter.sites.items():
-        lora = recompress(_product(site))
+        lora = as_lora([site])
         left, right = lora.L.float(), lora.A.float()  # (1, m, r), (1, r, n) for a convolution, else without the 1
         if CONV.fullmatch(site.kind.name):
             kernel = site.weight.original.shape[1:]
@@ -114,25 +112,9 @@ def _base(model: nn.Module) -> dict[str, Any]:
     return {"base_model_name_or_path": path, "task_type": task, "auto_mapping": mapping}
 
 
-@torch.no_grad()
-def _product(site: Site) -> Product:
-    product = site.method.product(site.factors)
-    assert product is not None, "checked before"
-    return product
-
-
 def _check(adapter: Adapter) -> None:
-    if not adapter.sites:
-        raise ValueError(f"{adapter} has no factors: there is nothing to export")
-    if adapter.whole:
-        raise ValueError(f"{next(iter(adapter.whole))} is trained whole: a LoRA file holds low-rank updates only")
-    if changed := adapter.own.changed():
-        raise ValueError(f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only")
+    check_low_rank(adapter)
     for name, site in adapter.sites.items():
-        if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
-            raise ValueError(f"{name} holds values that are not finite: the training has diverged")
-        if site.method.product(site.factors) is None:
-            raise ValueError(f"{site.method} at {name} has an update of full rank: no LoRA can hold it; merge instead")
         if len(site.owners) > 1:
             raise ValueError(f"{name} shares its weight with another layer: a LoRA file has no word for that")
         if site.part or not WRITTEN.fullmatch(site.kind.name):
