@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import svdpeft
-from svdpeft.interop.peft import export_lora, export_ranks
+from svdpeft.interop.peft_export import export_lora, export_ranks
 
 METHODS = [
     svdpeft.LoRA(rank=2, alpha=6),

@@ -39,7 +39,7 @@ from torch import Tensor
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.compare.budget import sites_of
 from svdpeft.decomposition import exact_rank, recompress
-from svdpeft.interop.peft import export_ranks
+from svdpeft.interop.peft_export import export_ranks
 from svdpeft.methods.base import Method
 from svdpeft.sites.weights import stored
 

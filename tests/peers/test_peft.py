@@ -8,7 +8,7 @@ from test_interop import Net, tuned
 from torch import nn
 
 import svdpeft
-from svdpeft.interop.peft import export_lora
+from svdpeft.interop.peft_export import export_lora
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
