@@ -51,7 +51,7 @@ ROLES = {  # what the tensors of a layer are called behind its name, longest fir
     + ("lora_magnitude_vector",),
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
-    "RANDLORA": ("randlora_lambda", "randlora_gamma"),
+    "RANDLORA": ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"),  # the bases again, in each layer
     "OFT": ("oft_R.weight", "oft_embedding_R.weight"),
     "BOFT": ("boft_R", "boft_s"),
     "LN_TUNING": (),
@@ -88,6 +88,12 @@ class Folder:
         if name not in self.config:
             raise ValueError(f"{self.path / CONFIG} lacks {name!r}, which an adapter of type {self.kind} has")
         return self.config[name]
+
+    def shared_tensor(self, role: str) -> Tensor:
+        """A tensor of the whole model."""
+        if role not in self.shared:
+            raise ValueError(f"{self.path / TENSORS} lacks {role}")
+        return self.shared[role]
 
     def refuse(self, name: str, why: str, way_out: str = MERGE) -> NoReturn:
         """Say that a field of the configuration has no counterpart."""

@@ -185,11 +185,14 @@ def _shared(folder: Folder, found: Found, method: PerSite, groups: dict[Any, dic
         return {}
     if not folder["save_projection"]:
         folder.refuse("save_projection", "the random bases are not in the folder, and other versions may draw others")
+    for role, tensor in found.tensors.items():
+        if role in folder.shared and not torch.equal(tensor, folder.shared[role]):
+            raise ValueError(f"{folder.path / TENSORS}: {role} of {found.name} is another than that of the model")
     _, m, n = found.given.shape
     number = method.number(m, n) if isinstance(method, RandLoRA) else 0
     key = (number, found.given.dtype, found.given.device)
     if key not in groups:
-        a, b = (folder.shared[f"{folder.kind.lower()}_{side}"] for side in "AB")
+        a, b = (folder.shared_tensor(f"{folder.kind.lower()}_{side}") for side in "AB")
         if number:  # PEFT pairs the columns of B, basis first, with the rows of A, rank first
             a, b = a.squeeze(1), b[:, :number].flatten(1).unflatten(1, (-1, number)).mT
         tensors = {"A": a, "B": b}

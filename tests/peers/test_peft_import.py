@@ -65,12 +65,12 @@ CONFIGS = {
     "vera": peft.VeraConfig(r=5, target_modules=LINEAR),
     "randlora": peft.RandLoraConfig(r=3, target_modules=LINEAR),
     "sparse": peft.RandLoraConfig(r=3, sparse=True, randlora_alpha=7, target_modules=["wide", "back"]),
-    "oft": peft.OFTConfig(oft_block_size=4, target_modules=[*LINEAR, "embed"], use_cayley_neumann=False),
-    "oft neumann": peft.OFTConfig(oft_block_size=4, target_modules=[*LINEAR, "embed"]),
-    "oft short": peft.OFTConfig(oft_block_size=4, target_modules=LINEAR, num_cayley_neumann_terms=3),
-    "oft shared": peft.OFTConfig(oft_block_size=4, target_modules=LINEAR, block_share=True),
-    "coft": peft.OFTConfig(oft_block_size=4, target_modules=LINEAR, coft=True, eps=0.05),
-    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=LINEAR, bias="boft_only"),
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=["wide", "back", "embed"], use_cayley_neumann=False),
+    "oft neumann": peft.OFTConfig(oft_block_size=4, target_modules=["wide", "back", "embed"]),
+    "oft short": peft.OFTConfig(oft_block_size=4, target_modules=["wide", "back"], num_cayley_neumann_terms=3),
+    "oft shared": peft.OFTConfig(oft_block_size=4, target_modules=["wide", "back"], block_share=True),
+    "coft": peft.OFTConfig(oft_block_size=4, target_modules=["wide", "back"], coft=True, eps=0.05),
+    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["wide", "back"], bias="boft_only"),
     "ln": peft.LNTuningConfig(target_modules=["norm"]),
 }
 
@@ -80,14 +80,14 @@ def trained(config: Any, model: nn.Module, seed: int = 3) -> Any:
     theirs = peft.get_peft_model(model, copy.deepcopy(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
+        for n, p in theirs.named_parameters():
+            if p.requires_grad and "ranknum" not in n:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return theirs.double() if next(model.parameters()).dtype == torch.float64 else theirs
 
 
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+def close(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol / 100)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,12 +98,13 @@ def test_an_imported_adapter_is_that_of_peft(name, tmp_path):
     want, before = theirs(*X), base(*X)
     assert (want - before).abs().max() > 1e-3
     adapter = svdpeft.import_peft(base, tmp_path / "theirs")
-    close(base(*X), want)
+    rtol = 1e-7 if name == "coft" else 1e-10  # PEFT projects with the root of a number in float32
+    close(base(*X), want, rtol)
     adapter.save(tmp_path / "ours")
     with adapter.disabled():
         assert torch.equal(base(*X), before)
     adapter.merge()
-    close(base(*X), want)
+    close(base(*X), want, rtol)
     adapter.unmerge()
     again = svdpeft.load(Net(), tmp_path / "ours")
     assert torch.equal(again.model(*X), base(*X))
@@ -115,3 +116,83 @@ def test_an_imported_adapter_is_that_of_peft(name, tmp_path):
     optimizer = torch.optim.SGD(adapter.parameters(), 1e-4)
     optimizer.step()
     assert base(*X).square().sum() < loss
+
+
+def llama(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=40, attention_bias=True, **sizes, **options)
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def mixture(**options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=40, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, **sizes, **options
+    )
+    return transformers.MixtralForCausalLM(config).double().eval()
+
+
+def same(make: Any, config: Any, folder: Path, rtol: float = 1e-10) -> tuple[Any, Tensor]:
+    """The imported adapter, whose logits are those of PEFT."""
+    theirs = trained(config, make())
+    theirs.save_pretrained(folder)
+    loaded = peft.PeftModel.from_pretrained(make(), folder).eval()
+    with torch.no_grad():
+        want = loaded(IDS).logits
+    base = make()
+    adapter = svdpeft.import_peft(base, folder)
+    close(base(IDS).logits.detach(), want, rtol)
+    return adapter, want
+
+
+LM = ["q_proj", "down_proj"]
+MODELS = {
+    "embedding and head": (llama, LORA(r=2, target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    "tied head alone": (lambda: llama(tie_word_embeddings=True), LORA(r=2, target_modules=["lm_head", "q_proj"])),
+    "tied, both": (lambda: llama(tie_word_embeddings=True), LORA(r=2, target_modules=["lm_head", "embed_tokens"])),
+    "tied head saved": (
+        lambda: llama(tie_word_embeddings=True),
+        LORA(r=2, target_modules=LM, modules_to_save=["lm_head"]),
+    ),
+    "tied embedding saved": (
+        lambda: llama(tie_word_embeddings=True),
+        LORA(r=2, target_modules=LM, modules_to_save=["embed_tokens"]),
+    ),
+    "rows": (llama, LORA(r=2, target_modules=LM, trainable_token_indices=[9, 3, 4])),
+    "tied rows": (
+        lambda: llama(tie_word_embeddings=True),
+        LORA(r=2, target_modules=LM, trainable_token_indices=[9, 3, 4]),
+    ),
+    "experts": (mixture, LORA(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])),
+    "both of the experts": (
+        mixture,
+        LORA(
+            r=2,
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 3},
+            alpha_pattern={"experts.gate_up_proj": 3},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name, tmp_path):
+    make, config = MODELS[name]
+    same(make, config, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_start_that_peft_takes_out_of_the_base(init, dora, tmp_path):
+    def make() -> Any:
+        return llama(torch.float32)  # PEFT's rule
+
+    if init == "mica" and dora:
+        pytest.skip("PEFT has no such method")
+    config = LORA(r=3, lora_alpha=5, init_lora_weights=init, use_dora=dora, target_modules=LM)
+    adapter, _ = same(make, config, tmp_path, 2e-5)
+    assert {"pissa": "PiSSA", "olora": "OLoRA", "mica": "MiCA"}[init] in str(adapter.methods[0])
