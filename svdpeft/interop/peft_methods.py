@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.interop.peft_folder import TENSORS, Folder
+from svdpeft.interop.peft_layout import from_peft, plain_convolution
 from svdpeft.methods.adalora import AdaLoRA
 from svdpeft.methods.base import Factors, Given, PerSite, Progress, share
 from svdpeft.methods.boft import BOFT
@@ -117,24 +118,15 @@ def _lora(folder: Folder, found: Found) -> Read:
 
 def _factors(folder: Folder, found: Found) -> tuple[Tensor, Tensor]:
     """L and A of a LoRA, as matrices (*b, m, r) and (*b, r, n)."""
-    module, (batch, m, n) = found.module, found.given.shape
+    module = found.module
     if isinstance(module, nn.Embedding):
         return _role(folder, found, "lora_embedding_A").mT, _role(folder, found, "lora_embedding_B").mT
     a, b = _role(folder, found, "lora_A"), _role(folder, found, "lora_B")
     if isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups > 1 or set(module.dilation) != {1} or module.padding_mode != "zeros":
+        if not plain_convolution(module):
             raise ValueError(f"{folder.path}: {found.name} has groups, a dilation or a padding mode: {UNDILATED}")
         return b.flatten(1).unsqueeze(0), a.flatten(1).unsqueeze(0)
-    if module._parameters[found.place.parameter].ndim < 3:
-        return b, a
-    experts = batch
-    left = b.unflatten(1, (-1, experts)).permute(2, 0, 1)  # (out, r · experts) -> (experts, out, r)
-    right = a.unflatten(0, (experts, -1))
-    # PEFT goes by a word of the module, and else takes the parameter for (experts, out, in).
-    theirs = bool(getattr(module, "is_transposed", False))
-    stored = module._parameters[found.place.parameter]
-    mine = found.place.kind.to_matrix(module, stored).stride() != stored.stride()
-    return (left, right) if mine == theirs else (right.mT, left.mT)
+    return from_peft(found.place, a, b) if found.place.kind.name in ("experts", "raw") else (b, a)
 
 
 def _role(folder: Folder, found: Found, role: str) -> Tensor:

@@ -52,7 +52,7 @@ class Part(View):
         return self.whole.from_matrix(module, self._among_zeros(matrix))
 
     def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        return self._layer.apply(module, x, self._widen(product))
+        return self._layer.apply(module, x, self.widened(product))
 
     def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
         return self._layer.run_like(module, x, w, out)
@@ -69,7 +69,7 @@ class Part(View):
         return self._layer.inputs(module, x)
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return self._layer.add(module, x, out, self._widen(product))
+        return self._layer.add(module, x, out, self.widened(product))
 
     def add_matrix(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor) -> Tensor:
         return self._layer.add_rows(module, x, out, matrix, self._positions(matrix.device), self.total)
@@ -78,9 +78,9 @@ class Part(View):
         """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
         return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
 
-    def _widen(self, product: Product) -> Product:
-        # L of the whole layer, zero in the other rows: one thin product more per token than a slice of the output
-        # would cost, and right for every kind.
+    def widened(self, product: Product) -> Product:
+        """The product of the whole layer: L is zero in the other rows."""
+        # One thin product more per token than a slice of the output would cost, and right for every kind.
         return product._replace(L=self._among_zeros(product.L))
 
     def _among_zeros(self, part: Tensor) -> Tensor:
