@@ -170,7 +170,15 @@ def parameter_of(folder: Folder, layer: str, model: nn.Module) -> tuple[str, str
     targets = folder.config.get("target_parameters") or ()
     parameters = [p for p, t in module._parameters.items() if t is not None]
     adapted = [p for p in parameters if any(f".{name}.{p}".endswith(f".{target}") for target in targets)]
-    depth = len(re.findall(re.escape(BASE), re.search(rf"({re.escape(BASE)})*$", layer)[0]))  # type: ignore[index]
-    if adapted and depth < len(adapted):
-        return name, adapted[-1 - depth]
-    return name, "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    depth = 0
+    while layer.endswith(BASE * (depth + 1)):
+        depth += 1
+    if adapted and depth >= len(adapted):
+        raise ValueError(f"{folder.path / TENSORS} adapts more parameters of {name} than target_parameters names")
+    above = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
+        raise ValueError(
+            f"{folder.path / TENSORS} adapts {name}: in an nn.MultiheadAttention PEFT adds the update of out_proj twice, "
+            "or never where it is named alone, so that there is no saying what was trained"
+        )
+    return name, adapted[-1 - depth] if adapted else "weight"
