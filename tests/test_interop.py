@@ -85,7 +85,9 @@ def test_what_a_lora_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     refuse(svdpeft.attach(Net(), svdpeft.OFT(block_size=2), ["fc"]), "full rank.*merge instead, or say max_rank=")
     refuse(svdpeft.attach(Net(), svdpeft.LoRA(rank=1)), "max_rank 0 is not a whole number of at least 1", max_rank=0)
     nested = nn.ModuleDict({"block": Scaled()})
-    refuse(svdpeft.attach(nested, svdpeft.LoRA(rank=1), train=["block.gain"]), "block.gain is trained whole, and belongs")
+    refuse(
+        svdpeft.attach(nested, svdpeft.LoRA(rank=1), train=["block.gain"]), "block.gain is trained whole, and belongs"
+    )
     stacked = nn.ModuleDict({"fc": nn.Linear(3, 3), "my_fc": nn.Linear(3, 3)})
     refuse(svdpeft.attach(stacked, svdpeft.LoRA(rank=1), ["my_fc"], train=["fc"]), "my_fc is adapted, and ends as")
     spectral = nn.ModuleDict({"s": Spectral()})

@@ -55,7 +55,9 @@ class Exported:
 
     def __str__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
-        words = [f"LoRA of {len(self.ranks)} weights, rank {' to '.join(str(r) for r in ranks[:: max(len(ranks) - 1, 1)])}"]
+        words = [
+            f"LoRA of {len(self.ranks)} weights, rank {' to '.join(str(r) for r in ranks[:: max(len(ranks) - 1, 1)])}"
+        ]
         worst = max(self.lost, key=lambda name: self.lost[name], default="")
         if worst and self.lost[worst] > 1e-6:
             words.append(f"at most {self.lost[worst]:.2%} of an update is lost, at {worst}")
@@ -79,7 +81,8 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str], max_rank: int | 
     """Write the adapter as a PEFT LoRA folder (``adapter_config.json``, ``adapter_model.safetensors``).
 
     Parts of a fused weight become one LoRA of the whole, experts ``target_parameters``, what is trained whole
-    ``modules_to_save``, rows of an embedding ``trainable_token_indices``, biases of adapted layers ``bias="lora_only"``.
+    ``modules_to_save``, rows of an embedding ``trainable_token_indices``, biases of adapted layers
+    ``bias="lora_only"``.
 
     Args:
         adapter: in any state.
@@ -153,7 +156,7 @@ class _Plan:
         model = self.adapter.model
         places = [model.get_submodule(name) for name in self.layers]
         users = users_of_parameters(model)
-        changed = {**self.adapter.whole, **{name: None for name in self.adapter.own.changed()}}
+        changed = {**self.adapter.whole, **dict.fromkeys(self.adapter.own.changed())}
         for name in changed:
             owner, _, attribute = name.rpartition(".")
             tensor = stored(model.get_submodule(owner), attribute)
@@ -242,7 +245,9 @@ class _Plan:
             "rank_pattern": patterns,
             "alpha_pattern": patterns,
             "target_modules": self._targets(),
-            "target_parameters": [key for update in self.updates if update.parameter for key in self._parameters(update)],
+            "target_parameters": [
+                key for update in self.updates if update.parameter for key in self._parameters(update)
+            ],
             "modules_to_save": self.modules or None,
             "trainable_token_indices": {
                 name: _indices(site) for layer, (site, _) in self.rows.items() for name in self._own_rows(layer)

@@ -23,32 +23,32 @@ BASE = ".base_layer"  # PEFT's name for a layer within the one that it puts arou
 ROWS = "token_adapter.trainable_tokens_delta"
 MERGE = "or merge it with PEFT, merge_and_unload(), and load the merged model"
 
-# Fields that say which layers there are, which the tensors do, or nothing of the function.
-SILENT = set(
-    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode target_modules "
-    "exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out init_weights "
-    "ensure_weight_tying megatron_core runtime_config loftq_config eva_config corda_config lora_ga_config "
-    "qalora_group_size rank_pattern r".split()
+
+def _fields(*lines: str) -> frozenset[str]:
+    return frozenset(name for line in lines for name in line.split())
+
+
+SILENT = _fields(  # which layers there are the tensors say, and the rest is nothing of the function
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode target_modules",
+    "exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out init_weights",
+    "ensure_weight_tying megatron_core runtime_config loftq_config eva_config corda_config lora_ga_config",
+    "qalora_group_size rank_pattern r",
 )
-LORA = set(
-    "lora_alpha alpha_pattern lora_dropout use_rslora use_dora init_lora_weights target_parameters "
-    "trainable_token_indices".split()
-)
+LORA = _fields("lora_alpha lora_dropout init_lora_weights alpha_pattern trainable_token_indices")
 READ = {  # what beside those is read, or has done its work when the adapter is saved
-    "LORA": LORA,
-    "ADALORA": {"lora_alpha", "lora_dropout", "init_lora_weights", "init_r", "orth_reg_weight", "alpha_pattern"}
-    | {"trainable_token_indices", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"},
-    "VERA": {"d_initial", "vera_dropout", "projection_prng_key", "save_projection"},
-    "RANDLORA": {"randlora_alpha", "randlora_dropout", "projection_prng_key", "save_projection"}
-    | {"sparse", "very_sparse"},
-    "OFT": {"oft_block_size", "module_dropout", "coft", "eps", "block_share", "use_cayley_neumann"}
-    | {"num_cayley_neumann_terms"},
-    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"},
-    "LN_TUNING": set(),
+    "LORA": LORA | _fields("use_rslora use_dora target_parameters"),
+    "ADALORA": LORA | _fields("init_r orth_reg_weight target_r tinit tfinal deltaT beta1 beta2 total_step"),
+    "VERA": _fields("d_initial vera_dropout projection_prng_key save_projection"),
+    "RANDLORA": _fields("randlora_alpha randlora_dropout projection_prng_key save_projection sparse very_sparse"),
+    "OFT": _fields("oft_block_size module_dropout coft eps block_share use_cayley_neumann", "num_cayley_neumann_terms"),
+    "BOFT": _fields("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
+    "LN_TUNING": _fields(),
 }
 ROLES = {  # what the tensors of a layer are called behind its name, longest first where one ends like another
-    "LORA": ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector.weight")
-    + ("lora_magnitude_vector",),
+    "LORA": (
+        *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
+        *("lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    ),
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "RANDLORA": ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"),  # the bases again, in each layer
@@ -94,6 +94,14 @@ class Folder:
         if role not in self.shared:
             raise ValueError(f"{self.path / TENSORS} lacks {role}")
         return self.shared[role]
+
+    def trained(self, name: str) -> bool:
+        """Whether a tensor of the base was trained whole."""
+        if self.kind == "LN_TUNING" or (self.config.get("bias", "none") != "none" and name.endswith(".bias")):
+            return True
+        modules = tuple(self.config.get("modules_to_save") or ())
+        parts = name.split(".")
+        return any(".".join(parts[:i]).endswith(modules) for i in range(1, len(parts)))
 
     def refuse(self, name: str, why: str, way_out: str = MERGE) -> NoReturn:
         """Say that a field of the configuration has no counterpart."""
@@ -178,7 +186,7 @@ def parameter_of(folder: Folder, layer: str, model: nn.Module) -> tuple[str, str
     above = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
         raise ValueError(
-            f"{folder.path / TENSORS} adapts {name}: in an nn.MultiheadAttention PEFT adds the update of out_proj twice, "
-            "or never where it is named alone, so that there is no saying what was trained"
+            f"{folder.path / TENSORS} adapts {name}: in an nn.MultiheadAttention PEFT adds the update of out_proj "
+            "twice, or never where it is named alone, so that there is no saying what was trained"
         )
     return name, adapted[-1 - depth] if adapted else "weight"

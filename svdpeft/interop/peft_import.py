@@ -44,8 +44,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
         name: of the adapter.
 
     Returns:
-        The adapter: the outputs are PEFT's, and it trains on, merges, saves and is exported as any other. Of a start that
-        PEFT takes out of the base (PiSSA, OLoRA) the base here keeps the whole.
+        The adapter: the outputs are PEFT's, and it trains on, merges, saves and is exported as any other. Where PEFT
+        takes a start out of the base's weight (PiSSA, OLoRA), the weight here keeps it, and the update subtracts it.
 
     Raises:
         ValueError: another method than LORA, ADALORA, VERA, RANDLORA, OFT, BOFT and LN_TUNING; a field of the
@@ -57,14 +57,14 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
     """
     model, found = unwrapped(model), read(Path(folder))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    statistics = running_statistics(model)
+    statistics, buffers = running_statistics(model), dict(model.named_buffers())
     survey = Survey.of(model, [], (), ())
     weights = {(id(w.module), w.parameter): w for w in survey.weights}
     built = _sites(found, model, weights, survey)
     own = {id(place.module._parameters[place.parameter]) for choice, *_ in built for place in choice.places}
     values: dict[str, Tensor] = {}  # of the base's tensors
     for key, value in found.saved.items():
-        here = parameters.get(key, model.state_dict(keep_vars=True).get(key))
+        here = parameters.get(key, buffers.get(key))
         if here is None:
             raise ValueError(f"{found.path / TENSORS}: {key} has no place in this model")
         if here.shape != value.shape:
@@ -72,13 +72,14 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
                 f"{found.path / TENSORS}: {key} is {list(value.shape)} there, {list(here.shape)} in this model; a "
                 "vocabulary that grew is given to the base first, model.resize_token_embeddings(len(tokenizer))"
             )
+        if not found.trained(key) and torch.equal(here.cpu(), value):
+            continue  # an embedding that PEFT writes because it has grown, or is adapted
+        if id(here) in own:
+            raise ValueError(f"{found.path}: {key} is adapted, and the folder was made for another base")
         if key in parameters or key in statistics:
             values[key] = value.to(here.device, here.dtype)
         elif not torch.equal(here.cpu(), value):
             raise ValueError(f"{found.path / TENSORS}: the buffer {key} is another in this model")
-    for key in [key for key in values if key in parameters and id(parameters[key]) in own]:
-        if not torch.equal(values.pop(key), parameters[key]):  # PEFT writes an embedding that it adapts
-            raise ValueError(f"{found.path}: {key} is adapted, and the folder was made for another base")
     whole = _whole(model, values, weights, built)
     built += _rows(found, model, whole)
     if not built and not whole:
@@ -119,7 +120,9 @@ def _rows(found: Folder, model: nn.Module, whole: Sequence[str] | dict[str, tupl
         if isinstance(tokens, dict):
             tokens = next((ids for key, ids in tokens.items() if f".{layer}".endswith(f".{key}")), [])
         if len(tokens) != len(values):
-            raise ValueError(f"{found.path / TENSORS} has {len(values)} rows of {layer}, and the configuration {tokens}")
+            raise ValueError(
+                f"{found.path / TENSORS} has {len(values)} rows of {layer}, and the configuration {tokens}"
+            )
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
         for choice in chosen_rows(model, {layer: tokens}, whole):
             site = given(choice, 0, {}, adapted())

@@ -8,7 +8,7 @@ in PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,15 @@ from svdpeft.methods.randlora import RandLoRA
 from svdpeft.methods.vera import VeRA
 from svdpeft.sites.place import Place
 
-STARTS = {"pissa": PiSSA, "olora": OLoRA, "mica": MiCA}  # others start with an update that nothing is subtracted for
+STARTS: dict[Any, type[LoRA | PiSSA | OLoRA | MiCA]] = {
+    "pissa": PiSSA,
+    "olora": OLoRA,
+    "mica": MiCA,
+}  # others start with an update that nothing is subtracted for
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
-UNDILATED = "PEFT computes its update with another convolution than that of the layer, so that it is no change of the weight"
+UNDILATED = (
+    "PEFT computes its update with another convolution than that of the layer, so that it is no change of the weight"
+)
 
 
 class Found(NamedTuple):
@@ -42,14 +48,14 @@ class Found(NamedTuple):
         layer: its name as PEFT's patterns see it.
         place: the layer.
         given: what a method may know of it.
-        tensors: of the folder, by role.
+        tensors: of the folder, by role; what has its place is taken out.
     """
 
     name: str
     layer: str
     place: Place
     given: Given
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
 
     @property
     def module(self) -> Any:
@@ -76,7 +82,13 @@ def build(folder: Folder, found: Found, groups: dict[Any, dict[str, Tensor]]) ->
     method = method.at(found.name, m, n)
     if (why := method.why_not(found.place.kind)) is not None:
         raise ValueError(f"{folder.path}: {found.name} is adapted by {type(method).__name__}: {why}")
-    factors = method.factors(found.given.sharing(_shared(folder, found, method, groups)))
+    shared = _shared(folder, found, method, groups)
+    if found.tensors:
+        raise ValueError(
+            f"{folder.path / TENSORS}: {min(found.tensors)} of {found.name} has no place in the {method} that the "
+            "configuration describes"
+        )
+    factors = method.factors(found.given.sharing(shared))
     with torch.no_grad():
         for role, value in values.items():
             own = getattr(factors, role)
@@ -113,15 +125,15 @@ def _lora(folder: Folder, found: Found) -> Read:
         return method, values
     embedding = isinstance(found.module, nn.Embedding)
     dora = DoRA(method, magnitude="columns" if embedding else "rows")
-    return dora, {**values, "mag": _role(folder, found, "lora_magnitude_vector")}
+    return dora, {**values, "mag": _take(folder, found, "lora_magnitude_vector")}
 
 
 def _factors(folder: Folder, found: Found) -> tuple[Tensor, Tensor]:
     """L and A of a LoRA, as matrices (*b, m, r) and (*b, r, n)."""
     module = found.module
     if isinstance(module, nn.Embedding):
-        return _role(folder, found, "lora_embedding_A").mT, _role(folder, found, "lora_embedding_B").mT
-    a, b = _role(folder, found, "lora_A"), _role(folder, found, "lora_B")
+        return _take(folder, found, "lora_embedding_A").mT, _take(folder, found, "lora_embedding_B").mT
+    a, b = _take(folder, found, "lora_A"), _take(folder, found, "lora_B")
     if isinstance(module, nn.modules.conv._ConvNd):
         if not plain_convolution(module):
             raise ValueError(f"{folder.path}: {found.name} has groups, a dilation or a padding mode: {UNDILATED}")
@@ -129,14 +141,14 @@ def _factors(folder: Folder, found: Found) -> tuple[Tensor, Tensor]:
     return from_peft(found.place, a, b) if found.place.kind.name in ("experts", "raw") else (b, a)
 
 
-def _role(folder: Folder, found: Found, role: str) -> Tensor:
+def _take(folder: Folder, found: Found, role: str) -> Tensor:
     if role not in found.tensors:
         raise ValueError(f"{folder.path / TENSORS} lacks {role} of {found.name}")
-    return found.tensors[role]
+    return found.tensors.pop(role)
 
 
 def _adalora(folder: Folder, found: Found) -> Read:
-    right = _role(folder, found, "lora_A")
+    right = _take(folder, found, "lora_A")
     alpha, first, rank = folder["lora_alpha"], folder["init_r"], len(right)
     # The scale stays that of the rank at the start, whatever rank is left.
     scale = (alpha if alpha > 0 else first) / (first + 1e-5)
@@ -149,17 +161,17 @@ def _adalora(folder: Folder, found: Found) -> Read:
         regulariser="code",
         scaling="code",
     )
-    return method, {"L": _role(folder, found, "lora_B"), "C": _role(folder, found, "lora_E"), "A": right}
+    return method, {"L": _take(folder, found, "lora_B"), "C": _take(folder, found, "lora_E"), "A": right}
 
 
 def _vera(folder: Folder, found: Found) -> Read:
-    d = _role(folder, found, "vera_lambda_d")
+    d = _take(folder, found, "vera_lambda_d")
     method = VeRA(rank=len(d), d_initial=folder["d_initial"] or VeRA.d_initial, dropout=folder["vera_dropout"])
-    return method, {"b": _role(folder, found, "vera_lambda_b"), "d": d}
+    return method, {"b": _take(folder, found, "vera_lambda_b"), "d": d}
 
 
 def _randlora(folder: Folder, found: Found) -> Read:
-    scales = _role(folder, found, "randlora_lambda")  # (r, bases)
+    scales = _take(folder, found, "randlora_lambda")  # (r, bases)
     bases = "very-sparse" if folder["very_sparse"] else "sparse" if folder["sparse"] else "dense"
     method = RandLoRA(
         rank=len(scales),
@@ -168,7 +180,7 @@ def _randlora(folder: Folder, found: Found) -> Read:
         bases=bases,
         gamma="peft",
     )
-    return method, {"Lambda": scales.mT, "Gamma": _role(folder, found, "randlora_gamma")}
+    return method, {"Lambda": scales.mT, "Gamma": _take(folder, found, "randlora_gamma")}
 
 
 def _shared(folder: Folder, found: Found, method: PerSite, groups: dict[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -177,8 +189,8 @@ def _shared(folder: Folder, found: Found, method: PerSite, groups: dict[Any, dic
         return {}
     if not folder["save_projection"]:
         folder.refuse("save_projection", "the random bases are not in the folder, and other versions may draw others")
-    for role, tensor in found.tensors.items():
-        if role in folder.shared and not torch.equal(tensor, folder.shared[role]):
+    for role in folder.shared.keys() & found.tensors.keys():
+        if not torch.equal(found.tensors.pop(role), folder.shared[role]):
             raise ValueError(f"{folder.path / TENSORS}: {role} of {found.name} is another than that of the model")
     _, m, n = found.given.shape
     number = method.number(m, n) if isinstance(method, RandLoRA) else 0
@@ -196,7 +208,7 @@ def _oft(folder: Folder, found: Found) -> Read:
     embedding = isinstance(found.module, nn.Embedding)
     if isinstance(found.module, nn.modules.conv._ConvNd):
         raise ValueError(f"{folder.path}: {found.name} is a convolution: {UNDILATED}; leave it out in PEFT")
-    values, terms = _role(folder, found, "oft_embedding_R" if embedding else "oft_R"), None
+    values, terms = _take(folder, found, "oft_embedding_R" if embedding else "oft_R"), None
     size = math.isqrt(2 * values.shape[-1]) + 1  # of size(size − 1)/2 values
     if folder["use_cayley_neumann"]:
         if folder["num_cayley_neumann_terms"] < 3:
@@ -220,9 +232,9 @@ def _oft(folder: Folder, found: Found) -> Read:
 def _boft(folder: Folder, found: Found) -> Read:
     if isinstance(found.module, nn.modules.conv._ConvNd):
         raise ValueError(f"{folder.path}: {found.name} is a convolution: {UNDILATED}; leave it out in PEFT")
-    full = _role(folder, found, "boft_R")  # (butterflies, blocks, size, size), of which the skew part counts
+    full = _take(folder, found, "boft_R")  # (butterflies, blocks, size, size), of which the skew part counts
     method = BOFT(block_size=full.shape[-1], butterflies=len(full), dropout=folder["boft_dropout"])
-    return method, {"Q": _lower((full - full.mT) / 2), "s": _role(folder, found, "boft_s")}
+    return method, {"Q": _lower((full - full.mT) / 2), "s": _take(folder, found, "boft_s")}
 
 
 def _lower(q: Tensor) -> Tensor:

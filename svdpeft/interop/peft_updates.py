@@ -119,8 +119,8 @@ def _check(site: Site, max_rank: int | None) -> None:
     name, module = site.name, site.places[0].module
     if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
         raise ValueError(f"{name} holds values that are not finite: the training has diverged")
-    exact = site.method.product(site.factors) is not None or isinstance(site.kind, Part) and site.method.name == "whole"
-    if not exact and max_rank is None:
+    rows = isinstance(site.kind, Part) and isinstance(site.method, Whole)  # as many as their number
+    if site.method.product(site.factors) is None and not rows and max_rank is None:
         raise ValueError(
             f"{site.method} at {name} has an update of full rank: no LoRA can hold it; merge instead, or say "
             "max_rank= for the nearest one of a rank"

@@ -150,7 +150,11 @@ ATTACHED = {  # model -> what is attached, ranks of some weights
     "parts": (fused, {"method": svdpeft.PiSSA(rank=1), "targets": ["qkv_proj[q,v]"]}, {"self_attn.qkv_proj": 4}),
     "all parts": (fused, {"method": LORA, "targets": ["gate_up_proj[gate]", "qkv_proj[k]", "o_proj"]}, {}),
     "gpt2": (gpt2, {"method": LORA, "targets": ["c_attn[q]", "c_fc"]}, {"attn.c_attn": 2}),
-    "experts": (mixture, {"method": LORA, "targets": ["down_proj", "gate_up_proj", "q_proj"]}, {"experts.down_proj": 2}),
+    "experts": (
+        mixture,
+        {"method": LORA, "targets": ["down_proj", "gate_up_proj", "q_proj"]},
+        {"experts.down_proj": 2},
+    ),
     "parts of experts": (mixture, {"method": svdpeft.SORSA(rank=1), "targets": ["gate_up_proj[up]", "q_proj"]}, {}),
     "one of the experts": (mixture, {"method": LORA, "targets": ["gate_up_proj"]}, {}),
     "head": (llama, {"method": LORA, "targets": ["q_proj"], "train": ["lm_head", "model.norm"]}, {}),
