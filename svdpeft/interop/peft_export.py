@@ -100,10 +100,10 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str], max_rank: int | 
 
     Example:
         >>> adapter = svdpeft.attach(nn.Sequential(nn.Linear(6, 4)), svdpeft.PiSSA(rank=2))
-        >>> adapter.sites["0"].factors.L.data.add_(1)  # doctest: +ELLIPSIS
-        tensor(...)
-        >>> print(export_lora(adapter, getfixture("tmp_path") / "lora").ranks)
-        {'0': 2}
+        >>> for p in adapter.parameters():
+        ...     p.data = p.data + torch.randn_like(p)
+        >>> print(export_lora(adapter, getfixture("tmp_path") / "lora").ranks)  # L and A moved: twice the rank
+        {'0': 4}
     """
     path = Path(path)
     if path.exists():
@@ -126,6 +126,7 @@ class _Plan:
         adapter: that is exported.
         updates: of weights.
         rows: layer -> the site of its rows, and all layers that have the weight.
+        replaced: weight -> what it is as a whole, where that is a site's.
         modules: layers that are written whole.
         biases: names of the biases of adapted layers.
     """
@@ -133,6 +134,7 @@ class _Plan:
     adapter: Adapter
     updates: Sequence[Update]
     rows: Mapping[str, tuple[Site, tuple[str, ...]]]
+    replaced: Mapping[str, Tensor]
     modules: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
 
@@ -156,11 +158,12 @@ class _Plan:
         model = self.adapter.model
         places = [model.get_submodule(name) for name in self.layers]
         users = users_of_parameters(model)
-        changed = {**self.adapter.whole, **dict.fromkeys(self.adapter.own.changed())}
-        for name in changed:
+        uses = {name: [name.rpartition(".")[::2]] for name in self.replaced}
+        for name in (*self.adapter.whole, *self.adapter.own.changed()):
             owner, _, attribute = name.rpartition(".")
-            tensor = stored(model.get_submodule(owner), attribute)
-            for layer, key in users.get(id(tensor), [(owner, attribute)]):
+            uses[name] = users.get(id(stored(model.get_submodule(owner), attribute)), [(owner, attribute)])
+        for name, places_of in uses.items():
+            for layer, key in places_of:
                 module = model.get_submodule(layer)
                 if module in places and key == "bias":
                     self.biases.append(f"{layer}.bias")
@@ -217,10 +220,13 @@ class _Plan:
 
     def _value(self, name: str) -> Tensor:
         """What the adapter, or else the base, holds of a tensor of the model."""
+        if name in self.replaced:
+            return self.replaced[name]
         owner, _, attribute = name.rpartition(".")
-        tensor = stored(self.adapter.model.get_submodule(owner), attribute)
-        own = next((n for n in self.adapter.own.places if stored(*self.adapter.own.places[n]) is tensor), None)
-        return (tensor if own is None else self.adapter.own[own]).detach().clone().contiguous()
+        here = stored(self.adapter.model.get_submodule(owner), attribute)
+        first = next((n for n, p in self.adapter.model.named_parameters() if p is here), name)
+        version = self.adapter.own.version(first)
+        return (here if version is None else version).detach().clone().contiguous()
 
     def _own_rows(self, layer: str) -> Sequence[str]:
         """The layers that PEFT gives rows: of a model that says that it ties them, the others follow by themselves."""

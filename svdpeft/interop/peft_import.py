@@ -52,8 +52,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
             configuration that is not understood; a tensor without a place, or one that is missing; another base.
 
     Example:
-        >>> adapter = svdpeft.import_peft(model, "my-lora")  # doctest: +SKIP
-        >>> adapter.merge(permanent=True)  # doctest: +SKIP
+        >>> folder = getfixture("tmp_path") / "lora"
+        >>> _ = svdpeft.export_lora(svdpeft.attach(nn.Sequential(nn.Linear(6, 4)), svdpeft.LoRA(rank=2)), folder)
+        >>> import_peft(nn.Sequential(nn.Linear(6, 4)), folder).patterns
+        ['0']
     """
     model, found = unwrapped(model), read(Path(folder))
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,31 +60,49 @@ class Update:
         return {name: tensor.detach().contiguous().clone() for name, tensor in found.items()}
 
 
+class Updates(NamedTuple):
+    """What the sites of an adapter become.
+
+    Args:
+        updates: of weights.
+        rows: layer -> the site of rows of its embedding, and all layers that have the weight.
+        replaced: parameter -> its value, of sites that replace a weight as a whole.
+    """
+
+    updates: list[Update]
+    rows: dict[str, tuple[Site, tuple[str, ...]]]
+    replaced: dict[str, Tensor]
+
+
 @torch.no_grad()
-def updates_of(adapter: Adapter, max_rank: int | None) -> tuple[list[Update], dict[str, tuple[Site, tuple[str, ...]]]]:
-    """Return the updates of an adapter, and the rows of embeddings that it trains alone: layer -> site, all layers.
+def updates_of(adapter: Adapter, max_rank: int | None) -> Updates:
+    """Sort the sites of an adapter into those.
 
     Raises:
-        ValueError: there is no LoRA, or no such rows, for one of them.
+        ValueError: there is no LoRA for one of them.
     """
     names = {id(module): name for name, module in adapter.model.named_modules()}
     weights: dict[int, list[Site]] = {}
     for site in adapter.sites.values():
+        _check_finite(site)
         weights.setdefault(id(site.weight), []).append(site)
-    found, rows = [], {}
-    for sites in weights.values():
-        for uses in _by_use(sites):
-            first = uses[0]
-            layers = tuple(names[id(place.module)] for place in first.places)
-            if _is_rows(uses):
-                rows[layers[0]] = first, layers
-                continue
-            name = first.name.removesuffix(f"[{first.part}]")
+    found = Updates([], {}, {})
+    for uses in (uses for sites in weights.values() for uses in _by_use(sites)):
+        first = uses[0]
+        layers = tuple(names[id(place.module)] for place in first.places)
+        if _is_rows(uses):
+            found.rows[layers[0]] = first, layers
+        elif isinstance(first.method, Whole) and not isinstance(first.kind, Part):
+            for layer, place in zip(layers, first.places, strict=True):
+                whole = place.kind.from_matrix(place.module, first.factors.W.detach())
+                found.replaced[f"{layer}.{place.parameter}"] = whole.contiguous().clone()
+        else:
             for site in uses:
                 _check(site, max_rank)
             product, lost = truncated(_sum([_product(site) for site in uses]), max_rank)
-            found.append(Update(name, layers, first, product, lost))
-    return found, rows
+            name = first.name.removesuffix(f"[{first.part}]")
+            found.updates.append(Update(name, layers, first, product, lost))
+    return found
 
 
 def _by_use(sites: list[Site]) -> list[list[Site]]:
@@ -115,10 +134,13 @@ def _sum(products: list[Product]) -> Product:
     return Product(left, None, torch.cat([product.A for product in products], -2))
 
 
+def _check_finite(site: Site) -> None:
+    if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
+        raise ValueError(f"{site.name} holds values that are not finite: the training has diverged")
+
+
 def _check(site: Site, max_rank: int | None) -> None:
     name, module = site.name, site.places[0].module
-    if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
-        raise ValueError(f"{name} holds values that are not finite: the training has diverged")
     rows = isinstance(site.kind, Part) and isinstance(site.method, Whole)  # as many as their number
     if site.method.product(site.factors) is None and not rows and max_rank is None:
         raise ValueError(
