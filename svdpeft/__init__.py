@@ -52,7 +52,8 @@ _LATE = {
     "AdapterCallback": "svdpeft.training.callback",
     "Diverged": "svdpeft.training.divergence",
     "export_gguf": "svdpeft.interop.gguf",
-    "export_lora": "svdpeft.interop.peft",
+    "export_lora": "svdpeft.interop.peft_export",
+    "import_peft": "svdpeft.interop.peft_import",
 }
 _PACKAGES = ("analysis", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
-from svdpeft.decomposition import EXACT, Product, as_product, truncated
+from svdpeft.decomposition import EXACT, Product, truncated
 from svdpeft.methods.base import Factors, generator
 from svdpeft.methods.lora import LoRA
 from svdpeft.methods.whole import Whole
@@ -162,11 +162,11 @@ def _update(its: Weighted, how: How, density: float, seed: str) -> tuple[Product
         return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
     deltas = [w * site.matrix() for w, site in its]
     if how == "ties":
-        return as_product(ties(deltas, density)), None
+        return Product.of(ties(deltas, density)), None
     if how == "dare":
         draws = generator(zlib.crc32(seed.encode()))
         deltas = [d * (torch.rand(d.shape, generator=draws) < density).to(d) / density for d in deltas]
-    return as_product(torch.stack(deltas).sum(0)), None
+    return Product.of(torch.stack(deltas).sum(0)), None
 
 
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:

@@ -3,7 +3,7 @@
 from svdpeft.decomposition.cache import digest, svd_cache, uncached
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
-from svdpeft.decomposition.products import EXACT, Product, as_product, difference, exact_rank, recompress, truncated
+from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
     cayley,
     cayley_neumann,
@@ -27,7 +27,6 @@ __all__ = [
     "SVD",
     "Driver",
     "Product",
-    "as_product",
     "band_count",
     "band_index",
     "canonical_signs",

@@ -27,6 +27,18 @@ class Product(NamedTuple):
     A: Float[Tensor, "*b r n"]
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "*b m n"]) -> Product:
+        """A matrix as a product with the identity, which ``truncated`` decomposes.
+
+        Example:
+            >>> Product.of(torch.ones(3, 2)).rank
+            2
+        """
+        m, n = matrix.shape[-2:]
+        eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        return cls(matrix, None, eye) if n <= m else cls(eye, None, matrix)
+
     @property
     def rank(self) -> int:
         """The number of columns of ``L``: no update written like this has a larger rank."""
@@ -76,19 +88,6 @@ def difference(now: Product, start: Product) -> Product:
     if now.L is start.L and now.C is start.C:
         return Product(left, None, now.A - start.A, now.scale)
     return Product(torch.cat([now.cored() - left, left], -1), None, torch.cat([now.A, now.A - start.A], -2), now.scale)
-
-
-def as_product(matrix: Float[Tensor, "*b m n"]) -> Product:
-    """Return a matrix as a product of itself and the identity, of rank min(m, n).
-
-    Example:
-        >>> p = as_product(torch.ones(3, 2))
-        >>> p.rank, bool(p.dense().eq(1).all())
-        (2, True)
-    """
-    m, n = matrix.shape[-2:]
-    eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
-    return Product(matrix, None, eye) if n <= m else Product(eye, None, matrix)
 
 
 def recompress(product: Product, tolerance: float | None = None) -> Product:

@@ -77,7 +77,7 @@ def export_gguf(
     check_low_rank(adapter)
     weights = _weights(adapter)
     named = {name: _named(name, sites, adapter.model, arch) for name, sites in weights.items()}
-    products = {name: as_lora(sites, max_rank) for name, sites in weights.items()}
+    products = {name: as_lora(sites, max_rank)[0] for name, sites in weights.items()}
     ranks = {name: product.rank for name, product in products.items()}
     # llama.cpp multiplies every product by α/r: one α, and the r of the tensor. With B · r/α the scale is one at each;
     # with the largest rank for α no value of B grows by that.

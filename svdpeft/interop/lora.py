@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.decomposition import Product, as_product, truncated
+from svdpeft.decomposition import Product, truncated
+from svdpeft.layers.part import Part
+from svdpeft.methods.whole import Whole
 from svdpeft.sites.site import Site
 
 
 @torch.no_grad()
-def as_lora(sites: Sequence[Site], max_rank: int | None = None) -> Product:
+def as_lora(sites: Sequence[Site], max_rank: int | None = None) -> tuple[Product, float]:
     """Return the update ΔW = W' − W0 of one weight, on the *original* weight, in the balanced form U√Σ · √ΣVᵀ.
 
     Args:
@@ -20,14 +22,15 @@ def as_lora(sites: Sequence[Site], max_rank: int | None = None) -> Product:
         max_rank: the nearest update of at most this rank; ``None`` is the exact one, of its exact rank.
 
     Returns:
-        A product of the layer's whole matrices, with ``C`` ``None`` and ``scale`` 1, at least float32.
+        A product of the layer's whole matrices, with ``C`` ``None`` and ``scale`` 1, at least float32; and what it
+        lacks, ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F.
 
     Raises:
         ValueError: a method's update is no product, so that its rank is full, and there is no ``max_rank``.
 
     Example:
         >>> adapter = svdpeft.attach(torch.nn.ModuleDict({"qkv": torch.nn.Linear(4, 12)}), svdpeft.PiSSA(1), ["qkv[q]"])
-        >>> lora = as_lora(list(adapter.sites.values()))
+        >>> lora, _ = as_lora(list(adapter.sites.values()))
         >>> lora.L.shape, lora.A.shape
         (torch.Size([12, 1]), torch.Size([1, 4]))
     """
@@ -35,17 +38,18 @@ def as_lora(sites: Sequence[Site], max_rank: int | None = None) -> Product:
         raise ValueError(f"max_rank {max_rank!r} is not a whole number of at least 1")
     parts = [site.kind.widen(_product(site, max_rank is not None)) for site in sites]
     left = torch.cat([part.cored() * part.scale for part in parts], -1)
-    return truncated(Product(left, None, torch.cat([part.A for part in parts], -2)), max_rank)[0]
+    return truncated(Product(left, None, torch.cat([part.A for part in parts], -2)), max_rank)
 
 
 def _product(site: Site, truncates: bool) -> Product:
     product = site.method.product(site.factors)
     if product is None:
-        if not truncates:
+        if not truncates and not (isinstance(site.method, Whole) and isinstance(site.kind, Part)):  # rows are few
             raise ValueError(
-                f"{site.method} at {site.name} has an update of full rank: no LoRA can hold it; merge instead"
+                f"{site.method} at {site.name} has an update of full rank: no LoRA can hold it; merge instead, or say "
+                "max_rank= for the nearest one of a rank"
             )
-        return as_product(site.matrix())
+        product = Product.of(site.matrix())
     return product.to(torch.promote_types(product.L.dtype, torch.float32))
 
 
