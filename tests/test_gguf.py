@@ -235,6 +235,7 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     rows = svdpeft.attach(model_of("llama"), lora, ["q_proj"], train={"embed_tokens": [3, 4]})
     rows.sites["model.embed_tokens[rows]"].factors.W.data.add_(1)  # two rows: a LoRA of rank 1, exactly
     assert svdpeft.export_gguf(rows, tmp_path / "rows.gguf")["model.embed_tokens"] == 1
+    (tmp_path / "rows.gguf").unlink()
     refuse(svdpeft.attach(model_of("gpt2"), lora, ["wpe"]), f"'gpt2' do not reach transformer.wpe, .*{way_out}")
     clover = svdpeft.attach(model_of("gpt2"), svdpeft.CLOVER(), "all-linear")
     refuse(clover, f"'gpt2' do not reach transformer.h.0.attn.*, of kind 'hf-conv1d heads'{way_out}", max_rank=1)

@@ -202,6 +202,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"embed_tokens": [-1]}, "-1 is not the number of a row"),
     ({"embed_tokens": ["a"]}, "'a' is not the number"),
     ({"embed_tokens": [True]}, "True is not the number"),
+    ({"embed_tokens": torch.tensor([True, False])}, r"tensor\(True\) is not the number"),
+    ({"embed_tokens": 5}, "5 is no list of rows"),
     ({"embed_tokens": []}, "names no row"),
     ({"embed_tokens": [4, 3, 4]}, "names row 4 twice"),
     ({"embed_tokns": [4]}, "names no layer with a weight: did you mean 'embed_tokens'"),
@@ -239,7 +241,7 @@ def test_rows_of_several_matrices_have_no_numbers():
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x)
 
-    with pytest.raises(ValueError, match="has 2 matrices"):
+    with pytest.raises(ValueError, match="a batch of matrices, whose rows have no numbers"):
         attach(Experts(), svdpeft.HeadOnly(), train={"conv": [1]})
 
 
@@ -313,3 +315,202 @@ def test_whole_is_full_fine_tuning_of_a_part():
     layer = nn.MultiheadAttention(4, 2, batch_first=True)
     adapter = attach(layer, Whole(), ["in_proj_weight[q]"])
     assert adapter.trainable_count == 16
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "dora"])
+def test_a_method_that_depends_on_the_rows_binds_the_adapter_to_them(method: str):
+    """Rows of the same weight are T(W0) + W − W0: on a base with other rows that would be something else."""
+    options = {"dora": {"inner": LoRA(rank=2)}, "oft": {"block_size": 4}, "boft": {"block_size": 4}}[method]
+    model = llama(False, NEW, seed=1)
+    adapter = moved(attach(model, svdpeft.method(method)(**options), ["lm_head"], train=rows(False)))
+    values = adapter.state_dict()
+    for base in (llama(False), llama(False, NEW, seed=2)):
+        with pytest.raises(CheckpointError, match="another base"):
+            load(base, values)
+    same = llama(False, NEW, seed=1)
+    load(same, values)
+    close(logits(same), logits(model))
+
+
+@both
+def test_modes_hooks_and_modules_stay_when_a_base_grows(tied: bool):
+    values = moved(attach(llama(tied, NEW), LoRA(rank=2), ["q_proj"], train=rows(tied))).state_dict()
+    base, seen = llama(tied), []
+    head, embedding = base.lm_head, base.get_input_embeddings()
+    head.register_forward_hook(lambda *_: seen.append(1))
+    load(base, values)
+    logits(base)
+    assert seen == [1]
+    assert base.lm_head is head
+    assert base.get_input_embeddings() is embedding
+    assert not any(module.training for name, module in base.named_modules() if "svdpeft" not in name)
+    assert head.out_features == NEW
+
+
+@both
+def test_a_name_that_is_taken_leaves_everything_as_it_was(tied: bool):
+    values = attach(llama(tied, NEW), LoRA(rank=2), ["q_proj"], train=rows(tied)).state_dict()
+    base = llama(tied)
+    attach(base, LoRA(rank=2), ["v_proj"])
+    parameters, before = dict(base.named_parameters()), state(base)
+    with pytest.raises(ValueError, match="attached already"):
+        load(base, values)
+    assert state(base) == before
+    assert all(p is parameters[name] for name, p in base.named_parameters())
+    assert base.lm_head.out_features == OLD
+
+
+def test_new_rows_of_the_base_are_never_preferred():
+    """With all logits below zero a row of zeros would be what greedy decoding says."""
+    model, base = llama(True, NEW), llama(True)
+    for each in (model, base):
+        with torch.no_grad():
+            each.model.norm.weight.fill_(1.0)
+            each.get_input_embeddings().weight.abs_().mul_(-1)
+            each.model.norm.register_forward_hook(lambda module, args, out: out.abs())
+    values = attach(model, LoRA(rank=2), ["q_proj"], train={"embed_tokens": range(OLD, NEW)}).state_dict()
+    before = logits(base, IDS % OLD)
+    assert before.max() < 0
+    loaded = load(base, values, check_base=False, enabled=False)
+    assert torch.equal(logits(base, IDS % OLD).argmax(-1), before.argmax(-1))
+    loaded.detach()
+    assert torch.equal(logits(base, IDS % OLD).argmax(-1), before.argmax(-1))
+
+
+def test_the_bias_of_an_output_layer_has_to_come_along():
+    def phi(tokens: int = OLD) -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=OLD, **sizes)).double().eval()
+        with torch.no_grad():
+            model.lm_head.bias.normal_()
+        if tokens != OLD:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    with pytest.raises(CheckpointError, match=r"row 40 of lm_head.bias.*train=\['lm_head.bias'\]"):
+        load(phi(), attach(phi(NEW), LoRA(rank=2), ["q_proj"], train=rows(False)).state_dict())
+    model, base = phi(NEW), phi()
+    adapter = moved(attach(model, LoRA(rank=2), ["q_proj"], train={**rows(False), "lm_head.bias": None}))
+    load(base, adapter.state_dict())
+    close(logits(base), logits(model))
+
+
+def test_models_without_token_embeddings_load_as_ever():
+    """Some raise where they are asked for embeddings, or mean something else by the name."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+        def get_input_embeddings(self, x: Tensor) -> Tensor:
+            return x
+
+        def resize_token_embeddings(self, size: int) -> None:
+            raise AssertionError
+
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+    for model in (Other(), transformers.ConvNextForImageClassification(config)):
+        adapter = attach(model, LoRA(rank=2), "all-linear")
+        values = adapter.state_dict()
+        adapter.load_state_dict(values)
+        adapter.detach()
+        load(model, values)
+
+
+def test_values_of_a_larger_vocabulary_are_not_swapped_in():
+    values = attach(llama(False, NEW), LoRA(rank=2), ["q_proj"], train=["embed_tokens", "lm_head"]).state_dict()
+    base = llama(False)
+    slot = attach(base, LoRA(rank=2), ["q_proj"])
+    before = state(base)
+    with pytest.raises(CheckpointError, match="embed_tokens"):
+        slot.load_state_dict(values)
+    assert state(base) == before
+    assert base.config.vocab_size == OLD
+
+
+def test_rows_that_were_evaluated_in_inference_mode_train():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    adapter = attach(model, svdpeft.HeadOnly(), train={"1": [1, 2], "0": [3, 7]})
+    with torch.inference_mode():
+        model(torch.tensor([1, 3]))
+    model(torch.tensor([1, 3])).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_an_adapter_of_fewer_tokens_says_what_to_do():
+    values = [
+        attach(llama(True, n), LoRA(rank=2), ["q_proj"], train={"embed_tokens": range(OLD, n)}).state_dict()
+        for n in (42, NEW)
+    ]
+    base = llama(True)
+    load(base, values[0], name="a")
+    with pytest.raises(CheckpointError, match=r"as model.embed_tokens\[rows\].*different numbers of tokens"):
+        load(base, values[1], name="b")
+    svdpeft.adapters(base)["a"].detach()
+    load(base, values[1], name="b")
+    with pytest.raises(CheckpointError, match=r"this base has 43: model.resize_token_embeddings\(42\)"):
+        load(base, values[0], name="a")
+
+
+def test_one_user_of_a_tied_weight_and_rows_of_all_is_refused():
+    with pytest.raises(ValueError, match="lm_head shares its weight with other layers and is to be adapted alone"):
+        attach(llama(True, NEW), LoRA(rank=2), ["lm_head"], train={"embed_tokens": ROWS})
+
+
+@pytest.mark.parametrize("kind", ["gemma", "bart"])
+def test_scaled_embeddings_are_called(kind: str):
+    """Of transformers' embeddings with a scale no matrix of the vocabulary's size is built either."""
+    torch.manual_seed(0)
+    if kind == "gemma":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+        config = transformers.Gemma3TextConfig(vocab_size=OLD, num_attention_heads=2, num_key_value_heads=1, **sizes)
+        model = transformers.Gemma3ForCausalLM(config).double().eval()
+        layer = model.get_input_embeddings()
+    else:
+        from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+        layer = BartScaledWordEmbedding(OLD, 6, 1, embed_scale=3.0).double()
+        model = nn.Sequential(layer)
+    ids = IDS % OLD
+    for method, targets, train in (
+        (svdpeft.HeadOnly(), (), {"embed_tokens" if kind == "gemma" else "0": [5, 7]}),
+        (PiSSA(rank=2), ["embed_tokens", "lm_head"] if kind == "gemma" else ["0"], ()),
+    ):
+        base = layer(ids)
+        adapter = moved(attach(model, method, targets or None, train=train))
+        (site,) = adapter.sites.values()
+        assert site.places[0].can_call
+        with torch.no_grad():
+            out = layer(ids)
+        w = layer._parameters["weight"] + adapter.delta(site.name)
+        close(out, F.embedding(ids, w) * layer.embed_scale)
+        assert not torch.equal(out, base)
+        adapter.detach()
+
+
+def test_saving_twice_reads_the_base_once(monkeypatch: pytest.MonkeyPatch):
+    from svdpeft.sites import weights
+
+    model, read, really = llama(True, NEW), [], weights.digest
+    adapters = [
+        attach(model, LoRA(rank=2), ["embed_tokens", "lm_head"], name="a"),
+        attach(model, svdpeft.HeadOnly(), train=rows(True), name="b"),
+    ]
+    monkeypatch.setattr(weights, "digest", lambda w: read.append(1) or really(w))
+    for _ in range(3):
+        for adapter in adapters:
+            adapter.state_dict()
+    assert len(read) == 2
+
+
+def test_a_row_that_is_no_number_in_the_base_does_not_matter():
+    values = moved(attach(llama(True, NEW), LoRA(rank=2), ["q_proj"], train=rows(True))).state_dict()
+    base = llama(True, NEW)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[OLD] = float("nan")
+    load(base, values)

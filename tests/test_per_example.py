@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -549,6 +549,49 @@ def test_a_layer_that_reads_its_weight_is_called_once_per_adapter_and_forms_it_o
         model(x)
     assert calls == [3, 2, 1]
     assert formed == ["a", "b"]
+
+
+def test_looking_at_weights_changes_nothing():
+    """Whoever reads a weight outside of a forward computes nothing with it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).double().eval()
+    adapters = [attach(model, LoRA(rank=2), ["q_proj"], name=name) for name in "ab"]
+    for seed, adapter in enumerate(adapters):
+        perturb(adapter, seed=seed)
+    x = torch.tensor([[3, 5, 7], [3, 5, 7]])
+    with adapters[0].per_example(["a", "b"]):
+        expected = model(x).logits
+    assert all(hasattr(layer, "weight") for layer in model.modules() if isinstance(layer, nn.Linear))
+    with adapters[0].per_example(["a", "b"]):
+        close(model(x).logits, expected)
+
+
+class Two(NamedTuple):
+    """A layer's outputs."""
+
+    y: Tensor
+    x: Tensor
+
+
+def test_named_tuples_and_the_number_of_rows():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 6).double())
+
+        def forward(self, x: Tensor) -> Two:
+            return Two(x @ self.w.T, x)
+
+    model, x = Reads(), torch.randn(4, 6).double()
+    a = attach(model, LoRA(rank=1), ["w"], name="a")
+    perturb(a)
+    with a.per_example(["a", None, "a", "a"]):
+        found = model(x)
+    close(found.x, x)
+    close(found.y[0], model(x).y[0])
+    with a.per_example(["a", "a"]), pytest.raises(ValueError, match="sees 4 rows"):
+        model(x)
 
 
 def test_what_cannot_be_split_is_refused():

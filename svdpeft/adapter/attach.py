@@ -109,6 +109,7 @@ def attach(
     factored = [(pattern, m) for pattern, m in pairs if isinstance(m, PerSite)]
     unavailable = [*whole, *(parameter for other in roster.adapters.values() for parameter in other.whole)]
     selection = select(model, factored, exclude, unavailable) if factored else Selection()
+    _check_rows(rows, selection.choices)
     if bias:
         whole |= biases_of(model, (place.module for choice in selection.choices for place in choice.places))
         _check_whole(whole, roster)
@@ -118,6 +119,19 @@ def attach(
     _warn_of_stored(selection.skipped)
     _warn_of_half(whole)
     return install(model, pairs, built, whole, selection.skipped, name, batch_norm)
+
+
+def _check_rows(rows: Sequence[Choice], others: Sequence[Choice]) -> None:
+    """Rows of a tied weight are those of all its users: one of them that is adapted alone could never be merged."""
+    for choice in rows:
+        modules = {place.module for place in choice.places}
+        for other in others:
+            mine = {place.module for place in other.places}
+            if mine < modules:
+                raise ValueError(
+                    f"{other.name} shares its weight with other layers and is to be adapted alone, and {choice.name} "
+                    "is of all of them: name all of them in targets"
+                )
 
 
 def _warn_of_stored(skipped: Mapping[str, str]) -> None:

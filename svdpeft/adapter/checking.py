@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ from svdpeft.adapter.file import (
     TENSORS,
     CheckpointError,
     Source,
+    free_parts,
     method_in,
     read,
     renamed,
     rounded,
 )
-from svdpeft.adapter.growing import grown
+from svdpeft.adapter.growing import Growth
 from svdpeft.adapter.roster import adapted, base_weight
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.heads import Heads
@@ -34,14 +35,18 @@ from svdpeft.methods.base import Factors, Method, PerSite, share
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
-from svdpeft.sites.weights import BaseWeight, sample, stored
+from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.inventory import users_of_parameters
 
 
 @contextmanager
 def checked(
-    model: nn.Module, source: Source, check_base: bool, rename: Mapping[str, str] = MappingProxyType({})
+    model: nn.Module,
+    source: Source,
+    check_base: bool,
+    rename: Mapping[str, str] = MappingProxyType({}),
+    grows: bool = True,
 ) -> Iterator[tuple[dict[str, Any], Parts]]:
     """Read an adapter and hold it against the model: the header, and what ``install`` wants.
 
@@ -53,23 +58,31 @@ def checked(
         source: of the adapter.
         check_base: whether it must be the base of the adapter.
         rename: beginnings of the names in the source -> those of the model.
+        grows: whether embeddings may get rows.
 
     Raises:
         CheckpointError: as ``load`` does.
     """
     header, tensors, path = read(source)
-    with ExitStack() as stack:
-        try:
-            if rename:
-                header, tensors = renamed(header, tensors, rename)
-            stack.enter_context(grown(model, header, tensors, path))
+    with _undamaged(path):
+        if rename:
+            header, tensors = renamed(header, tensors, rename)
+        growth = Growth.of(model, header, tensors, path) if grows else None
+    with nullcontext() if growth is None else growth:
+        with _undamaged(path):
             parts = _parts(model, header, tensors, path, check_base)
-        except CheckpointError:
-            raise
-        # the header is not as we write it
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
         yield header, parts
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """What goes wrong within the block is the header's fault: it is not as we write it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
 
 
 class Parts(NamedTuple):
@@ -92,7 +105,6 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
     other: list[tuple[str, str, str]] = []  # weights in another precision
     groups: dict[str, dict[str, Tensor]] = {}
     found: dict[str, tuple[list[Place], PerSite]] = {}
-    free: dict[int, list[LayerKind]] = {}  # parts of weights, by identity, that do not matter to the adapter
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -100,8 +112,9 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
         assert isinstance(method, PerSite)
         places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
         found[site] = places, method
-        weight = stored(places[0].module, places[0].parameter)
-        free.setdefault(id(weight), []).extend([] if method.depends_on_base else [places[0].kind])
+    free = free_parts(
+        (id(stored(places[0].module, places[0].parameter)), method, places[0].kind) for places, method in found.values()
+    )
     for site, entry in header["sites"].items():
         places, method = found[site]
         first = places[0]
@@ -227,12 +240,12 @@ def _check_base(
         raise CheckpointError(
             f"{path} was made for another base: {site} is {entry['shape']} there, {list(weight.shape)} here"
         )
-    if not strict or record.digest(free) == entry["hash"]:
+    if not strict or record.identity(free).hash == entry["hash"]:
         return False
     other = str(weight.dtype) != entry["dtype"]
     if other and "sample" in entry:
         dtypes = [weight.dtype, getattr(torch, entry["dtype"].removeprefix("torch."))]
-        if rounded(entry["sample"], sample(record.known(free)), dtypes):
+        if rounded(entry["sample"], record.identity(free).sample, dtypes):
             return True
     dtypes = f" (saved for {entry['dtype']}, here {weight.dtype})" if other else ""
     raise CheckpointError(

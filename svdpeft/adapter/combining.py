@@ -106,13 +106,15 @@ def combine(
                 raise ValueError(f"{site} is another use, or another view, of its weight in another of the adapters")
     built, lost = [], {}
     for site, its in found.items():
-        product, tolerance = _update(its, how, density, f"{seed}/{site}")
-        one = its[0][1]
+        one, draws = its[0][1], f"{seed}/{site}"
         method: LoRA | Whole
         if all(isinstance(each.method, Whole) for _, each in its):  # as parameters that are trained whole
             method, lost[site] = Whole(), 0.0
-            factors = Factors({"W": one.base_matrix() + product.dense()}, method.trains, shape=one.shape)
+            factors = Factors(
+                {"W": one.base_matrix() + _dense(its, how, density, draws)}, method.trains, shape=one.shape
+            )
         else:
+            product, tolerance = _update(its, how, density, draws)
             product, lost[site] = truncated(product, rank, tolerance)
             method = LoRA(rank=product.rank)
             factors = Factors({"L": product.L, "A": product.A}, method.trains, shape=one.shape)
@@ -160,13 +162,18 @@ def _update(its: Weighted, how: How, density: float, seed: str) -> tuple[Product
     if how == "sum" and len(parts) == len(its):
         left, right = torch.cat([left for left, _ in parts], -1), torch.cat([right for _, right in parts], -2)
         return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
+    return Product.of(_dense(its, how, density, seed)), None
+
+
+def _dense(its: Weighted, how: How, density: float, seed: str) -> Tensor:
+    """The update of one site, as matrices."""
     deltas = [w * site.matrix() for w, site in its]
     if how == "ties":
-        return Product.of(ties(deltas, density)), None
+        return ties(deltas, density)
     if how == "dare":
         draws = generator(zlib.crc32(seed.encode()))
         deltas = [d * (torch.rand(d.shape, generator=draws) < density).to(d) / density for d in deltas]
-    return Product.of(torch.stack(deltas).sum(0)), None
+    return torch.stack(deltas).sum(0)
 
 
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdpeft.layers.base import LayerKind
-from svdpeft.methods.base import Method
+from svdpeft.methods.base import Method, PerSite, Transform
 from svdpeft.registry import METHODS
 from svdpeft.sites.site import Site
 
@@ -73,12 +73,27 @@ def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[s
     return found
 
 
-def free_parts(sites: Iterable[Site]) -> dict[int, list[LayerKind]]:
-    """What of the weights does not matter to an adapter, by the identity of their records: it has values of its own."""
+def free_parts(uses: Iterable[tuple[int, PerSite, LayerKind]]) -> dict[int, list[LayerKind]]:
+    """What of the weights does not matter to an adapter, since it has values of its own for that.
+
+    Args:
+        uses: of each site the identity of its weight, the method, and the kind as which it sees the weight.
+
+    Returns:
+        By weight. Nothing of one is free where a method beside makes another function of all of it.
+    """
     found: dict[int, list[LayerKind]] = {}
-    for site in sites:
-        found.setdefault(id(site.weight), []).extend([] if site.method.depends_on_base else [site.kind])
-    return found
+    bound = set()
+    for weight, method, kind in uses:
+        found.setdefault(weight, []).extend([] if method.depends_on_base else [kind])
+        if isinstance(method, Transform) and method.depends_on_base:
+            bound.add(weight)
+    return {weight: [] if weight in bound else kinds for weight, kinds in found.items()}
+
+
+def free_of(sites: Iterable[Site]) -> dict[int, list[LayerKind]]:
+    """``free_parts`` of sites, by the identity of the records of their weights."""
+    return free_parts((id(site.weight), site.method, site.kind) for site in sites)
 
 
 def identified(header: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +13,140 @@ from svdpeft.adapter.file import CheckpointError, method_in
 from svdpeft.adapter.roster import adapted, claimed
 from svdpeft.methods.base import PerSite
 
+SIZES = ("num_embeddings", "out_features")  # attributes of layers that say their number of tokens
 
-@contextmanager
-def grown(model: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Iterator[None]:
-    """Resize the embeddings of a model of transformers, where an adapter is for more tokens; an error takes it back.
+
+class Growth:
+    """Within the block the embeddings of a model of transformers have more rows; an error takes that back.
+
+    A new row is the mean of the others, which no prediction prefers.
 
     Args:
-        model: that it will be attached to. Its new rows are zeros: what they are does not matter.
-        header: of the adapter.
-        tensors: of the adapter.
-        path: of the adapter, for messages.
-
-    Raises:
-        CheckpointError: new rows of which the adapter does not have all values, embeddings that another adapter has.
+        model: with ``resize_token_embeddings``.
+        ends: its layers with a row for every token: the embedding, and the output layer where there is one.
+        old: their number of tokens.
+        new: the adapter's.
     """
-    weights = _weights(model)
-    old = max((len(weight) for weight in weights.values()), default=0)
-    given = {name: _given(name, header, tensors, path) for name in weights}
-    new = max((size for size, _ in given.values()), default=0)
-    if new <= old or not callable(getattr(model, "resize_token_embeddings", None)):
-        yield
-        return
-    by_weight: dict[int, set[int]] = {}  # a tied one is given under any of its names
-    for name, weight in weights.items():
-        by_weight.setdefault(id(weight), set()).update(given[name][1])
-    for name, weight in weights.items():
-        if missing := set(range(old, new)) - by_weight[id(weight)]:
+
+    def __init__(self, model: Any, ends: list[nn.Module], old: int, new: int) -> None:
+        self.model, self.ends, self.old, self.new = model, ends, old, new
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+    ) -> Growth | None:
+        """What a model lacks for an adapter, or ``None``.
+
+        Args:
+            model: that it will be attached to.
+            header: of the adapter.
+            tensors: of the adapter.
+            path: of the adapter, for messages.
+
+        Raises:
+            CheckpointError: new rows of which the adapter does not have all values, embeddings that another adapter
+                has, an adapter that was made with fewer tokens.
+        """
+        ends = _ends(model)
+        if not ends or not callable(getattr(model, "resize_token_embeddings", None)):
+            return None
+        names = {id(module): name for name, module in model.named_modules()}
+        found: dict[int, tuple[str, nn.Parameter, set[int]]] = {}  # a tied one is given under any of its names
+        old, new = 0, 0
+        for end in ends:
+            for key, parameter in end._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{names[id(end)]}.{key}"
+                size, given = _given(name, header, tensors, path)
+                found.setdefault(id(parameter), (name, parameter, set()))[2].update(given)
+                old, new = max(old, len(parameter)), max(new, size if given else 0)
+        if not new or new == old:
+            return None
+        if new < old:
             raise CheckpointError(
-                f"{path} was made with {new} tokens, and this base has {old}; the adapter has no values for row "
-                f"{min(missing)} of {name}. Train new rows, by train={{{name.removesuffix('.weight')!r}: range({old}, "
-                f"{new})}}, or give the base the rows that it had then, by model.resize_token_embeddings({new})"
+                f"{path} was made with {new} tokens, and this base has {old}: "
+                f"model.resize_token_embeddings({new}) first"
             )
-        if id(weight) in (held := {**adapted(), **claimed()}):
-            raise CheckpointError(
-                f"{path} was made with {new} tokens, and {name}, of {old}, has an adapter already: {held[id(weight)]}; "
-                "detach that, load this one, then that"
-            )
-    flags = {name: weight.requires_grad for name, weight in weights.items()}
-    _resize(model, new)
-    try:
-        for name, weight in _weights(model).items():
-            weight.data[old:] = 0
-            weight.requires_grad_(flags[name])
-        yield
-    except BaseException:
-        _resize(model, old)
-        raise
+        held = {**{key: site.name for key, site in adapted().items()}, **claimed()}
+        for key, (name, _, given) in found.items():
+            if missing := set(range(old, new)) - given:
+                layer, _, parameter = name.rpartition(".")
+                way = f"{{{layer!r}: range({old}, {new})}}" if parameter == "weight" else f"[{name!r}]"
+                raise CheckpointError(
+                    f"{path} was made with {new} tokens, and this base has {old}; the adapter has no values for row "
+                    f"{min(missing)} of {name}. Train what is new, train={way}, or give the base the rows that it had "
+                    f"then, by model.resize_token_embeddings({new})"
+                )
+            if key in held:
+                raise CheckpointError(
+                    f"{path} was made with {new} tokens, and {name}, of {old}, has an adapter already, as {held[key]}: "
+                    "adapters of different numbers of tokens cannot share a base"
+                )
+        return cls(model, ends, old, new)
+
+    def __enter__(self) -> None:
+        self.before = [
+            (end, dict(end._parameters), {k: vars(end)[k] for k in SIZES if k in vars(end)}) for end in self.ends
+        ]
+        self.values = {p: p.data for _, parameters, _ in self.before for p in parameters.values() if p is not None}
+        try:
+            self._resize(self.new)
+            for end, now in zip(self.ends, _ends(self.model), strict=True):
+                if now is not end:  # transformers puts a new output layer in the place of one that is not tied
+                    end._parameters.update(now._parameters)
+                    vars(end).update({k: vars(now)[k] for k in SIZES if k in vars(now)})
+            self._put_back()
+            for end, parameters, _ in self.before:
+                for key, parameter in end._parameters.items():
+                    if parameter is not None and (was := parameters[key]) is not None:
+                        parameter.data[self.old :] = parameter.data[: self.old].float().mean(0)
+                        parameter.requires_grad_(was.requires_grad)
+        except BaseException:
+            self._undo()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._undo()
+
+    def _undo(self) -> None:
+        self._resize(self.old)  # what the configuration says, too
+        for end, parameters, sizes in self.before:
+            end._parameters.update(parameters)
+            vars(end).update(sizes)
+        for parameter, data in self.values.items():
+            parameter.data = data
+        self._put_back()
+
+    def _put_back(self) -> None:
+        self.model.set_input_embeddings(self.ends[0])
+        if len(self.ends) > 1:
+            self.model.set_output_embeddings(self.ends[1])
+
+    def _resize(self, tokens: int) -> None:
+        devices = {p.device.index for end in self.ends for p in end.parameters(recurse=False) if p.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):  # it draws what is overwritten
+            self.model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
-def _resize(model: Any, tokens: int) -> None:
-    devices = {weight.device for weight in _weights(model).values() if weight.is_cuda}
-    with torch.random.fork_rng(sorted(device.index for device in devices)):  # it draws what is overwritten
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-
-
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of the layers that have a row for every token, by name; a tied one by all its names."""
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    layers = {id(layer) for layer in ends if isinstance(layer, nn.Module)}
-    found = ((f"{name}.weight", module) for name, module in model.named_modules() if id(module) in layers)
-    return {name: weight for name, m in found if isinstance(weight := m._parameters.get("weight"), nn.Parameter)}
+def _ends(model: Any) -> list[nn.Module]:
+    """The layers of a model that have a row for every token."""
+    found = []
+    for end in ("input", "output"):
+        try:
+            layer = getattr(model, f"get_{end}_embeddings")()
+        except (AttributeError, NotImplementedError, TypeError):  # it has none, or means something else by the name
+            layer = None
+        if isinstance(layer, nn.Module) and isinstance(layer._parameters.get("weight"), nn.Parameter):
+            found.append(layer)
+        elif end == "input":
+            return []
+    return found
 
 
 def _given(name: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> tuple[int, set[int]]:
-    """How many rows a weight had, as far as an adapter knows it, and of which of them the adapter has values."""
+    """How many rows a parameter had, as far as an adapter knows it, and of which of them the adapter has values."""
     if name in header["whole"]:
         return len(tensors[name]), set(range(len(tensors[name])))
     size, rows = 0, set[int]()

@@ -15,7 +15,7 @@ from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import (
     CheckpointError,
     Source,
-    free_parts,
+    free_of,
     held,
     method_in,
     read,
@@ -79,14 +79,14 @@ def restore(adapter: Adapter, path: Source) -> None:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     header, saved, path = read(path)
-    free = free_parts(adapter.sites.values())
+    free = free_of(adapter.sites.values())
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
         here = site.method.to_json()
         if there and (method := method_in(there["method"], path).to_json()) != here:
             changed = [key for key in here if method.get(key) != here[key]]
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
-        if there and there["hash"] != site.weight.digest(free[id(site.weight)]):
+        if there and there["hash"] != site.weight.identity(free[id(site.weight)]).hash:
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
     factors = {
         f"{name}/{role}": tensor

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, free_parts, held, identified
+from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
 from svdpeft.atomic import replacing
 from svdpeft.methods.base import Method
 from svdpeft.sites.site import Site
-from svdpeft.sites.weights import sample
 
 
 class Contents(NamedTuple):
@@ -70,20 +69,19 @@ def to_state(contents: Contents) -> State:
     names = {id(module): name for name, module in contents.model.named_modules()}
     for site in contents.sites.values():
         site.check_size()
-    free = free_parts(contents.sites.values())
-    weights = {id(site.weight): site.weight for site in contents.sites.values()}
-    bases = {key: (w.digest(free[key]), sample(w.known(free[key]))) for key, w in weights.items()}
+    free = free_of(contents.sites.values())
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
     for (name, site), (factors, tied) in zip(contents.sites.items(), held(contents.sites).values(), strict=True):
         tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
+        base = site.weight.identity(free[id(site.weight)])
         sites[name] = {
             **_describe(site, names),
             "method": site.method.to_json(),
             "shape": list(site.weight.original.shape),
             "dtype": str(site.weight.original.dtype),
-            "hash": bases[id(site.weight)][0],
-            "sample": bases[id(site.weight)][1],
+            "hash": base.hash,
+            "sample": base.sample,
             "tensors": {role: list(t.shape) for role, t in factors.items()},
             "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }

@@ -35,11 +35,11 @@ def split(model: nn.Module, groups: Groups, placed: Sequence[Site]) -> Iterator[
     named = {site for _, sites in groups for site in sites}
     before: dict[nn.Module, Any] = {}
     try:
-        for reader in _readers(model, named):
+        for reader, certain in _readers(model, named).items():
             inside = set(reader.modules())
             sites = [site for site in placed if not inside.isdisjoint(site.owners)]
             before[reader] = vars(reader).get("forward")
-            vars(reader)["forward"] = _Split(reader, groups, sites)
+            vars(reader)["forward"] = _Split(reader, groups, sites, certain)
         yield
     finally:
         for reader, forward in before.items():
@@ -48,44 +48,62 @@ def split(model: nn.Module, groups: Groups, placed: Sequence[Site]) -> Iterator[
                 vars(reader)["forward"] = forward
 
 
-def _readers(model: nn.Module, sites: set[Site]) -> list[nn.Module]:
-    """The layers in whose own call the weights are read: those that have them, or those around these."""
-    around = {child: module for module in model.modules() for child in module.children()}
-    found: dict[nn.Module, None] = {}
+def _readers(model: nn.Module, sites: set[Site]) -> dict[nn.Module, bool]:
+    """The layers in whose own call weights are read, those that have them or those around these; and whether that is
+    certain. A layer that is called may have been read by somebody who looks at weights and computes nothing."""
+    around: dict[nn.Module, list[nn.Module]] = {}
+    for module in model.modules():
+        for child in module.children():
+            around.setdefault(child, []).append(module)
+    found: dict[nn.Module, bool] = {}
     for site in sites:
         for place in site.places:
             owner = place.module
             never_called = isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear)
             if not place.can_call and not never_called:
-                found[owner] = None
-            elif (never_called or place.was_read) and owner in around:
-                found[around[owner]] = None
-    return list(found)
+                found[owner] = True
+            elif never_called or place.was_read:
+                for reader in around.get(owner, ()):
+                    found[reader] = found.get(reader, False) or never_called
+    return found
 
 
 class _Split:
-    """Stands in the place of a layer's ``forward``."""
+    """Stands in the place of a layer's ``forward``.
 
-    def __init__(self, layer: nn.Module, groups: Groups, sites: Sequence[Site]) -> None:
+    Args:
+        layer: that reads weights.
+        groups: the rows of each adapter, and of the base, with their sites.
+        sites: of the layer and of what is in it.
+        certain: whether it reads them; else its call goes on as it is where it cannot be split.
+    """
+
+    def __init__(self, layer: nn.Module, groups: Groups, sites: Sequence[Site], certain: bool) -> None:
         self.layer, self.groups, self.sites, self.forward = layer, groups, sites, layer.forward
+        self.certain = certain
         self.signature = inspect.signature(layer.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if all(site.rows is None for site in self.sites):  # in the call of a layer around it, which is split
             return self.forward(*args, **kwargs)
-        if len(self.groups) == 1:
-            return self._with(self.groups[0][1], args, kwargs)
         given = self.signature.bind(*args, **kwargs)
         tensors = {name: value for name, value in given.arguments.items() if isinstance(value, Tensor)}
         kind = next((kind for name in self.layer._parameters if (kind := kind_of(self.layer, name))), None)
         names = only_tensor(tensors) if kind is None else kind.per_example(self.layer, tensors)
-        if names is None:
-            raise self._refusal(f"of its inputs {', '.join(tensors)} it is not known which have a row for each example")
-        if other := [name for name, value in given.arguments.items() if not isinstance(value, (Tensor, *PLAIN))]:
-            raise self._refusal(f"its input {other[0]} is a {type(given.arguments[other[0]]).__name__}")
+        other = [name for name, value in given.arguments.items() if not isinstance(value, (Tensor, *PLAIN))]
+        if names is None or other:
+            if not self.certain:
+                return self.forward(*args, **kwargs)
+            if len(self.groups) > 1 and not other:
+                raise self._refusal(f"of its inputs {', '.join(tensors)} it is not known which have a row per example")
+            if len(self.groups) > 1:
+                raise self._refusal(f"its input {other[0]} is a {type(given.arguments[other[0]]).__name__}")
+            return self._with(self.groups[0][1], args, kwargs)
         outputs, taken = [], []
         for rows, sites in self.groups:
             mine = {name: rows.of(type(self.layer).__name__, tensors[name], tensors[name]) for name in names}
+            if len(self.groups) == 1:  # all rows, whose number has been looked at
+                return self._with(sites, args, kwargs)
             parts = {name: tensors[name].index_select(0, at) for name, at in mine.items() if at is not None}
             arguments = inspect.BoundArguments(self.signature, {**given.arguments, **parts})  # type: ignore[arg-type]
             outputs.append(self._with(sites, arguments.args, arguments.kwargs))
@@ -111,7 +129,8 @@ class _Split:
                 raise self._refusal("one of its outputs does not have a row for each example")
             return torch.cat(list(parts)).index_select(0, order)
         if isinstance(first, (tuple, list)):
-            return type(first)(self._together(each, taken, order) for each in zip(*parts, strict=True))
+            found = [self._together(each, taken, order) for each in zip(*parts, strict=True)]
+            return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)  # a named tuple
         if isinstance(first, PLAIN) and all(part == first for part in parts):
             return first
         raise self._refusal(f"one of its outputs is a {type(first).__name__}")

@@ -46,7 +46,7 @@ def swap_in(
         CheckpointError: as ``load`` does; a site or a whole parameter that the adapter does not have; an update that
             it cannot hold.
     """
-    with checked(model, source, check_base) as (_, parts):
+    with checked(model, source, check_base, grows=False) as (_, parts):
         values = _plan(sites, parts)
     whole = own.places.keys() - set(own.statistics)
     if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole:

@@ -250,7 +250,7 @@ class CalledKind(LayerKind):
         rows: Int[Tensor, " k"],
         total: int,
     ) -> Float[Tensor, "*out"]:
-        """``add_matrix`` of a ΔW that is zero but for k of its ``total`` rows, whose positions are ``rows``."""
+        """``add_matrix`` of a ΔW that is zero but for k of its ``total`` rows, at the ascending positions ``rows``."""
         whole = matrix.new_zeros(*matrix.shape[:-2], total, matrix.shape[-1])
         return self.add_matrix(module, x, out, whole.index_copy(-2, rows, matrix))
 

@@ -29,6 +29,9 @@ class Embedding(CalledKind):
         # With max_norm the forward pass itself rewrites the base weight.
         return None if found is None or module.max_norm is not None else found
 
+    def called(self, module: nn.Module) -> bool:
+        return super().called(module) or _scaled(module)
+
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         return w
 
@@ -42,12 +45,14 @@ class Embedding(CalledKind):
         return z @ product.A * product.scale
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:
-        return F.embedding(x, w, module.padding_idx)  # whose row gets no gradient
+        return F.embedding(x, w, module.padding_idx) * _scale(module)  # the row of padding gets no gradient
 
     def add_rows(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor, rows: Tensor, total: int) -> Tensor:
-        at = rows.new_full((total,), len(rows))  # token -> its row of the matrix; of most tokens the row of zeros
-        at = at.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-        return out.add_(F.embedding(at[x], F.pad(matrix, (0, 0, 0, 1))))
+        at = torch.searchsorted(rows, x.contiguous()).clamp(
+            max=len(rows) - 1
+        )  # of each token that has a row, where it is
+        mine = (rows[at] == x).unsqueeze(-1)
+        return out.add_(F.embedding(at, matrix) * mine * _scale(module))
 
     def per_row(self, module: nn.Module, x: Tensor, values: Tensor) -> Tensor:
         return self.run(module, x, values.unsqueeze(-1))
@@ -57,3 +62,15 @@ class Embedding(CalledKind):
 
     def examples(self) -> list[Example]:
         return [Example(nn.Embedding(11, 5).double(), torch.tensor([[1, 3, 10, 0], [2, 4, 5, 9]]))]
+
+
+def _scaled(module: nn.Module) -> bool:
+    """Whether it is one of transformers' embeddings whose forward is torch's, times a scale."""
+    return type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
+
+
+def _scale(module: Any) -> Any:
+    if not _scaled(module):
+        return 1.0
+    scale = module.embed_scale
+    return scale.to(module._parameters["weight"].dtype) if isinstance(scale, Tensor) else scale

@@ -95,7 +95,8 @@ class Part(View):
         """Which rows, as numbers, copied to a device once."""
         if device in self._known:
             return self._known[device]
-        found = torch.tensor([row for rows in self.rows for row in range(*rows)], device=device)
-        if not torch.compiler.is_compiling():
+        with torch.inference_mode(False):  # a tensor of that mode could not be in a graph later on
+            found = torch.tensor([row for rows in self.rows for row in range(*rows)], device=device)
+        if not torch.compiler.is_compiling() and type(found) is Tensor:  # and no stand-in of a tracing mode
             self._known[device] = found
         return found

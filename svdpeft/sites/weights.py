@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ def sample(w: Tensor) -> list[float]:
     return flat[at.to(flat.device)].double().tolist()
 
 
+class Identity(NamedTuple):
+    """What a weight is known by: its hash, and values by which the same weight in another precision is known."""
+
+    hash: str
+    sample: list[float]
+
+
 class BaseWeight:
     """One parameter of the base model, and what is written into it at present.
 
@@ -48,7 +55,7 @@ class BaseWeight:
         self.parameter = parameter
         self.size = tuple(self.stored.shape)  # when it was first adapted
         self._original: Tensor | None = None
-        self._digest: tuple[tuple[Any, ...], str] | None = None
+        self._identities: dict[str, tuple[tuple[Any, ...], Identity]] = {}
         self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
 
     @property
@@ -124,21 +131,21 @@ class BaseWeight:
         else:
             self._original = None
 
-    def digest(self, free: Sequence[LayerKind] = ()) -> str:
-        """The hash of what an adapter depends on, found once for a value: saving twice does not read the base twice."""
+    def identity(self, free: Sequence[LayerKind] = ()) -> Identity:
+        """What the base is known by, found once for a value: saving twice does not read the base twice.
+
+        Args:
+            free: parts of it that do not matter, since an adapter has values of its own for them.
+        """
         w = self.original
         version = None if w.is_inference() else w._version  # which .data does not raise
-        seen = w.data_ptr(), version, tuple(sample(w)), *(str(kind.to_json()) for kind in free)
-        if self._digest is None or self._digest[0] != seen:
-            self._digest = seen, digest(self.known(free))
-        return self._digest[1]
-
-    def known(self, free: Sequence[LayerKind] = ()) -> Tensor:
-        """The base's own value, zero in the parts that an adapter has values of its own for, whatever is there."""
-        w = self.original
-        for kind in free:
-            w = w - kind.from_matrix(self.owner, kind.to_matrix(self.owner, w))
-        return w
+        seen, parts = (w.data_ptr(), version, tuple(sample(w))), str([kind.to_json() for kind in free])
+        if parts not in self._identities or self._identities[parts][0] != seen:
+            for kind in free:
+                chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w)))
+                w = w.masked_fill(chosen.bool(), 0)  # and not subtracted: a value may be no number
+            self._identities[parts] = seen, Identity(digest(w), sample(w))
+        return self._identities[parts][1]
 
     @property
     def overwritten(self) -> bool:

@@ -54,8 +54,11 @@ def chosen_rows(model: nn.Module, named: Mapping[str, Iterable[int]], whole: Ite
 def _checked(given: Iterable[int], where: str) -> list[int]:
     """The numbers in ascending order."""
     rows = []
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ValueError(f"{where}: {given!r} is no list of rows")
     for row in given:
-        if isinstance(row, (bool, str)) or not hasattr(row, "__index__") or row < 0:
+        truth = isinstance(row, bool) or "bool" in str(getattr(row, "dtype", ""))
+        if truth or isinstance(row, str) or not hasattr(row, "__index__") or row < 0:
             raise ValueError(f"{where}: {row!r} is not the number of a row")
         rows.append(operator.index(row))
     rows.sort()
@@ -77,7 +80,7 @@ def _choice(survey: Survey, first: Weight, rows: Sequence[int], where: str) -> C
             raise ValueError(f"{where}: {use.name} has the same weight and sees no such rows in it")
         matrix = use.kind.to_matrix(use.module, use.tensor)
         if matrix.ndim != 2:
-            raise ValueError(f"{where}: {use.name} has {len(matrix.flatten(0, -3))} matrices, and not one with rows")
+            raise ValueError(f"{where}: the weight of {use.name} is a batch of matrices, whose rows have no numbers")
         if rows[-1] >= (total := matrix.shape[0]):
             raise ValueError(
                 f"{where}: {use.name} has {total} rows, and {rows[-1]} is none of them; for new tokens resize it "
