@@ -53,7 +53,7 @@ _LATE = {
     "Diverged": "svdpeft.training.divergence",
     "export_lora": "svdpeft.interop.peft",
 }
-_PACKAGES = ("analysis", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
+_PACKAGES = ("analysis", "folders", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 
 
 def method(name: str) -> type[Method]:

@@ -1,0 +1,5 @@
+"""Models that are larger than memory: what is done to them from folder to folder, one tensor at a time."""
+
+from svdpeft.folders.merging import merge
+
+__all__ = ["merge"]
