@@ -50,7 +50,7 @@ class Change:
         """W0 + Σ wᵢ ΔWᵢ, or W0 + Σ wᵢ (Wᵢ − W0): at least float32, and of a count float64."""
         exact = w.to(torch.promote_types(w.dtype, torch.float32) if w.is_floating_point() else torch.float64)
         for update in self.updates:
-            exact = exact + (update.weight * update.site.delta()).to(exact.dtype)
+            exact = exact.add(update.site.delta().to(exact.dtype), alpha=update.weight)
         if not self.versions:
             return exact
         rest = 1 - sum(weight for weight, _ in self.versions)

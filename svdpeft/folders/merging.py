@@ -85,7 +85,7 @@ def merge(
     changed = changes(skeleton, _weighted(adapters))
     entries = output.entries(skeleton, dtype, shard_size)
     others: dict[Path, list[tuple[str, str, str]]] = {}  # adapters of a base in another precision
-    lost = {update.site.name: 0.0 for change in changed.values() for update in change.updates}
+    lost: dict[str, float] = {}
     progress = tqdm(total=len(entries), desc="merge", unit="tensor", delay=2, leave=False, disable=None)
 
     def value(name: str) -> Tensor:
@@ -103,11 +103,12 @@ def merge(
             made = stochastic(exact, to, generator(zlib.crc32(f"{seed}/{name}".encode())))
         else:
             made = (exact if to.is_floating_point else exact.round()).to(to)
-        _check_finite(name, w, exact, made)
-        size = torch.linalg.vector_norm(exact - w.to(exact.dtype))
-        if size > 0:
-            share = float(torch.linalg.vector_norm(made.to(exact.dtype) - exact) / size)
-            lost.update({update.site.name: share for update in change.updates})
+        off = torch.linalg.vector_norm(made.to(exact.dtype) - exact)
+        if not off.isfinite():
+            _check_finite(name, w, exact, made)
+        if change.updates:
+            size = torch.linalg.vector_norm(exact - w.to(exact.dtype))
+            lost.update({update.site.name: float(off / size) if size > 0 else 0.0 for update in change.updates})
         return made
 
     with progress, replacing(out) as new:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ from svdpeft.folders.folder import CONFIG, INDEX, WORDS, Entry
 from svdpeft.folders.skeleton import Skeleton
 
 # Files of weights, of the base: beside the new ones they would be the old model.
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json"}
+WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".index.json",
+}
 DTYPES = {"dtype", "torch_dtype"}  # what transformers calls it, and has called it
 
 
@@ -81,17 +94,25 @@ def write(
         files.setdefault(entry.file, {})[name] = entry
     for file, its in files.items():
         shards.write(path / file, its, value, next(iter(folder.metadata.values())))
-    if len(files) > 1:
-        size = sum(entry.size for entry in entries.values())
-        index = {
-            "metadata": {**folder.index.get("metadata", {}), "total_size": size},
-            "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
-        }
-        _dump(index, path / INDEX)
+    write_index(path, entries, folder.index.get("metadata", {}))
     if skeleton.grown:
         skeleton.model.config.save_pretrained(path)  # pyright: ignore
     if dtype is not None or skeleton.grown:
         _dump(_with_dtype(json.loads((path / CONFIG).read_text()), dtype), path / CONFIG)
+
+
+def write_index(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write which file has which tensor, where there are several files.
+
+    Args:
+        path: of the folder.
+        entries: its tensors.
+        metadata: of the index, beside the size of all.
+    """
+    if len({entry.file for entry in entries.values()}) > 1:
+        size = sum(entry.size for entry in entries.values())
+        files = {name: entry.file for name, entry in sorted(entries.items())}
+        _dump({"metadata": {**metadata, "total_size": size}, "weight_map": files}, path / INDEX)
 
 
 def _weights(folder: str, names: list[str]) -> list[str]:

@@ -71,7 +71,7 @@ class Skeleton:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the folder, with the rows that its model has got for new tokens."""
-        entry, wanted = self.folder.entries[name], self.tensors().get(name)
+        entry, wanted = self.folder.entries[name], self._tensor(name)
         return tuple(wanted.shape) if wanted is not None and self._grew(entry.shape, wanted) else entry.shape
 
     @property
@@ -92,6 +92,15 @@ class Skeleton:
         """The record of a weight."""
         name = self.filed_as(stored(owner, parameter))
         return Filed(owner, parameter, lambda: self.read(name))
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """The model's own of that name, where it has one."""
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(owner)
+        except AttributeError:
+            return None
+        return {**module._parameters, **module._buffers}.get(leaf)
 
     def _grew(self, shape: tuple[int, ...], wanted: Tensor) -> bool:
         """Whether a tensor has more rows in the model than in the folder, as those do that have a row per token."""
