@@ -41,6 +41,12 @@ def gpt_oss(dtype: torch.dtype = torch.bfloat16) -> Any:
     return seeded(lambda: transformers.GptOssForCausalLM(config), dtype)
 
 
+def mixtral(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Its experts are one parameter in the model, and files of their own on the disk."""
+    config = transformers.MixtralConfig(vocab_size=40, num_local_experts=2, num_key_value_heads=1, **SMALL)
+    return seeded(lambda: transformers.MixtralForCausalLM(config), dtype)
+
+
 def vit(dtype: torch.dtype = torch.float32) -> Any:
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
     return seeded(lambda: timm.create_model("vit_tiny_patch16_224", **sizes), dtype), sizes

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folder_models import contents, gpt2, llama, resnet, saved, tensors
+from folder_models import contents, gpt2, llama, mixtral, resnet, saved, tensors
 from helpers import bits, perturb
 from torch import Tensor
 
@@ -188,6 +188,15 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path):
         with pytest.raises(ValueError, match=rf"{name}.* (holds|hold) .*(NaN|not finite)"):
             extract(base, tuned, tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_with_another_name(tmp_path: Path):
+    base = saved(mixtral(), tmp_path / "base")
+    model = mixtral()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.add_(1)
+    with pytest.raises(ValueError, match=r"experts.* differs, and no adapter holds it: .* another name"):
+        extract(base, saved(model, tmp_path / "tuned"), tmp_path / "out", rank=1)
 
 
 def test_another_file_is_not_overwritten(tmp_path: Path):

@@ -18,19 +18,8 @@ from svdpeft.folders.folder import CONFIG, INDEX, WORDS, Entry
 from svdpeft.folders.skeleton import Skeleton
 
 # Files of weights, of the base: beside the new ones they would be the old model.
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".gguf",
-    ".index.json",
-}
+FORMATS = "safetensors bin pt pth ckpt h5 msgpack onnx onnx_data gguf index.json"
+WEIGHTS = tuple(f".{end}" for end in FORMATS.split())
 DTYPES = {"dtype", "torch_dtype"}  # what transformers calls it, and has called it
 
 
@@ -117,7 +106,7 @@ def write_index(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
 
 def _weights(folder: str, names: list[str]) -> list[str]:
     """The files that are not copied: weights, and what is hidden, such as git's."""
-    return [name for name in names if name.startswith(".") or any(name.endswith(end) for end in WEIGHTS)]
+    return [name for name in names if name.startswith(".") or name.endswith(WEIGHTS)]
 
 
 def _with_dtype(config: Any, dtype: torch.dtype | None) -> Any:

@@ -59,6 +59,6 @@ def partition(entries: Mapping[str, Entry], shard_size: int | str) -> dict[str, 
         dict(entries),
         get_storage_size=lambda entry: entry.size,
         filename_pattern=SINGLE.replace(".", "{suffix}."),
-        max_shard_size=shard_size,
+        max_shard_size=int(shard_size) if str(shard_size).isdigit() else shard_size,
     )
     return {name: entries[name]._replace(file=file) for name, file in split.tensor_to_filename.items()}
