@@ -55,7 +55,7 @@ _LATE = {
     "export_lora": "svdpeft.interop.peft_export",
     "import_peft": "svdpeft.interop.peft_import",
 }
-_PACKAGES = ("analysis", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
+_PACKAGES = ("analysis", "folders", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 
 
 def method(name: str) -> type[Method]:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import rwkv_models
 import torch
 from test_tasks_vision import flowers
 from tiny_language import llama, small_tokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import svdpeft
@@ -52,6 +54,7 @@ INSTEAD = {
     "lambada_openai": "my-task.yaml",
     "root=/data": "root=data",
 }
+FOLDERS = {"merge", "extract", "decompose"}  # commands on models in folders
 FEW = {  # options of a task that make it small; its data where they are not given
     "mnist5k": {"train_size": 20, "validation_size": 10, "test_size": 10},
     "wordproblems": {"train_size": 6, "validation_size": 2, "test_size": 2, "max_new_tokens": 2},
@@ -178,6 +181,8 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
             pytest.skip(f"HumanEval cannot be had here: {error}")
     if "rwkv.pth" in words:
         rwkv.write(rwkv_models.model(4, torch.float32, layers=1), world / "rwkv.pth")
+    if words[0] in FOLDERS:
+        folders(words)
     if words[0] == "report":
         report_records.store(world / words[1])
     if (folder := value(words, "--adapter")) is not None:
@@ -186,6 +191,22 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
         size, dtype = value(words, "--image-size"), getattr(torch, value(words, "--dtype") or "float32")
         loaded = small(words[1], num_classes=classes, image_size=int(size) if size else None, dtype=dtype)
         svdpeft.attach(loaded.model, LoRA(rank=1), train=[loaded.head] if classes else []).save(folder)
+
+
+def folders(words: list[str]) -> None:
+    """The models and adapters that a command names."""
+    shutil.copytree("tiny", words[1])
+    adapters = [word.partition(":")[0] for word in words[2:] if ":" in word] if words[0] == "merge" else []
+    for name in [*adapters, *(words[2:3] if words[0] == "extract" else [])]:
+        adapter = svdpeft.attach(AutoModelForCausalLM.from_pretrained("tiny"), LoRA(rank=1))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.1
+        if name in adapters:
+            adapter.save(name)
+        else:
+            adapter.merge(permanent=True)
+            adapter.model.save_pretrained(name)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -210,7 +231,15 @@ def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest
 def test_the_commands_are_found():
     found = commands()
     assert len(found) > 20
-    assert {command.split()[1] for command in found} == {"compare", "report", "eval", "inspect", "methods", "cite"}
+    assert {command.split()[1] for command in found} == {
+        "compare",
+        "report",
+        "eval",
+        "inspect",
+        "methods",
+        "cite",
+        *FOLDERS,
+    }
 
 
 SPECIFICATIONS = [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -171,10 +172,10 @@ def _build(
     """Make the factors of every site; nothing of the model changes."""
     rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
     known: dict[str, Given] = {}
-    others = adapted()
+    record = functools.partial(base_weight, known=adapted())
     for choice in choices:
         sites = rules.setdefault(repr(choice.method), [])
-        known[choice.name] = given(choice, seed, calibration, others, len(sites))
+        known[choice.name] = given(choice, seed, calibration, record, len(sites))
         sites.append(known[choice.name])
     for choice in choices:
         _check_seen(choice, known[choice.name], calibration)
@@ -197,11 +198,23 @@ def _build(
 
 
 def given(
-    choice: Choice, seed: int, calibration: Mapping[str, Statistics], others: Mapping[int, Site], position: int = 0
+    choice: Choice,
+    seed: int,
+    calibration: Mapping[str, Statistics],
+    record: Callable[[nn.Module, str], BaseWeight] = BaseWeight,
+    position: int = 0,
 ) -> Given:
-    """What a method may know of a site. The weight is looked at when it is asked for, one at a time."""
+    """What a method may know of a site. The weight is looked at when it is asked for, one at a time.
+
+    Args:
+        choice: the site.
+        seed: of the attachment.
+        calibration: what was seen of all sites.
+        record: gives the record of a parameter, by its owner and its name there.
+        position: of the site among those of its method.
+    """
     place = choice.places[0]
-    raw = base_weight(place.module, place.parameter, others).original
+    raw = record(place.module, place.parameter).original
     check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
     *batch, m, n = place.kind.to_matrix(place.module, raw).shape
 
@@ -211,7 +224,7 @@ def given(
     partner = None
     if (half := choice.half) is not None:
         module, parameter, _, kind = half.partner
-        other = base_weight(module, parameter, others).original
+        other = record(module, parameter).original
         check_matrix(other, f"the other weight of {choice.name}'s pair")
         partner = Partner(
             half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
@@ -245,10 +258,7 @@ def install(
         place = choice.places[0]
         parameter = place.module._parameters[place.parameter]
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
-        matrix = place.kind.to_matrix(place.module, weight.original)
-        shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
-        factors.to(matrix.device)
-        sites[choice.name] = Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
+        sites[choice.name] = site_of(choice, method, factors, weight)
     setattr(model, ROSTER, roster)
     if callable(getattr(type(model), NAME, None)):
         vars(model)[NAME] = SavePretrained(model)
@@ -260,6 +270,15 @@ def install(
     if sites:
         watch(model, roster.sites)
     return adapter
+
+
+def site_of(choice: Choice, method: PerSite, factors: Factors, weight: BaseWeight) -> Site:
+    """The site that was chosen, with its factors on the device of its weight; not in the model yet."""
+    place = choice.places[0]
+    matrix = place.kind.to_matrix(place.module, weight.original)
+    shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
+    factors.to(matrix.device)
+    return Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
 
 
 def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> None:

@@ -127,7 +127,7 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
         record = base_weight(first.module, first.parameter, others)
         weight = record.original
         unseen = check_base and id(parameter) not in checked  # the parts of a fused weight have one hash
-        if _check_base(site, entry, record, path, unseen, free[id(parameter)]):
+        if check_weight(site, entry, record, path, unseen, free[id(parameter)]):
             other.append((site, entry["dtype"], str(weight.dtype)))
         checked.add(id(parameter))
         own = _take(remaining, site, entry["tensors"], path)
@@ -141,19 +141,27 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
-    if other:
-        site, there, here = other[0]
-        warnings.warn(
-            f"{path} was made for a base in {there}, and {site} is in {here} here{_more(len(other))}: the values are "
-            "the same up to rounding, and the adapted model's are those of the training up to that",
-            stacklevel=5,
-        )
+    warn_of_precision(path, other, stacklevel=6)
     whole = {name: place for name, place in places.items() if name in header["whole"]}
     return Parts(pairs, built, whole, values)
 
 
-def _more(count: int) -> str:
-    return f", with {count - 1} other weights" if count > 1 else ""
+def warn_of_precision(path: Path, other: Sequence[tuple[str, str, str]], stacklevel: int) -> None:
+    """Say that the base is in another precision.
+
+    Args:
+        path: of the adapter.
+        other: the sites, each with the precision there and here.
+        stacklevel: of the caller of who calls this.
+    """
+    if other:
+        site, there, here = other[0]
+        more = f", with {len(other) - 1} other weights" if len(other) > 1 else ""
+        warnings.warn(
+            f"{path} was made for a base in {there}, and {site} is in {here} here{more}: the values are the same up to "
+            "rounding, and the adapted model's are those of the training up to that",
+            stacklevel=stacklevel,
+        )
 
 
 def _take(remaining: dict[str, Tensor], site: str, shapes: dict[str, list[int]], path: Path) -> dict[str, Tensor]:
@@ -231,10 +239,25 @@ def _place(
     return Place(module, parameter, kind)
 
 
-def _check_base(
-    site: str, entry: dict[str, Any], record: BaseWeight, path: Path, strict: bool, free: Sequence[LayerKind]
+def check_weight(
+    site: str, entry: Mapping[str, Any], record: BaseWeight, path: Path, strict: bool, free: Sequence[LayerKind]
 ) -> bool:
-    """Whether a weight is the one of the file in another precision; one of another base is refused."""
+    """Hold a weight of the model against what an adapter says of its own base.
+
+    Args:
+        site: of the adapter.
+        entry: what its header says of the site.
+        record: of the model's weight.
+        path: of the adapter, for messages.
+        strict: it must be the same weight, and not only of the same shape.
+        free: what of it the adapter has values of its own for.
+
+    Returns:
+        Whether it is the one of the adapter in another precision.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
     weight = record.original
     if list(weight.shape) != entry["shape"]:
         raise CheckpointError(

@@ -18,7 +18,7 @@ def sites_of(
     """Return the sites that ``attach`` would adapt: names and shapes; ``head`` names modules that are trained whole."""
     whole = [name for name, _ in model.named_parameters() if any(name.startswith(f"{module}.") for module in head)]
     choices = select(model, [(pattern, method) for pattern in targets], exclude, whole).choices
-    return [given(choice, 0, {}, {}, i) for i, choice in enumerate(choices)]
+    return [given(choice, 0, {}, position=i) for i, choice in enumerate(choices)]
 
 
 def parse(budget: str | int, base: int) -> int:

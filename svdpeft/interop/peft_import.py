@@ -6,6 +6,7 @@ where it was. Which layers are adapted, and of which rank, the tensors say; the 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import given, install
-from svdpeft.adapter.roster import adapted
+from svdpeft.adapter.roster import adapted, base_weight
 from svdpeft.interop.peft_folder import TENSORS, Folder, parameter_of, plain, read
 from svdpeft.interop.peft_methods import Found, build
 from svdpeft.layers.raw import Raw
@@ -96,7 +97,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
 
 def _sites(found: Folder, model: nn.Module, weights: dict[tuple[int, str], Weight], survey: Survey) -> list[Built]:
     built: list[Built] = []
-    others, groups = adapted(), {}
+    record, groups = functools.partial(base_weight, known=adapted()), {}
     for layer, tensors in found.layers.items():
         if not all(t.numel() for t in tensors.values()):
             continue  # AdaLoRA has left no rank there
@@ -109,7 +110,7 @@ def _sites(found: Folder, model: nn.Module, weights: dict[tuple[int, str], Weigh
         place = Place(weight.module, parameter, weight.kind or Raw())
         choice = Choice(weight.name, [place], Whole())
         seen = plain(layer) if parameter == "weight" else f"{name}.{parameter}"
-        method, factors = build(found, Found(weight.name, seen, place, given(choice, 0, {}, others), tensors), groups)
+        method, factors = build(found, Found(weight.name, seen, place, given(choice, 0, {}, record), tensors), groups)
         built.append((Choice(weight.name, [place], method), method, factors))
     return built
 
@@ -127,7 +128,7 @@ def _rows(found: Folder, model: nn.Module, whole: Sequence[str] | dict[str, tupl
             )
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
         for choice in chosen_rows(model, {layer: tokens}, whole):
-            site = given(choice, 0, {}, adapted())
+            site = given(choice, 0, {}, functools.partial(base_weight, known=adapted()))
             factors = choice.method.factors(site)
             factors.W.data.copy_(values[order])
             built.append((choice, choice.method, factors))
@@ -141,7 +142,7 @@ def _whole(
     users = users_of_parameters(model)
     first = {id(p): name for name, p in model.named_parameters()}
     whole: dict[str, tuple[nn.Module, str]] = {}
-    others = adapted()
+    record = functools.partial(base_weight, known=adapted())
     for key in list(values):
         owner, _, attribute = key.rpartition(".")
         module = model.get_submodule(owner)
@@ -156,7 +157,7 @@ def _whole(
         if weight.kind is None or not weight.kind.called(module):
             raise ValueError(f"{key} is trained whole, and shares its tensor with {', '.join(uses)}, which are not")
         choice = Choice(weight.name, [Place(module, attribute, weight.kind)], Whole())
-        factors = choice.method.factors(given(choice, 0, {}, others))
+        factors = choice.method.factors(given(choice, 0, {}, record))
         factors.W.data.copy_(values[key])
         built.append((choice, choice.method, factors))
     return whole

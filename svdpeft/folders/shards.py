@@ -1,0 +1,64 @@
+"""Files of safetensors written tensor by tensor, and which tensor goes into which file.
+
+A file is 8 bytes with the length of its header, the header as JSON, and the bytes of the tensors. ``save_file`` wants
+all of them at once; here a tensor is made when its turn has come, and is gone before the next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdpeft.folders.folder import SINGLE, Entry
+
+
+def write(
+    path: Path, entries: Mapping[str, Entry], value: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of safetensors.
+
+    Args:
+        path: of the new file.
+        entries: name -> what will be written under it.
+        value: gives the tensor of a name; it is asked once for each.
+        metadata: of the file.
+    """
+    # The widest numbers first, so that all of them are aligned, as safetensors' own writer does.
+    order = sorted(entries, key=lambda name: (-entries[name].size // max(math.prod(entries[name].shape), 1), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        entry, start = entries[name], end
+        end += entry.size
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = value(name)
+            assert (*tensor.shape, tensor.nbytes) == (*entries[name].shape, entries[name].size), name
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def partition(entries: Mapping[str, Entry], shard_size: int | str) -> dict[str, Entry]:
+    """The same tensors in files of at most a size.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.size,
+        filename_pattern=SINGLE.replace(".", "{suffix}."),
+        max_shard_size=int(shard_size) if str(shard_size).isdigit() else shard_size,
+    )
+    return {name: entries[name]._replace(file=file) for name, file in split.tensor_to_filename.items()}
