@@ -54,6 +54,9 @@ _LATE = {
     "export_gguf": "svdpeft.interop.gguf",
     "export_lora": "svdpeft.interop.peft_export",
     "import_peft": "svdpeft.interop.peft_import",
+    "from_pretrained": "svdpeft.interop.hub",
+    "push_to_hub": "svdpeft.interop.hub",
+    "save_pretrained": "svdpeft.interop.hub",
 }
 _PACKAGES = ("analysis", "folders", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 

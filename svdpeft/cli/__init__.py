@@ -1,6 +1,33 @@
 """The command line: one file per command. Heavy imports wait until a command runs."""
 
-from svdpeft.cli import compare, decompose, evaluate, extract, inspect, merge, methods, report, train
+from svdpeft.cli import (
+    combine,
+    compare,
+    decompose,
+    evaluate,
+    export,
+    extract,
+    import_peft,
+    inspect,
+    merge,
+    methods,
+    report,
+    train,
+)
 from svdpeft.cli.app import app
 
-__all__ = ["app", "compare", "decompose", "evaluate", "extract", "inspect", "merge", "methods", "report", "train"]
+__all__ = [
+    "app",
+    "combine",
+    "compare",
+    "decompose",
+    "evaluate",
+    "export",
+    "extract",
+    "import_peft",
+    "inspect",
+    "merge",
+    "methods",
+    "report",
+    "train",
+]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from svdpeft.cli.app import Json, app, console, fail, quiet
+from svdpeft.cli.adapters import Weighted, tell, weighted
+from svdpeft.cli.app import Json, app, fail, quiet
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of a model, as transformers or timm writes it.")],
-    adapters: Annotated[list[str], typer.Argument(help="Folders of adapters; ADAPTER:WEIGHT multiplies its update.")],
+    adapters: Weighted,
     out: Annotated[Path, typer.Argument(help="New folder.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the base's unless said.")] = None,
     stochastic_rounding: Annotated[
@@ -41,7 +41,7 @@ def merge(
     try:
         report = folders.merge(
             base,
-            [_weighted(adapter) for adapter in adapters],
+            [weighted(adapter) for adapter in adapters],
             out,
             dtype=None if dtype is None else getattr(torch, dtype),
             stochastic_rounding=stochastic_rounding,
@@ -51,18 +51,4 @@ def merge(
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         fail(error)
-    if as_json:
-        print(json.dumps({"out": str(out), "lost": report.lost}))
-    else:
-        console.print(f"{out}: {report}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _weighted(word: str) -> tuple[str, float]:
-    """``ADAPTER:WEIGHT``, or a folder alone."""
-    path, colon, weight = word.rpartition(":")
-    if not colon or Path(word).exists():
-        return word, 1.0
-    try:
-        return path, float(weight)
-    except ValueError as error:
-        raise ValueError(f"{word!r} is neither a folder nor ADAPTER:WEIGHT: {weight!r} is no number") from error
+    tell(f"{out}: {report}", {"out": str(out), "lost": report.lost}, as_json)

@@ -18,10 +18,9 @@ from svdpeft.adapter.file import HEADER
 from svdpeft.atomic import replacing
 from svdpeft.decomposition import svd_cache
 from svdpeft.finetuning.order import Order
+from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
 from svdpeft.interop.card import card
-
-RECORD = "training.json"
 
 
 @dataclass
