@@ -51,7 +51,9 @@ _LATE = {
     "Trainer": "svdpeft.training.trainer",
     "AdapterCallback": "svdpeft.training.callback",
     "Diverged": "svdpeft.training.divergence",
-    "export_lora": "svdpeft.interop.peft",
+    "export_gguf": "svdpeft.interop.gguf",
+    "export_lora": "svdpeft.interop.peft_export",
+    "import_peft": "svdpeft.interop.peft_import",
 }
 _PACKAGES = ("analysis", "folders", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
 

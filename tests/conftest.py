@@ -47,7 +47,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The task ``signs`` and a model called ``tiny``; each method at its own learning rate."""
     from comparison import Net, Signs  # these import transformers, which most tests do without
 
-    from svdpeft.compare import run
+    from svdpeft.finetuning import session
     from svdpeft.models import Loaded
     from svdpeft.registry import TASKS
 
@@ -62,7 +62,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         torch.manual_seed(7)
         return Loaded(Net().to(dtype), name, {}, "vision", "head")
 
-    monkeypatch.setattr(run, "load", load)
+    monkeypatch.setattr(session, "load", load)
     return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16, "search": False}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from svdpeft import CLOVER, LoRA, attach, load
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.interop.peft import export_lora
+from svdpeft.interop.peft_export import export_lora
 from svdpeft.registry import KINDS
 from svdpeft.targets.inventory import weights_of
 from svdpeft.targets.pairs import Half, halves

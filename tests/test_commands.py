@@ -29,8 +29,9 @@ from typer.testing import CliRunner
 import svdpeft
 from svdpeft import LoRA, models
 from svdpeft.cli import app
-from svdpeft.compare import reading, run, runner
+from svdpeft.compare import reading, runner
 from svdpeft.compare.reading import read_spec
+from svdpeft.finetuning import session
 from svdpeft.models import rwkv
 from svdpeft.models.embedded import AssetError
 from svdpeft.registry import TASKS
@@ -142,7 +143,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the commands name, and small models by the names of large ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "load", small)
-    monkeypatch.setattr(run, "load", small)
+    monkeypatch.setattr(session, "load", small)
     monkeypatch.setattr(reading, "read_spec", shortened)
     tokenizer = small_tokenizer()
     llama(tokenizer, torch.float32).save_pretrained("tiny")

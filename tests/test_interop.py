@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import svdpeft
-from svdpeft.interop.peft import export_lora, export_ranks
+from svdpeft.interop.peft_export import export_lora, export_ranks
 
 METHODS = [
     svdpeft.LoRA(rank=2, alpha=6),
@@ -46,7 +46,7 @@ def test_the_exported_lora_is_the_adapted_model(method, tmp_path):
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapter = tuned(method, model)
     stated = export_ranks(adapter)
-    assert stated == export_lora(adapter, tmp_path / "lora")
+    assert stated == export_lora(adapter, tmp_path / "lora").ranks
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for name, site in adapter.sites.items():
@@ -72,27 +72,61 @@ def test_an_export_says_how_the_weights_lie(layer, tmp_path):
 
 
 def test_what_a_lora_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
-    def refuse(adapter, message):
+    def refuse(adapter, message, **options):
         with pytest.raises(ValueError, match=message):
-            export_lora(adapter, tmp_path / "x")
+            export_lora(adapter, tmp_path / "x", **options)
         assert not list(tmp_path.iterdir())
 
     refuse(svdpeft.attach(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), svdpeft.LoRA(rank=1), "all"), "2 groups")
-    refuse(svdpeft.attach(Net(), svdpeft.LoRA(rank=1), ["conv"], train=["fc"]), "fc.weight is trained whole")
+    refuse(svdpeft.attach(nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2)), svdpeft.LoRA(rank=1), "all"), "a dilation")
+    reflecting = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"))
+    refuse(svdpeft.attach(reflecting, svdpeft.LoRA(rank=1), "all"), "padding_mode='reflect'")
     refuse(svdpeft.attach(Net(), svdpeft.Full()), "no factors")
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
-    adapter = svdpeft.attach(model, svdpeft.LoRA(rank=1))
-    model(torch.randn(6, 4))
-    refuse(adapter, "running_mean")
-    one = nn.Linear(5, 5)
-    two = nn.Linear(5, 5)
-    two.weight = one.weight
-    refuse(svdpeft.attach(nn.Sequential(one, two), svdpeft.LoRA(rank=1)), "shares its weight")
-    refuse(svdpeft.attach(nn.Sequential(nn.Embedding(5, 4)), svdpeft.LoRA(rank=1), "all"), "of kind 'embedding'")
-    fused = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
-    refuse(svdpeft.attach(fused, svdpeft.LoRA(rank=1), ["qkv[q]"]), r"qkv\[q\] is the part 'q' of a weight")
+    refuse(svdpeft.attach(Net(), svdpeft.OFT(block_size=2), ["fc"]), "full rank.*merge instead, or say max_rank=")
+    refuse(svdpeft.attach(Net(), svdpeft.LoRA(rank=1)), "max_rank 0 is not a whole number of at least 1", max_rank=0)
+    nested = nn.ModuleDict({"block": Scaled()})
+    refuse(
+        svdpeft.attach(nested, svdpeft.LoRA(rank=1), train=["block.gain"]), "block.gain is trained whole, and belongs"
+    )
+    stacked = nn.ModuleDict({"fc": nn.Linear(3, 3), "my_fc": nn.Linear(3, 3)})
+    refuse(svdpeft.attach(stacked, svdpeft.LoRA(rank=1), ["my_fc"], train=["fc"]), "my_fc is adapted, and ends as")
+    spectral = nn.ModuleDict({"s": Spectral()})
+    refuse(svdpeft.attach(spectral, svdpeft.LoRA(rank=1), ["s.weight[in,out,mode]"]), "other axes than PEFT knows")
+    transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 3))
+    refuse(svdpeft.attach(transposed, svdpeft.LoRA(rank=1), "all"), "of kind 'conv-transpose'")
     attention = nn.MultiheadAttention(4, 2)
     refuse(svdpeft.attach(attention, svdpeft.LoRA(rank=1), ["out_proj"]), "the model reads out_proj")
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gain = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 2))
+
+
+def test_the_nearest_update_of_a_rank_says_what_it_lacks(tmp_path):
+    adapter = tuned(svdpeft.OFT(block_size=4), nn.Sequential(nn.Linear(20, 30)))
+    delta = adapter.delta("0")
+    found = export_lora(adapter, tmp_path / "lora", max_rank=3)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
+    u, s, vh = torch.linalg.svd(delta)
+    torch.testing.assert_close(b @ a, u[:, :3] @ s[:3].diag() @ vh[:3])
+    assert found.ranks == export_ranks(adapter, max_rank=3) == {"0": 3}
+    assert found.lost["0"] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-5)
+    assert f"{found.lost['0']:.2%} of an update is lost, at 0" in str(found)
+    assert not found.notes
+    exact = export_lora(adapter, tmp_path / "exact", max_rank=40)
+    assert "rank 20" in str(exact)
+    assert "vLLM takes 16 at most unless it is started with --max-lora-rank 20" in str(exact)
+    assert exact.lost["0"] < 1e-6
+    assert "lost" not in str(exact)
 
 
 def test_an_export_does_not_overwrite(tmp_path):

@@ -10,7 +10,7 @@ from helpers import assert_same, perturb, refused, snapshot
 from torch import nn
 
 from svdpeft import SVFT, LoRA, PiSSA, attach
-from svdpeft.interop.peft import export_lora
+from svdpeft.interop.peft_export import export_lora
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:

@@ -39,7 +39,7 @@ from torch import Tensor
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.compare.budget import sites_of
 from svdpeft.decomposition import exact_rank, recompress
-from svdpeft.interop.peft import export_ranks
+from svdpeft.interop.peft_export import export_ranks
 from svdpeft.methods.base import Method
 from svdpeft.sites.weights import stored
 
@@ -158,7 +158,7 @@ def rank_is_as_stated_before_training(walk: Walk) -> None:
         _batch, m, n = site.shape
         if stated[name] is None:  # of full rank: no LoRA can hold it
             assert site.method.product(site.factors) is None
-            with pytest.raises(ValueError, match="full rank"):
+            with pytest.raises(ValueError, match=r"full rank|nothing to export|of kind"):
                 export_ranks(adapt(host(walk.kind)[0], walk.method))
             continue
         assert 1 <= stated[name] <= min(m, n)

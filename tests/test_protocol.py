@@ -17,11 +17,13 @@ from svdpeft import LoRA
 from svdpeft.cli import app
 from svdpeft.compare import measures, report, run, runner
 from svdpeft.compare.backends.outcome import Outcome
-from svdpeft.compare.reading import read_spec, read_values, tomllib
+from svdpeft.compare.reading import read_spec
 from svdpeft.compare.run import Job
 from svdpeft.compare.spec import Search
 from svdpeft.compare.store import Store
 from svdpeft.decomposition import svd as truncated
+from svdpeft.finetuning import session
+from svdpeft.finetuning.words import read_values, tomllib
 from svdpeft.models import load
 from svdpeft.registry import METHODS
 from svdpeft.tasks import probes
@@ -175,7 +177,7 @@ def test_the_error_of_merging_is_that_of_the_merged_model(tiny, tmp_path):
     spec = read_spec(**{**tiny, "dtype": "bfloat16"}, methods="lora:rank=2")
     training = run.Training(Job(spec, spec.methods[0], None, 0))
     model = training.model
-    adapter, _ = training.attach(model)
+    adapter, _ = training.attached(model)
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -190,14 +192,14 @@ def test_the_error_of_merging_is_that_of_the_merged_model(tiny, tmp_path):
 
 
 def test_each_seed_draws_its_own_factors(tiny, tmp_path, monkeypatch):
-    drawn, attach = [], run.Training.attach
+    drawn, attach = [], run.Training.attached
 
     def remembered(self, model):
         adapter, seconds = attach(self, model)
         drawn.append((self.job.seed, adapter.sites["body"].factors.A.detach().clone()))
         return adapter, seconds
 
-    monkeypatch.setattr(run.Training, "attach", remembered)
+    monkeypatch.setattr(run.Training, "attached", remembered)
     runner.compare(read_spec(**tiny, methods="lora:rank=2"), tmp_path)
     for (seed, a), (other, b) in itertools.combinations(drawn, 2):
         assert torch.equal(a, b) == (seed == other)
@@ -205,7 +207,7 @@ def test_each_seed_draws_its_own_factors(tiny, tmp_path, monkeypatch):
 
 def test_the_warm_start_reads_every_svd(tiny, tmp_path, monkeypatch):
     """Three times a method is attached: to train, to fill the cache, and from it."""
-    found, really, attach = [], truncated._exact, run.Training.attach
+    found, really, attach = [], truncated._exact, run.Training.attached
     monkeypatch.setattr(truncated, "_exact", lambda *args: found.append(args) or really(*args))
     counts = []
 
@@ -215,7 +217,7 @@ def test_the_warm_start_reads_every_svd(tiny, tmp_path, monkeypatch):
         counts.append(len(found) - before)
         return result
 
-    monkeypatch.setattr(run.Training, "attach", counted)
+    monkeypatch.setattr(run.Training, "attached", counted)
     (record,) = runner.compare(read_spec(**{**tiny, "seeds": [0]}, methods="pissa:rank=2"), tmp_path)
     assert "error" not in record
     assert counts == [2, 2, 0]
@@ -468,7 +470,7 @@ def test_steps_whose_spectra_were_measured_are_not_timed(tiny, tmp_path, monkeyp
 def test_what_would_make_every_run_fail_is_refused_first(tiny, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
     if {"model", "probe"} & change.keys():
-        monkeypatch.setattr(run, "load", load)
+        monkeypatch.setattr(session, "load", load)
         change = {"model": "efficientnet-lite0", **change}
     with pytest.raises(ValueError, match=message):
         runner.compare(read_spec(**{**tiny, "methods": "lora", **change}), tmp_path / "a")

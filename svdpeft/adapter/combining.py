@@ -162,18 +162,11 @@ def _update(its: Weighted, how: How, density: float, seed: str) -> tuple[Product
         return Product(left, None, right).to(torch.promote_types(left.dtype, torch.float32)), EXACT
     deltas = [w * site.matrix() for w, site in its]
     if how == "ties":
-        return _whole(ties(deltas, density)), None
+        return Product.of(ties(deltas, density)), None
     if how == "dare":
         draws = generator(zlib.crc32(seed.encode()))
         deltas = [d * (torch.rand(d.shape, generator=draws) < density).to(d) / density for d in deltas]
-    return _whole(torch.stack(deltas).sum(0)), None
-
-
-def _whole(delta: Tensor) -> Product:
-    """A matrix as a product, which ``truncated`` decomposes."""
-    m, n = delta.shape[-2:]
-    eye = torch.eye(min(m, n), dtype=delta.dtype, device=delta.device).expand(*delta.shape[:-2], -1, -1)
-    return Product(delta, None, eye) if n <= m else Product(eye, None, delta)
+    return Product.of(torch.stack(deltas).sum(0)), None
 
 
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:

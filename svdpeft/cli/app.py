@@ -17,9 +17,15 @@ TaskName = Annotated[
     str | None,
     typer.Option(
         help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, gsm8k, "
-        "math, humaneval."
+        "math, humaneval, text, classification."
     ),
 ]
+Accumulate = Annotated[int | None, typer.Option(help="Forwards per optimizer step: 1.", min=1)]
+Scheduler = Annotated[str | None, typer.Option(help="Of the learning rate: cosine, linear, constant, …")]
+Warmup = Annotated[float | None, typer.Option(help="A share of the steps, 0.1, or a number of them.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Of AdamW: 0.")]
+Clip = Annotated[float | None, typer.Option(help="The norm that gradients are clipped to: 1; 0 leaves them.")]
+MixedPrecision = Annotated[str | None, typer.Option(help="bf16, fp16 or tf32.")]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 

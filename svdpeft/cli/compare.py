@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail, quiet
+from svdpeft.cli.app import (
+    Accumulate,
+    Clip,
+    Json,
+    MixedPrecision,
+    Scheduler,
+    TaskName,
+    TaskOptions,
+    Warmup,
+    WeightDecay,
+    app,
+    console,
+    fail,
+    quiet,
+)
 
 
 @app.command()
@@ -28,7 +42,13 @@ def compare(
         str | None, typer.Option(help="Trainable values per method: 0.5% of the base, or a count; several: 0.5%,1%.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training split.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per forward.")] = None,
+    accumulate: Accumulate = None,
+    scheduler: Scheduler = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
+    clip: Clip = None,
+    mixed_precision: MixedPrecision = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels (vision).")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training examples.")] = None,
     validation_size: Annotated[int | None, typer.Option(help="Validation examples, for the search.")] = None,
@@ -53,10 +73,11 @@ def compare(
 ) -> None:
     """Train methods side by side at one budget and print the table."""
     from svdpeft.compare import report
-    from svdpeft.compare.reading import as_number, read_spec, read_values
+    from svdpeft.compare.reading import read_spec
     from svdpeft.compare.runner import Engine, at_once
     from svdpeft.compare.runner import compare as run_all
     from svdpeft.compare.store import Store
+    from svdpeft.finetuning.words import as_number, read_values
 
     quiet()
     if no_search and (search or trials):
@@ -72,6 +93,12 @@ def compare(
         "budgets": budget.split(",") if budget else None,
         "epochs": epochs,
         "batch_size": batch_size,
+        "accumulate": accumulate,
+        "scheduler": scheduler,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "mixed_precision": mixed_precision,
         "image_size": image_size,
         "search": False if no_search else {"kind": search, "trials": trials},
         "snapshots": snapshots,

@@ -81,7 +81,7 @@ def evaluate(
             )
             _print_harness(about, found, as_json)
         else:
-            from svdpeft.compare.reading import read_values
+            from svdpeft.finetuning.words import read_values
             from svdpeft.registry import TASKS
 
             options = read_values(option or []) | ({"allow_code_execution": True} if allow_code_execution else {})

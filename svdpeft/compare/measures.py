@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.calibration.calibrate import calibrate
-from svdpeft.calibration.calibration import Calibration
-from svdpeft.methods.base import Method, PerSite
 from svdpeft.tasks.base import TaskData
-from svdpeft.training.trainer import returns_loss
 
-CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
 EXAMPLES = 4  # on which two states of a model are compared
 
 
@@ -61,42 +55,6 @@ def distance(model: nn.Module, base: nn.Module, head: Sequence[str] = ()) -> flo
             squares += torch.stack([(now - then).double().square().sum(), then.double().square().sum()]).cpu()
     changed, whole = squares.sqrt().tolist()
     return changed / whole
-
-
-def calibration(
-    model: nn.Module, method: Method, data: TaskData, targets: Sequence[str], exclude: Sequence[str], batch_size: int
-) -> Calibration | None:
-    """Show the base a few training batches, for a method that starts from data; ``None`` for the others.
-
-    Args:
-        model: the base.
-        method: whose ``needs`` says what to look at.
-        data: of the task.
-        targets: what is adapted.
-        exclude: what is not.
-        batch_size: examples per batch.
-    """
-    if not isinstance(method, PerSite) or not method.needs:
-        return None
-    device = next(model.parameters()).device
-    total = len(data.train)  # type: ignore[arg-type]
-    size = min(batch_size, total)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for i in range(min(CALIBRATION_BATCHES, total // size)):
-            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
-            yield {name: value.to(device) for name, value in batch.items()}
-
-    def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
-
-    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return output.loss if own else cross_entropy(output, batch["labels"])
-
-    own, gradients = returns_loss(model), method.needs == "gradients"
-    return calibrate(
-        model, batches(), targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
-    )
 
 
 def units_per_example(data: TaskData) -> tuple[str, float]:

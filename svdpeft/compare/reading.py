@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
-
 from svdpeft.compare.spec import Entry, Search, Spec, check_number, check_text
+from svdpeft.finetuning.words import modality_of, parse, read_values
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
 
@@ -41,8 +34,8 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
         >>> [entry.label for entry in spec.methods]
         ['LoRA', 'SVFT banded']
     """
-    defaults = _parse(files("svdpeft.compare").joinpath("defaults.toml").read_text(), "defaults.toml")
-    given = _parse(path.read_text(), str(path)) if path else {}
+    defaults = parse(files("svdpeft.compare").joinpath("defaults.toml").read_text(), "defaults.toml")
+    given = parse(path.read_text(), str(path)) if path else {}
     if isinstance(options.get("search"), Mapping):
         written = given.get("search") or {}
         written = {"kind": written} if isinstance(written, str) else written
@@ -54,7 +47,7 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     for name in ("model", "task", "baseline", "probe"):
         if name in given:
             check_text(name, given[name])
-    modality = _modality(model, given.get("task"))
+    modality = modality_of(model, given.get("task"))
     merged = {**defaults["all"], **defaults[modality], **defaults.get(model, {}), **given, "model": model}
     if merged["task"] != defaults[modality]["task"] and "task_options" not in given:
         merged.pop("task_options", None)  # the model's are of the task that it has by default
@@ -157,48 +150,3 @@ def _read_word(word: str) -> dict[str, Any]:
     if not all("=" in option for option in options):
         raise ValueError(f"{word!r}: write options as name:key=value:key=value")
     return {"name": name, **read_values(options)}
-
-
-def read_values(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``key=value`` words; a value is a number, a truth, a list, or else a string.
-
-    Example:
-        >>> read_values(["rank=8", "pattern=banded", "rs=true"])
-        {'rank': 8, 'pattern': 'banded', 'rs': True}
-    """
-    table: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word!r}: write an option as key=value")
-        if re.fullmatch(r"true|false|\[.*\]", value):
-            table[key] = _parse(f"v = {value}", word)["v"]
-        else:
-            table[key] = as_number(value)
-    return table
-
-
-def as_number(text: str) -> int | float | str:
-    """Read a number, or leave the text as it is."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _modality(model: str, task: str | None) -> str:
-    """Where the defaults come from: the task if it is given, else what the model's name says."""
-    if task is not None:
-        return TASKS[task].modality
-    from svdpeft.models import vision
-    from svdpeft.models.own import architecture_of, is_factory
-
-    ours = model in vision.EMBEDDED or model.startswith("timm:") or is_factory(model)
-    return "vision" if ours or architecture_of(Path(model)) is not None else "language"

@@ -6,32 +6,27 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.attach import attach
 from svdpeft.adapter.loading import load as reload
 from svdpeft.analysis import DriftTracker
 from svdpeft.compare import budget, measures
-from svdpeft.compare.spec import Entry, Spec
+from svdpeft.compare.spec import RECIPE, Entry, Spec
 from svdpeft.decomposition import svd_cache
+from svdpeft.finetuning.session import Session, Setup
 from svdpeft.methods.base import Method, PerSite
-from svdpeft.models import Loaded, load
-from svdpeft.targets.rules import default_targets
-from svdpeft.tasks.base import TaskData
 from svdpeft.tasks.probes import probe
 from svdpeft.training.divergence import Diverged
 from svdpeft.training.memory import peak_memory, reset_peak_memory
-from svdpeft.training.trainer import Trainer
+from svdpeft.training.recipe import Recipe
 
 SPECTRA = ("delta_sigma", "delta_d", "delta_d_assigned", "condition_principal", "orthonormality")
 
@@ -64,6 +59,11 @@ class Job:
         return self.spec.epochs * self.share
 
     @property
+    def recipe(self) -> Recipe:
+        """How it trains."""
+        return self.spec.recipe(self.entry.lr, self.epochs)
+
+    @property
     def kind(self) -> Any:
         """Where its record lies: ``"runs"`` or ``"trials"``."""
         return "runs" if self.rung is None else "trials"
@@ -82,6 +82,8 @@ class Job:
             "exclude": list(spec.exclude),
             "budget": self.budget,
             "epochs": self.epochs,
+            # What an older comparison could not say is said where it is not what that did.
+            **{n: value for n in RECIPE if (value := getattr(spec, n)) != Recipe.__dataclass_fields__[n].default},
             **({"threads": spec.threads} if spec.threads is not None else {}),
             **({"snapshots": spec.snapshots} if self.rung is None else {"rung": self.rung}),
         }
@@ -93,27 +95,31 @@ class Job:
         )
 
 
-class Training:
+class Training(Session):
     """A model with its adapter, made ready as a job says.
 
     Args:
         job: what to train.
     """
 
-    loaded: Loaded
-    data: TaskData
     adapter: Adapter
-    trainer: Trainer
+    history: list[dict[str, Any]]  # what the trainer has logged
 
     def __init__(self, job: Job) -> None:
-        self.job, self.task = job, job.spec.make_task()
-        transformers.set_seed(job.seed)
-        self.loaded = self.load()
-        self.model: nn.Module = self.loaded.model
-        self.targets = job.spec.targets or (default_targets(self.model),)
-        self.head = (self.loaded.head,) if self.task.num_classes is not None and self.loaded.head is not None else ()
-        self.base = sum(p.numel() for p in self.model.parameters())
-        self.data = self.task.prepare(self.loaded, job.seed)
+        spec = job.spec
+        super().__init__(
+            Setup(
+                spec.model,
+                spec.make_task(),
+                spec.targets,
+                spec.exclude,
+                image_size=spec.image_size,
+                dtype=spec.dtype,
+                seed=job.seed,
+                head_lr=spec.head_lr,
+            )
+        )
+        self.job, self.task = job, self.setup.task
 
     @cached_property
     def method(self) -> Method:
@@ -127,58 +133,28 @@ class Training:
         sites = budget.sites_of(self.model, method, self.targets, self.job.spec.exclude, self.head)
         return method if limit is None else budget.fit(method, budget.parse(limit, self.base), sites)
 
-    def load(self) -> Loaded:
-        """Load the base, with a new head of this seed where the task wants one."""
-        spec = self.job.spec
-        loaded = load(
-            spec.model,
-            num_classes=self.task.num_classes,
-            image_size=spec.image_size,
-            dtype=getattr(torch, spec.dtype),
-            seed=self.job.seed,
-        )
-        if torch.cuda.is_available():
-            loaded.model.to("cuda")
-        elif loaded.modality == "vision":  # a CPU's convolutions take half the time so; timm's models all allow it
-            loaded.model.to(memory_format=torch.channels_last)
-        return loaded
-
-    def attach(self, model: nn.Module) -> tuple[Adapter, float]:
-        """Attach the method and return how many seconds that took, with the batches that it starts from."""
-        spec, started = self.job.spec, time.perf_counter()
-        seen = measures.calibration(model, self.method, self.data, self.targets, spec.exclude, spec.batch_size)
-        adapter = attach(
-            model,
-            self.method,
-            self.targets,
-            spec.exclude,
-            self.head,
-            seed=self.job.seed,
-            clip_rank=True,
-            calibration=seen,
-        )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return adapter, time.perf_counter() - started
+    def attached(self, model: nn.Module) -> tuple[Adapter, float]:
+        """Attach the job's method and return how many seconds that took."""
+        return self.attach(model, self.method, self.job.spec.batch_size)
 
     def train(self, folder: Path, callbacks: Sequence[Any], report_to: str = "none") -> None:
         """Train the attached adapter."""
-        spec = self.job.spec
-        # Methods without factors train parameters of the base in the same role as the head, or the head alone.
-        own = bool(self.head) and spec.head_lr is not None and isinstance(self.method, PerSite)
-        self.trainer = Trainer(
-            model=self.model,
-            adapter=self.adapter,
-            args=arguments(self.job, folder, report_to),
-            role_lr={"whole": spec.head_lr} if own and spec.head_lr is not None else None,
-            train_dataset=self.data.train,
-            data_collator=self.data.collate,
-            callbacks=list(callbacks),
+        trainer = self.trainer(
+            self.adapter,
+            self.job.recipe,
+            folder,
+            callbacks,
+            run_name=str(self.job),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=report_to,
+            disable_tqdm=True,
         )
-        self.trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         try:
-            self.trainer.train()
+            trainer.train()
         finally:
+            self.history = trainer.state.log_history
             if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
                 wandb.finish()  # else the next training of this process would be logged as this one
 
@@ -196,8 +172,8 @@ class Training:
 
     def steps(self, share: float = 1.0) -> int:
         """Number of optimizer steps of a part of the training."""
-        each = math.ceil(len(self.data.train) / self.job.spec.batch_size)  # type: ignore[arg-type]
-        return math.ceil(each * self.job.epochs * share)
+        each = self.job.recipe.batches(len(self.data.train))[0]  # type: ignore[arg-type]
+        return math.ceil(math.ceil(each / self.job.recipe.accumulate) * self.job.epochs * share)
 
 
 def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -205,7 +181,7 @@ def trial(job: Job, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     search = job.spec.search
     assert search is not None
     training = Training(job)
-    training.adapter, _ = training.attach(training.model)
+    training.adapter, _ = training.attached(training.model)
     with tempfile.TemporaryDirectory() as folder:
         training.train(Path(folder), callbacks)
     data = training.data
@@ -244,7 +220,7 @@ def run(
     model, data = training.model, training.data
     known = probe(training.loaded, spec.probe)
     before = (known.measure(model) if known.before is None else known.before) if known else 0.0
-    training.adapter, attach_seconds = training.attach(model)
+    training.adapter, attach_seconds = training.attached(model)
     adapter = training.adapter
     tracker = training.tracker() if spec.snapshots else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -281,8 +257,8 @@ def _exactness(training: Training, folder: Path) -> dict[str, Any]:
     again = training.load().model
     found["distance"] = measures.distance(model, again, training.head)
     with svd_cache(folder / "svd"):
-        training.attach(again)[0].detach()  # fills the cache
-        warm, found["attach_warm_seconds"] = training.attach(again)
+        training.attached(again)[0].detach()  # fills the cache
+        warm, found["attach_warm_seconds"] = training.attached(again)
     warm.detach()
     reload(again, folder / "adapter")
     return {**found, "reload_error": measures.gap(measures.outputs(again, data), adapted)}
@@ -307,28 +283,4 @@ def _speed(training: Training, tracked: set[int]) -> dict[str, Any]:
 
 
 def _logs(training: Training) -> list[dict[str, Any]]:
-    return [entry for entry in training.trainer.state.log_history if "loss" in entry]
-
-
-def arguments(job: Job, folder: Path, report_to: str = "none") -> transformers.TrainingArguments:
-    """Return the trainer's arguments: AdamW, cosine schedule with 10 % warm-up, no weight decay."""
-    spec = job.spec
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        run_name=str(job),
-        num_train_epochs=job.epochs,
-        per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=spec.batch_size,
-        learning_rate=job.entry.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=report_to,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=job.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    return [entry for entry in training.history if "loss" in entry]

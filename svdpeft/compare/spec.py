@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import TASKS, near_miss
+from svdpeft.training.recipe import Recipe
 
 Kind = Literal["grid", "halving"]
 DTYPES = ("float32", "bfloat16", "float16")
+RECIPE = ("accumulate", "scheduler", "warmup", "weight_decay", "clip", "mixed_precision")  # fields of training.Recipe
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
@@ -124,7 +126,13 @@ class Spec:
             as ``"0.5%"``; ``None``, in a file ``"none"``, takes the methods as they are given. A new head is not
             counted: all have it. Methods without factors train what they train, once.
         epochs: passes over the training split.
-        batch_size: examples per optimizer step.
+        batch_size: examples per forward.
+        accumulate: forwards per optimizer step.
+        scheduler: of the learning rate, one of transformers'.
+        warmup: in which the rate rises from 0: a share of the steps below 1, else a number of steps.
+        weight_decay: of AdamW.
+        clip: the norm that gradients are clipped to; 0 leaves them.
+        mixed_precision: ``"bf16"``, ``"fp16"`` or ``"tf32"``; ``None``: the dtypes of the tensors.
         head_lr: learning rate of a new head; ``None`` is the method's.
         image_size: side of a vision model's input in pixels; ``None`` is the model's own.
         dtype: of the base: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -148,6 +156,12 @@ class Spec:
     budgets: tuple[str | int | None, ...] = (None,)
     epochs: float = 1
     batch_size: int = 8
+    accumulate: int = 1
+    scheduler: str = "cosine"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    mixed_precision: str | None = None
     head_lr: float | None = None
     image_size: int | None = None
     dtype: str = "float32"
@@ -184,6 +198,7 @@ class Spec:
             raise ValueError("targets is empty: no factored method would adapt anything")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        self.recipe(1.0, self.epochs)
         labels = [entry.label for entry in self.methods]
         if self.baseline is not None and self.baseline not in labels:
             raise ValueError(
@@ -210,6 +225,10 @@ class Spec:
                 )
         if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(f"seed {self.search.seed} is the search's: its run would be judged by its own choice")
+
+    def recipe(self, lr: float, epochs: float) -> Recipe:
+        """How a run trains, at a rate and for so many passes."""
+        return Recipe(lr, self.batch_size, epochs, **{name: getattr(self, name) for name in RECIPE})
 
     def make_task(self):
         """Build the task."""

@@ -27,6 +27,18 @@ class Product(NamedTuple):
     A: Float[Tensor, "*b r n"]
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "*b m n"]) -> Product:
+        """A matrix as a product with the identity, which ``truncated`` decomposes.
+
+        Example:
+            >>> Product.of(torch.ones(3, 2)).rank
+            2
+        """
+        m, n = matrix.shape[-2:]
+        eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        return cls(matrix, None, eye) if n <= m else cls(eye, None, matrix)
+
     @property
     def rank(self) -> int:
         """The number of columns of ``L``: no update written like this has a larger rank."""

@@ -132,6 +132,10 @@ class LayerKind(ABC):
             A weight in the layer's own layout; differentiable.
         """
 
+    def widen(self, product: Product) -> Product:
+        """Return an update of what the kind shows as one of the layer's whole matrices; by default it shows these."""
+        return product
+
     @abstractmethod
     def examples(self) -> list[Example]:
         """Return small layers in float64, each with an input: what every property test runs over; none is square."""

@@ -51,8 +51,13 @@ class Part(View):
     def from_matrix(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return self.whole.from_matrix(module, self._among_zeros(matrix))
 
+    def widen(self, product: Product) -> Product:
+        # L of the whole layer, zero in the other rows: one thin product more per token than a slice of the output
+        # would cost, and right for every kind.
+        return product._replace(L=self._among_zeros(product.L))
+
     def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        return self._layer.apply(module, x, self._widen(product))
+        return self._layer.apply(module, x, self.widen(product))
 
     def run_like(self, module: nn.Module, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
         return self._layer.run_like(module, x, w, out)
@@ -69,7 +74,7 @@ class Part(View):
         return self._layer.inputs(module, x)
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        return self._layer.add(module, x, out, self._widen(product))
+        return self._layer.add(module, x, out, self.widen(product))
 
     def add_matrix(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor) -> Tensor:
         return self._layer.add_rows(module, x, out, matrix, self._positions(matrix.device), self.total)
@@ -77,11 +82,6 @@ class Part(View):
     def spread(self, out: Tensor) -> Tensor:
         """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
         return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
-
-    def _widen(self, product: Product) -> Product:
-        # L of the whole layer, zero in the other rows: one thin product more per token than a slice of the output
-        # would cost, and right for every kind.
-        return product._replace(L=self._among_zeros(product.L))
 
     def _among_zeros(self, part: Tensor) -> Tensor:
         """(*b, rows, n) -> (*b, total, n)."""

@@ -27,7 +27,7 @@ class Loaded:
             bytes, 65,536: RWKV's World vocabulary; another: None); of a vision model its data configuration, a dict
             of ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
         modality: what goes in.
-        head: dotted name of a vision model's classifier; None for a language model, or without exactly one.
+        head: dotted name of the classifier; None where there is none, or not exactly one.
     """
 
     model: nn.Module
@@ -55,14 +55,13 @@ def load(
             folder in transformers' or timm's layout, ``"timm:NAME@FILE"``, a state dict of an architecture of
             timm's, an RWKV file in the official layout (``.pth`` or ``.safetensors``), or
             ``"package.module:function"``, which returns a module or a ``Loaded``.
-        num_classes: vision: size of a fresh classifier; None keeps the model's own.
+        num_classes: size of a fresh classifier; None keeps a vision model's own, and puts none on a language model.
         image_size: vision: side of the square input, pixels; position embeddings are resampled to it.
         dtype: of the weights.
         seed: of the fresh classifier.
 
     Raises:
-        ValueError: unknown name, a size that is no multiple of the patch, or a vision option for a language
-            model.
+        ValueError: unknown name, a size that is no multiple of the patch, or an option that the model does not have.
         AssetError: an embedded model cannot be fetched.
         ImportError: the package that runs this version of RWKV, or has its vocabulary, is not installed.
 
@@ -85,16 +84,19 @@ def load(
             )
             return Loaded(model.to(dtype).eval(), name, processor, "vision", head)
         if name in language.EMBEDDED or hub or folder or checkpoint:
-            for option, value in (("num_classes", num_classes), ("image_size", image_size)):
-                if value is not None:
-                    raise ValueError(f"{option}={value} is for vision models; {name!r} is a language model")
+            if image_size is not None:
+                raise ValueError(f"image_size={image_size} is for vision models; {name!r} is a language model")
             if checkpoint:
+                if num_classes is not None:
+                    raise ValueError(f"num_classes={num_classes}: an RWKV file has no classifier")
                 from svdpeft.models.rwkv_text import tokenizer
 
                 model: Any = rwkv.build(name).to(dtype)
                 return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
-            model, tokenizer = language.build(hub or name, hub=bool(hub), dtype=dtype)
-            return Loaded(model.eval(), name, tokenizer, "language", None)
+            model, tokenizer, head = language.build(
+                hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed
+            )
+            return Loaded(model.eval(), name, tokenizer, "language", head)
     if Path(name).is_dir():
         raise ValueError(f"the folder {name!r} has no config.json: not a model in transformers' layout")
     known = [*vision.EMBEDDED, *language.EMBEDDED, "timm:NAME", "hf:NAME"]

@@ -12,7 +12,9 @@ from svdpeft.models import convert, embedded
 EMBEDDED = {"smollm2-135m": convert.smollm2, "minilm-l6": embedded.fetch}
 
 
-def build(name: str, *, hub: bool, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def build(
+    name: str, *, hub: bool, dtype: torch.dtype, num_classes: int | None = None, seed: int = 0
+) -> tuple[nn.Module, Any, str | None]:
     """Build a pretrained transformers model and its tokenizer; see ``svdpeft.models.load``.
 
     Args:
@@ -20,14 +22,33 @@ def build(name: str, *, hub: bool, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         hub: whether the name is one of the hub: a causal language model. Else the model's configuration says
             whether it is a causal language model or an encoder.
         dtype: of the weights.
+        num_classes: size of a fresh classifier of texts; ``None``: none.
+        seed: of the classifier.
 
     Returns:
-        The model, its tokenizer.
+        The model, its tokenizer, the name of its classifier.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     place = str(EMBEDDED[name](name)) if not hub and name in EMBEDDED else name
+    if num_classes is not None:
+        return _classifier(place, dtype, num_classes, seed)
     architectures = None if hub else AutoConfig.from_pretrained(place).architectures
     causal = architectures is None or architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
     kind = AutoModelForCausalLM if causal else AutoModel
-    return kind.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place)
+    return kind.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place), None
+
+
+def _classifier(place: str, dtype: torch.dtype, classes: int, seed: int) -> tuple[nn.Module, Any, str]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if classes < 2:
+        raise ValueError(f"num_classes {classes} is below 2")
+    tokenizer: Any = AutoTokenizer.from_pretrained(place)
+    torch.default_generator.manual_seed(seed)  # the classifier depends on its shape and the seed alone
+    model = AutoModelForSequenceClassification.from_pretrained(place, dtype=dtype, num_labels=classes)
+    if model.config.pad_token_id is None:  # a decoder finds the last token of a text by it
+        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    body = model.base_model_prefix
+    (head,) = [name for name, module in model.named_children() if name != body and any(module.parameters())]
+    return model, tokenizer, head

@@ -152,6 +152,11 @@ class Own:
         """The base's version."""
         return self._versions.slots[name][BASE]
 
+    def version(self, name: str) -> Tensor | None:
+        """Its version of a tensor, or the base's where it has none; ``None``: no adapter has one."""
+        slot = self._versions.slots.get(name)
+        return None if slot is None else slot[self.adapter if name in self.places else BASE]
+
     def covered(self) -> dict[str, str]:
         """What of it is not in the model: name -> the adapter whose version is."""
         slots = {name: self._versions.slots[name] for name in self.places}

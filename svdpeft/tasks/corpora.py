@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +14,8 @@ from svdpeft.registry import near_miss
 
 Row = dict[str, Any]
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
-SUFFIXES = (".json", ".jsonl", ".parquet")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".json", ".jsonl", ".parquet", *TABLES, ".txt")
 
 
 def rows(
@@ -91,19 +94,28 @@ def files(path: Path, split: str) -> list[Path]:
 
 
 def read(file: Path) -> list[Row]:
-    """Rows of a JSON list, of one JSON object, of JSON lines, or of a parquet file.
+    """Rows of a JSON list, of one JSON object, of JSON lines, of a table, or of a text, whose lines are its rows.
 
     Raises:
-        ValueError: not JSON, with the line; or rows that are no objects.
+        ValueError: not JSON, or no table, with the line; rows that are no objects; a file of another kind.
         ImportError: a parquet file without ``datasets``.
     """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}")
     if file.suffix == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError as error:
             raise ImportError(f'{file} is parquet: pip install "svdpeft[data]"') from error
         return parquet.read_table(file).to_pylist()
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+    if file.suffix == ".txt":
+        return [{"text": line} for line in text.splitlines() if line.strip()]
+    if file.suffix in TABLES:
+        return _table(file, text)
     try:
         found = json.loads(text)
     except json.JSONDecodeError:
@@ -112,6 +124,25 @@ def read(file: Path) -> list[Row]:
     for i, row in enumerate(found, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{file}: row {i} is no JSON object but a {type(row).__name__}")
+    return found
+
+
+def _table(file: Path, text: str) -> list[Row]:
+    """The rows of a table whose first row names its columns."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[file.suffix], strict=True)
+    found: list[Row] = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                cells = len(row) - (None in row) - list(row.values()).count(None) + len(row.get(None) or ())
+                names = reader.fieldnames or ()
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: {cells} cells, and the first row names {len(names)} columns: "
+                    f"{', '.join(names)}"
+                )
+            found.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: {error}") from error
     return found
 
 

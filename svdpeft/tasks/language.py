@@ -112,10 +112,10 @@ class Collator:
 
 
 def answer_losses(
-    model: nn.Module, examples: Tokenised, collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+    model: nn.Module, examples: Any, collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 ) -> list[float]:
-    """Mean cross-entropy of each reference answer's tokens, in nats; the end of text is one of them."""
-    sizes = [len(examples.prompts[i]) + len(examples.answers[i]) for i in range(len(examples))]
+    """Mean cross-entropy of each example's labelled tokens, in nats; an answer's end of text is one of them."""
+    sizes = [len(examples[i]["input_ids"]) for i in range(len(examples))]
     losses = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(model) as device:
         for chosen in _near(sizes):

@@ -286,6 +286,9 @@ def test_files(two: SimpleNamespace):
     model = llama()
     svdpeft.load(model, two.folder / "saved")
     same(logits(model), logits(theirs))
+    imported = llama()
+    svdpeft.import_peft(imported, two.folder / "theirs")
+    same(logits(imported), logits(theirs))
     theirs.load_adapter(str(two.folder / "a"), "other")  # and goes on with the one that is on
     two.a.save(two.folder / "first")
     svdpeft.load(model, two.folder / "first", name="other", enabled=False)

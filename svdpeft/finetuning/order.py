@@ -1,0 +1,126 @@
+"""What a training is asked for, and how that is read from a file and from flags."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdpeft.finetuning.session import Setup
+from svdpeft.finetuning.words import modality_of, parse, read_values
+from svdpeft.methods.base import Method
+from svdpeft.registry import METHODS, TASKS, near_miss
+from svdpeft.training.recipe import Recipe
+
+SETUP = ("image_size", "dtype", "seed", "head_lr")  # fields that go by their own names
+PATTERNS = {"targets": "targets", "exclude": "exclude", "train": "whole"}
+RECIPE = tuple(name for name in Recipe.__dataclass_fields__ if name != "lr")
+ORDER = ("eval_every", "save_every", "tracker")
+OPTIONS = {"model", "data", "task", "option", "method", "lr", "length", "svd_cache", "out"} | {
+    *PATTERNS,
+    *SETUP,
+    *RECIPE,
+    *ORDER,
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What ``train`` is asked for.
+
+    Args:
+        setup: model, data and seed.
+        method: what adapts it.
+        recipe: how it trains.
+        out: folder of the adapter, its record and its checkpoints.
+        eval_every: steps after which the validation loss is measured; 0: never.
+        save_every: steps after which a checkpoint is written; 0: never.
+        keep: checkpoints that stay; older ones are deleted.
+        svd_cache: folder in which decompositions are kept from training to training.
+        tracker: that the trainer tells its logs.
+        command: as it was typed, for the record.
+    """
+
+    setup: Setup
+    method: Method
+    recipe: Recipe
+    out: Path
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    svd_cache: Path | None = None
+    tracker: str = "none"
+    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as plain values."""
+        setup = {**asdict(self.setup), "task": {"name": self.setup.task.name, **asdict(self.setup.task)}}
+        return json.loads(
+            json.dumps({**setup, "method": self.method.to_json(), "recipe": asdict(self.recipe)}, default=str)
+        )
+
+
+def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
+    """Read what is asked for: the flags, and what they leave open from a TOML file with the same names.
+
+    Args:
+        file: TOML; ``option`` is a table there.
+        flags: by name, underscores for dashes; ``option`` a list of ``key=value``.
+
+    Raises:
+        ValueError: an option that does not exist, with the near miss; no model, method or data.
+
+    Example:
+        >>> order = read_order(None, {"model": "smollm2-135m", "task": "wordproblems", "method": "pissa:rank=4"})
+        >>> str(order.method), order.recipe.lr, order.setup.task.name
+        ('PiSSA(rank=4)', 0.0002, 'wordproblems')
+    """
+    given = parse(file.read_text(), str(file)) if file else {}
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise ValueError(f"{file}: a training has no option {unknown[0]!r}: {near_miss(unknown[0], OPTIONS)}")
+    given = {**given, **flags}
+    if missing := [name for name in ("model", "method") if name not in given]:
+        raise ValueError(f"a training needs a {missing[0]}: --{missing[0]}")
+    name, words = _method(given["method"])
+    method = METHODS.make(name, read_values(words))
+    task = _task(given)
+    rate = given.get("lr", method.learning_rates.get(TASKS[given["task"]].modality))
+    if rate is None:
+        raise ValueError(f"the method {name!r} says no learning rate for {task.modality} models: give --lr")
+    targets = tuple(given["targets"]) if "targets" in given else None
+    known = {each: given[each] for each in SETUP if each in given}
+    setup = Setup(
+        given["model"], task, targets, tuple(given.get("exclude", ())), tuple(given.get("train", ())), **known
+    )
+    recipe = Recipe(rate, **{each: given[each] for each in RECIPE if each in given})
+    more = {each: given[each] for each in ORDER if each in given}
+    cache = Path(given["svd_cache"]) if "svd_cache" in given else None
+    return Order(setup, method, recipe, Path(given.get("out", "runs/train")), svd_cache=cache, **more)
+
+
+def _task(given: dict[str, Any]) -> Any:
+    """The task: the one that is named, else the one for data of one's own; its name is put into ``given``."""
+    if "task" not in given:
+        if "data" not in given:
+            raise ValueError("a training needs --data of your own, or a --task")
+        given["task"] = "images" if modality_of(given["model"], None) == "vision" else "text"
+    options = given.get("option", {})
+    options = dict(options) if isinstance(options, Mapping) else read_values(options)
+    usual = {"shots": "all"} if given["task"] == "images" else {}
+    named = {option: given[name] for name, option in (("data", "data"), ("length", "max_length")) if name in given}
+    return TASKS.make(given["task"], {**usual, **named, **options})
+
+
+def _method(word: str) -> tuple[str, list[str]]:
+    """Take a method apart; colons and commas do the same.
+
+    Example:
+        >>> _method("adamss:rank=2,clusters=[2,3]")
+        ('adamss', ['rank=2', 'clusters=[2,3]'])
+    """
+    name, *options = re.split(r"[:,](?![^\[]*\])", word.strip())
+    return name, options

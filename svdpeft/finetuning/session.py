@@ -1,0 +1,194 @@
+"""A model with its data, its adapter and its trainer, made ready as a setup says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.attach import attach
+from svdpeft.calibration.calibrate import calibrate
+from svdpeft.calibration.calibration import Calibration
+from svdpeft.methods.base import Method, PerSite
+from svdpeft.models import Loaded, load
+from svdpeft.targets.rules import default_targets
+from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData
+from svdpeft.training.recipe import Recipe
+from svdpeft.training.trainer import Trainer, returns_loss
+
+CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, and on what.
+
+    Args:
+        model: a name that ``svdpeft.models.load`` takes.
+        task: of its modality.
+        targets: patterns of the layers that factored methods adapt; ``None`` is what ``attach`` adapts then.
+        exclude: patterns of layers that are left alone.
+        whole: patterns of what is trained whole beside a new head.
+        image_size: side of a vision model's input in pixels; ``None`` is the model's own.
+        dtype: of the base.
+        seed: of initialisation, batch order and dropout.
+        head_lr: learning rate of a new head, where the method has factors; ``None`` is the method's.
+    """
+
+    model: str
+    task: Task
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    image_size: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    head_lr: float | None = None
+
+
+class Session:
+    """A model and its data, ready to be adapted and trained.
+
+    Args:
+        setup: what it is made of.
+        splits: of the data that are prepared.
+    """
+
+    def __init__(self, setup: Setup, splits: Collection[SplitName] = SPLITS) -> None:
+        self.setup = setup
+        transformers.set_seed(setup.seed)
+        self.loaded: Loaded = self.load()
+        self.model: nn.Module = self.loaded.model
+        self.targets = setup.targets or (default_targets(self.model),)
+        new = setup.task.num_classes is not None and self.loaded.head is not None
+        self.head: tuple[str, ...] = (str(self.loaded.head),) if new else ()
+        self.base = sum(p.numel() for p in self.model.parameters())
+        some = {} if splits is SPLITS else {"splits": splits}  # a task of the user's may know no other
+        self.data: TaskData = setup.task.prepare(self.loaded, setup.seed, **some)
+
+    def load(self) -> Loaded:
+        """Load the base, with a new head of this seed where the task wants one."""
+        setup = self.setup
+        loaded = load(
+            setup.model,
+            num_classes=setup.task.num_classes,
+            image_size=setup.image_size,
+            dtype=getattr(torch, setup.dtype),
+            seed=setup.seed,
+        )
+        if torch.cuda.is_available():
+            loaded.model.to("cuda")
+        elif loaded.modality == "vision":  # a CPU's convolutions take half the time so; timm's models all allow it
+            loaded.model.to(memory_format=torch.channels_last)
+        return loaded
+
+    def attach(self, model: nn.Module, method: Method, batch_size: int) -> tuple[Adapter, float]:
+        """Attach a method, and return how many seconds that took, with the batches that it starts from.
+
+        Args:
+            model: this session's, or another one that ``load`` gave.
+            method: to attach.
+            batch_size: examples of the batches that a method which starts from data sees.
+        """
+        setup, started = self.setup, time.perf_counter()
+        seen = calibration(model, method, self.data, self.targets, setup.exclude, batch_size)
+        whole = (*self.head, *setup.whole)
+        adapter = attach(
+            model, method, self.targets, setup.exclude, whole, seed=setup.seed, clip_rank=True, calibration=seen
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return adapter, time.perf_counter() - started
+
+    def trainer(
+        self,
+        adapter: Adapter,
+        recipe: Recipe,
+        folder: Path,
+        callbacks: Sequence[Any] = (),
+        validates: bool = False,
+        **more: Any,
+    ) -> Trainer:
+        """Return the trainer of an attached adapter.
+
+        Args:
+            adapter: attached to this session's model.
+            recipe: how it trains.
+            folder: where checkpoints and logs go.
+            callbacks: of the trainer.
+            validates: whether it measures the loss of the validation split, too.
+            **more: arguments of ``transformers.TrainingArguments``.
+        """
+        setup = self.setup
+        if recipe.checkpoint_activations:
+            recompute(self.model)
+        # Methods without factors train parameters of the base in the same role as the head, or the head alone.
+        own = bool(self.head) and setup.head_lr is not None and any(True for _ in adapter.sites)
+        return Trainer(
+            model=self.model,
+            adapter=adapter,
+            args=recipe.arguments(folder, seed=setup.seed, **more),
+            role_lr={"whole": setup.head_lr} if own and setup.head_lr is not None else None,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.validation if validates else None,
+            data_collator=self.data.collate,
+            callbacks=list(callbacks),
+        )
+
+
+def recompute(model: Any) -> None:
+    """Let a model compute its activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: a model that has no such switch.
+    """
+    if callable(getattr(model, "gradient_checkpointing_enable", None)):  # transformers
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif callable(getattr(model, "set_grad_checkpointing", None)):  # timm
+        model.set_grad_checkpointing(True)
+    else:
+        raise ValueError(f"a {type(model).__name__} has no switch to checkpoint its activations")
+
+
+def calibration(
+    model: nn.Module, method: Method, data: TaskData, targets: Sequence[str], exclude: Sequence[str], batch_size: int
+) -> Calibration | None:
+    """Show the base a few training batches, for a method that starts from data; ``None`` for the others.
+
+    Args:
+        model: the base.
+        method: whose ``needs`` says what to look at.
+        data: of the task.
+        targets: what is adapted.
+        exclude: what is not.
+        batch_size: examples per batch.
+    """
+    if not isinstance(method, PerSite) or not method.needs:
+        return None
+    device = next(model.parameters()).device
+    total = len(data.train)  # type: ignore[arg-type]
+    size = min(batch_size, total)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for i in range(min(CALIBRATION_BATCHES, total // size)):
+            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
+
+    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return output.loss if own else cross_entropy(output, batch["labels"])
+
+    own, gradients = returns_loss(model), method.needs == "gradients"
+    return calibrate(
+        model, batches(), targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
+    )

@@ -1,0 +1,63 @@
+"""Options as they are written: ``key=value`` words, TOML, and what a model's name says of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+from svdpeft.registry import TASKS
+
+
+def read_values(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` words; a value is a number, a truth, a list, or else a string.
+
+    Example:
+        >>> read_values(["rank=8", "pattern=banded", "rs=true"])
+        {'rank': 8, 'pattern': 'banded', 'rs': True}
+    """
+    table: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r}: write an option as key=value")
+        if re.fullmatch(r"true|false|\[.*\]", value):
+            table[key] = parse(f"v = {value}", word)["v"]
+        else:
+            table[key] = as_number(value)
+    return table
+
+
+def as_number(text: str) -> int | float | str:
+    """Read a number, or leave the text as it is."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """Read TOML; ``where`` it is from, for the message."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def modality_of(model: str, task: str | None) -> str:
+    """Where the defaults come from: the task if it is given, else what the model's name says."""
+    if task is not None:
+        return TASKS[task].modality
+    from svdpeft.models import vision
+    from svdpeft.models.own import architecture_of, is_factory
+
+    ours = model in vision.EMBEDDED or model.startswith("timm:") or is_factory(model)
+    return "vision" if ours or architecture_of(Path(model)) is not None else "language"
