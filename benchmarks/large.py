@@ -167,8 +167,8 @@ def main() -> None:
         "",
         f"Base: {sum(files) / 1e9:.2f} GB of bfloat16 in {len(files)} file{'s' if len(files) > 1 else ''}, the largest "
         f"of {max(files) / 1e9:.2f} GB; adapter: LoRA of rank {RANK}, {adapter / 1e9:.2f} GB of float32. Each row is a "
-        "process of its own; its memory at the start is that of Python with torch and transformers. On a shared machine "
-        "seconds vary several times over from run to run; memory does not.",
+        "process of its own; its memory at the start is that of Python with torch and transformers. On a shared "
+        "machine seconds vary several times over from run to run; memory does not.",
         "",
         "| | seconds | against copying | resident at the start, GB | peak, GB | of the largest file |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

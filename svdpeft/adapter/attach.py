@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 import zlib
@@ -16,7 +15,7 @@ from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
-from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
+from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, records, untied
 from svdpeft.decomposition import check_matrix
 from svdpeft.methods.base import (
     Factors,
@@ -172,7 +171,7 @@ def _build(
     """Make the factors of every site; nothing of the model changes."""
     rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
     known: dict[str, Given] = {}
-    record = functools.partial(base_weight, known=adapted())
+    record = records()
     for choice in choices:
         sites = rules.setdefault(repr(choice.method), [])
         known[choice.name] = given(choice, seed, calibration, record, len(sites))

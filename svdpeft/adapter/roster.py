@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
@@ -131,6 +132,11 @@ def base_weight(owner: nn.Module, parameter: str, known: Mapping[int, Site]) -> 
     """
     site = known.get(id(stored(owner, parameter)))
     return BaseWeight(owner, parameter) if site is None else site.weight
+
+
+def records() -> Callable[[nn.Module, str], BaseWeight]:
+    """``base_weight`` with what is adapted now."""
+    return functools.partial(base_weight, known=adapted())
 
 
 def adapters_in(model: nn.Module) -> list[Any]:

@@ -6,7 +6,6 @@ where it was. Which layers are adapted, and of which rank, the tensors say; the 
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import given, install
-from svdpeft.adapter.roster import adapted, base_weight
+from svdpeft.adapter.roster import records
 from svdpeft.interop.peft_folder import TENSORS, Folder, parameter_of, plain, read
 from svdpeft.interop.peft_methods import Found, build
 from svdpeft.layers.raw import Raw
@@ -97,7 +96,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
 
 def _sites(found: Folder, model: nn.Module, weights: dict[tuple[int, str], Weight], survey: Survey) -> list[Built]:
     built: list[Built] = []
-    record, groups = functools.partial(base_weight, known=adapted()), {}
+    record, groups = records(), {}
     for layer, tensors in found.layers.items():
         if not all(t.numel() for t in tensors.values()):
             continue  # AdaLoRA has left no rank there
@@ -128,7 +127,7 @@ def _rows(found: Folder, model: nn.Module, whole: Sequence[str] | dict[str, tupl
             )
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
         for choice in chosen_rows(model, {layer: tokens}, whole):
-            site = given(choice, 0, {}, functools.partial(base_weight, known=adapted()))
+            site = given(choice, 0, {}, records())
             factors = choice.method.factors(site)
             factors.W.data.copy_(values[order])
             built.append((choice, choice.method, factors))
@@ -142,7 +141,7 @@ def _whole(
     users = users_of_parameters(model)
     first = {id(p): name for name, p in model.named_parameters()}
     whole: dict[str, tuple[nn.Module, str]] = {}
-    record = functools.partial(base_weight, known=adapted())
+    record = records()
     for key in list(values):
         owner, _, attribute = key.rpartition(".")
         module = model.get_submodule(owner)
