@@ -339,3 +339,34 @@ def test_the_defaults_of_a_model_are_of_its_default_task(tmp_path):
         assert spec.image_size == 56, "what is no option of the task stays"
     spec = read_spec(model="dinov2-vits14", task="mnist5k", task_options={"train_size": 50})
     assert spec.task_options == {"train_size": 50, "test_size": 1000}
+
+
+@pytest.mark.parametrize("keep", ["all", "best"])
+def test_adapters_are_kept(tiny, tmp_path, keep):
+    """Those of a run that was done before without keeping them, too; they give the model that was judged."""
+    spec = read_spec(**tiny, methods="lora:rank=2,pissa:rank=2")
+    runner.compare(spec, tmp_path)
+    assert not (tmp_path / "adapters").exists()
+    before = {file.name: json.loads(file.read_text())["metric"] for file in (tmp_path / "runs").iterdir()}
+    for _ in range(2):
+        runner.compare(spec, tmp_path, runner.Engine(keep=keep))
+        found = sorted(folder.name for folder in (tmp_path / "adapters").iterdir())
+        assert len(found) == (4 if keep == "all" else 2)
+    assert {file.name: json.loads(file.read_text())["metric"] for file in (tmp_path / "runs").iterdir()} == before
+    if keep == "best":
+        for label in ("lora", "pissa"):
+            mine = {name: metric["value"] for name, metric in before.items() if name.startswith(label)}
+            (kept,) = [name for name in found if name.startswith(label)]
+            assert mine[f"{kept}.json"] == max(mine.values())
+    name = found[0]
+    record = json.loads((tmp_path / "runs" / f"{name}.json").read_text())
+    (job,) = [
+        job
+        for entry in spec.methods
+        for seed in spec.seeds
+        if (job := run.Job(runner.check(spec), entry, None, seed)).identity() == record["identity"]
+    ]
+    training = run.Training(job)
+    svdpeft.load(training.model, tmp_path / "adapters" / name)
+    items = training.data.evaluate(training.model, training.data.test)
+    assert items["accuracy"] == record["items"]["accuracy"]

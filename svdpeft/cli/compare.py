@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -66,6 +66,9 @@ def compare(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, in a sandbox.")
     ] = False,
+    keep_adapters: Annotated[
+        Literal["none", "best", "all"], typer.Option(help="Of every run, or of each method's best, in OUT/adapters.")
+    ] = "none",
     out: Annotated[
         str, typer.Option(help="Folder or fsspec address; what is there is not run again.")
     ] = "runs/compare",
@@ -109,7 +112,7 @@ def compare(
         options = sizes | read_values(option or []) | ({"allow_code_execution": True} if allow_code_execution else {})
         asked = read_spec(spec, options, **chosen)
         workers = at_once(asked, backend) if workers is None else workers
-        records = run_all(asked, out, Engine(backend, workers, address, tracker))
+        records = run_all(asked, out, Engine(backend, workers, address, tracker, keep_adapters))
         results = report.write(Store(out))
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {out}, and the same command goes on from there")

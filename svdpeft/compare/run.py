@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,7 +205,11 @@ def averages(items: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def run(
-    job: Job, callbacks: Sequence[Any] = (), report_to: str = "none", log_folder: Path | None = None
+    job: Job,
+    callbacks: Sequence[Any] = (),
+    report_to: str = "none",
+    log_folder: Path | None = None,
+    keep: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Train as the job says, judge on the test split, once, and return all that was measured.
 
@@ -214,6 +218,7 @@ def run(
         callbacks: of the trainer.
         report_to: tracker that the trainer tells its logs.
         log_folder: where a tracker that writes files writes them.
+        keep: is given the folder of the trained adapter, which is gone afterwards.
     """
     held = reset_peak_memory()
     training, spec = Training(job), job.spec
@@ -230,6 +235,8 @@ def run(
         metrics = averages(items)
         peak = peak_memory() - held
         adapter.save(folder / "adapter")
+        if keep is not None:
+            keep(folder / "adapter")
         record = {
             "method": {**training.method.to_json(), "text": str(training.method)},
             "metric": {"name": training.task.metric, "value": metrics[training.task.metric]},

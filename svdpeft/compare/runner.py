@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -45,12 +45,15 @@ class Engine:
         address: of a Ray cluster.
         tracker: that the trainer tells its logs: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ``"trackio"``, or any
             other that transformers knows.
+        keep: whose adapters stay, under ``adapters/`` beside the runs: ``"none"``, ``"all"``, or ``"best"``: of every
+            line of the table the run with the best metric.
     """
 
     backend: str = "local"
     workers: int | None = None
     address: str | None = None
     tracker: str = "none"
+    keep: Literal["none", "best", "all"] = "none"
 
 
 def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict[str, Any]]:
@@ -82,7 +85,35 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
             chosen = replace(entry, lr=result["lr"]) if result else entry
             jobs.append(Job(spec, chosen, limit, seed, search=result))
     _do(jobs, store, engine, "runs")
+    if engine.keep != "none":
+        _keep(jobs, store, engine)
     return [store.load("runs", _name(job, store)) for job in jobs]
+
+
+def _keep(jobs: Sequence[Job], store: Store, engine: Engine) -> None:
+    """Leave the adapters that are to stay; a run that was done before without keeping its own is done again."""
+    done = [(job, record) for job in jobs if "metric" in (record := store.load("runs", _name(job, store)))]
+    kept = [job for job, _ in done]
+    if engine.keep == "best":
+        groups: dict[tuple[str, Any], list[tuple[Job, dict[str, Any]]]] = {}
+        for job, record in done:
+            groups.setdefault((job.entry.label, job.budget), []).append((job, record))
+        kept = [max(its, key=lambda pair: _value(pair[1]))[0] for its in groups.values()]
+    missing = [job for job in kept if not store.has_folder(_folder(job, store))]
+    _do(missing, store, engine, "adapters", again=True)
+    stay = {_folder(job, store) for job in kept}
+    for folder in {_folder(job, store) for job in jobs} - stay:
+        store.remove_folder(folder)
+
+
+def _value(record: dict[str, Any]) -> float:
+    """The metric of a run, more of which is better."""
+    name, value = record["metric"]["name"], record["metric"]["value"]
+    return -math.inf if value is None else value if higher_is_better(name) else -value
+
+
+def _folder(job: Job, store: Store) -> str:
+    return f"adapters/{_name(job, store)}"
 
 
 def at_once(spec: Spec, backend: str = "local") -> int | None:
@@ -220,9 +251,16 @@ def _done(job: Job, store: Store) -> bool:
     return store.done(job.kind, _name(job, store), partial(records.check, job.kind))
 
 
-def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | None = None) -> None:
+def _perform(
+    job: Job,
+    store: Store,
+    tracker: str,
+    keep: bool = False,
+    again: bool = False,
+    advance: Callable[[], Any] | None = None,
+) -> None:
     """Do one job, in whatever process, and write its record."""
-    if _done(job, store):  # by a worker that died afterwards, or by another comparison's process
+    if not again and _done(job, store):  # by a worker that died afterwards, or by another comparison's process
         return
     callbacks = [advance()] if advance else []
     with _threads(job.spec.threads):
@@ -231,7 +269,8 @@ def _perform(job: Job, store: Store, tracker: str, advance: Callable[[], Any] | 
         try:
             if job.rung is None:
                 logs = Path(store.address if "://" not in store.address else ".", "logs", _name(job, store))
-                record |= run(job, callbacks, tracker, logs if tracker != "none" else None)
+                kept = partial(store.keep_folder, _folder(job, store)) if keep else None
+                record |= run(job, callbacks, tracker, logs if tracker != "none" else None, kept)
             else:
                 record |= trial(job, callbacks)
         except NotDefined as reason:  # no failure: a method of attention on a CNN
@@ -261,9 +300,9 @@ def _head(job: Job) -> dict[str, Any]:
     return {"label": job.entry.label, "identity": job.identity(), **rung, **provenance(), "date": now}
 
 
-def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
-    """Do the jobs that have no result yet, under a progress bar."""
-    missing = [job for job in jobs if not _done(job, store)]
+def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str, again: bool = False) -> None:
+    """Do the jobs that have no result yet, or all of them again, under a progress bar."""
+    missing = [job for job in jobs if again or not _done(job, store)]
     alone = in_process(engine.backend, engine.workers)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:  # stdout is for the result
         bar = progress.add_task(what, total=len(jobs), completed=len(jobs) - len(missing))
@@ -272,7 +311,8 @@ def _do(jobs: Sequence[Job], store: Store, engine: Engine, what: str) -> None:
         def begin(job: Job) -> None:
             progress.reset(steps, description=str(job), total=None)
 
-        work = partial(_perform, store=store, tracker=engine.tracker)
+        keep = engine.keep != "none"
+        work = partial(_perform, store=store, tracker=engine.tracker, keep=keep, again=again)
         if alone:
             work = partial(work, advance=lambda: _Advance(progress, steps))
         options = {"backend": engine.backend, "workers": engine.workers, "address": engine.address}

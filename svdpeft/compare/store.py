@@ -5,6 +5,7 @@ A store is a folder of plain files, on this machine or at any address that fsspe
     DIR/comparison.json        what is compared
     DIR/runs/<name>.json       one run: a method with a seed
     DIR/trials/<name>.json     one try of a learning rate
+    DIR/adapters/<name>/       the adapter of a run, where it is kept
 """
 
 from __future__ import annotations
@@ -202,6 +203,20 @@ class Store:
                 new.write_bytes(data)
         else:
             self._files.pipe_file(path, data)
+
+    def keep_folder(self, name: str, folder: Path) -> None:
+        """Copy a folder of files to ``name`` beside the runs, file by file."""
+        for file in sorted(folder.iterdir()):
+            self.write_bytes(f"{name}/{file.name}", file.read_bytes())
+
+    def has_folder(self, name: str) -> bool:
+        """Whether there is a folder of this name."""
+        return bool(self._files.isdir(f"{self._root}/{name}"))
+
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder, where it is there."""
+        if self.has_folder(name):
+            self._files.rm(f"{self._root}/{name}", recursive=True)
 
     def _object(self, name: str, part: str) -> Record:
         """Read a file that holds an object with ``part`` in it."""
