@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="Folder of a model, as transformers or timm writes it.")],
+    base: Annotated[str, typer.Argument(help="Folder of a model of transformers or timm, embedded name, hf:NAME.")],
     adapters: Weighted,
     out: Annotated[Path, typer.Argument(help="New folder.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the base's unless said.")] = None,
@@ -36,11 +36,12 @@ def merge(
     import torch
 
     from svdpeft import folders
+    from svdpeft.models.language import folder_of
 
     quiet()
     try:
         report = folders.merge(
-            base,
+            folder_of(base),
             [weighted(adapter) for adapter in adapters],
             out,
             dtype=None if dtype is None else getattr(torch, dtype),

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from svdpeft.models import convert, embedded
+from svdpeft.registry import near_miss
 
 EMBEDDED = {"smollm2-135m": convert.smollm2, "minilm-l6": embedded.fetch}
+
+
+def folder_of(name: str) -> Path:
+    """The folder in which a model of transformers lies: itself, that of an embedded one, or the hub's copy here.
+
+    Args:
+        name: a folder, an embedded name, or ``"hf:NAME"``.
+
+    Raises:
+        ValueError: none of these.
+        OSError: the hub does not give it.
+    """
+    if name in EMBEDDED:
+        return Path(EMBEDDED[name](name))
+    if name.startswith("hf:"):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name.removeprefix("hf:"), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    if not Path(name).is_dir():
+        raise ValueError(f"{name} does not exist; nor is it hf:NAME or an embedded model: {near_miss(name, EMBEDDED)}")
+    return Path(name)
 
 
 def build(
