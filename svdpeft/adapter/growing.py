@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def _resize(model: Any, tokens: int) -> None:
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the layers that have a row for every token, by name; a tied one by all its names."""
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = []
+    for end in ("input", "output"):
+        with suppress(NotImplementedError):  # transformers' answer where it does not find them: RWKV's
+            ends.append(getattr(model, f"get_{end}_embeddings", lambda: None)())
     layers = {id(layer) for layer in ends if isinstance(layer, nn.Module)}
     found = ((f"{name}.weight", module) for name, module in model.named_modules() if id(module) in layers)
     return {name: weight for name, m in found if isinstance(weight := m._parameters.get("weight"), nn.Parameter)}

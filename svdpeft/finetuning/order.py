@@ -14,18 +14,15 @@ from svdpeft.finetuning.session import Setup
 from svdpeft.finetuning.words import modality_of, parse, read_values
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
+from svdpeft.tasks.base import whole
 from svdpeft.training.recipe import Recipe
 
 SETUP = ("image_size", "dtype", "seed", "head_lr")  # fields that go by their own names
 PATTERNS = {"targets": "targets", "exclude": "exclude", "train": "whole"}
 RECIPE = tuple(name for name in Recipe.__dataclass_fields__ if name != "lr")
 ORDER = ("eval_every", "save_every", "tracker")
-OPTIONS = {"model", "data", "task", "option", "method", "lr", "length", "svd_cache", "out"} | {
-    *PATTERNS,
-    *SETUP,
-    *RECIPE,
-    *ORDER,
-}
+TEXTS = {"model", "data", "task", "method", "svd_cache", "out"}
+OPTIONS = {*TEXTS, "option", "lr", "length", *PATTERNS, *SETUP, *RECIPE, *ORDER}
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,12 @@ class Order:
     keep: int = 2
     svd_cache: Path | None = None
     tracker: str = "none"
-    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+    command: Sequence[str] = field(default_factory=lambda: (Path(sys.argv[0]).name, *sys.argv[1:]))
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "save_every"):
+            if not whole(value := getattr(self, name)) or value < 0:
+                raise ValueError(f"{name} {value!r} is no whole number of steps; 0 is never")
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -83,6 +85,9 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     if unknown := [name for name in given if name not in OPTIONS]:
         raise ValueError(f"{file}: a training has no option {unknown[0]!r}: {near_miss(unknown[0], OPTIONS)}")
     given = {**given, **flags}
+    for name in TEXTS & given.keys():
+        if not isinstance(given[name], str | Path):
+            raise ValueError(f"{name} = {given[name]!r} is no text")
     if missing := [name for name in ("model", "method") if name not in given]:
         raise ValueError(f"a training needs a {missing[0]}: --{missing[0]}")
     name, words = _method(given["method"])
@@ -91,11 +96,13 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     rate = given.get("lr", method.learning_rates.get(TASKS[given["task"]].modality))
     if rate is None:
         raise ValueError(f"the method {name!r} says no learning rate for {task.modality} models: give --lr")
-    targets = tuple(given["targets"]) if "targets" in given else None
     known = {each: given[each] for each in SETUP if each in given}
-    setup = Setup(
-        given["model"], task, targets, tuple(given.get("exclude", ())), tuple(given.get("train", ())), **known
-    )
+    patterns = {
+        ours: (found,) if isinstance(found := given[each], str) else tuple(found)
+        for each, ours in PATTERNS.items()
+        if each in given
+    }
+    setup = Setup(given["model"], task, **patterns, **known)
     recipe = Recipe(rate, **{each: given[each] for each in RECIPE if each in given})
     more = {each: given[each] for each in ORDER if each in given}
     cache = Path(given["svd_cache"]) if "svd_cache" in given else None
