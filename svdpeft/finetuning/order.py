@@ -84,7 +84,7 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     given = parse(file.read_text(), str(file)) if file else {}
     if unknown := [name for name in given if name not in OPTIONS]:
         raise ValueError(f"{file}: a training has no option {unknown[0]!r}: {near_miss(unknown[0], OPTIONS)}")
-    given = {**given, **flags}
+    given = {**given, **flags, "option": _options(given) | _options(flags)}
     for name in TEXTS & given.keys():
         if not isinstance(given[name], str | Path):
             raise ValueError(f"{name} = {given[name]!r} is no text")
@@ -115,11 +115,15 @@ def _task(given: dict[str, Any]) -> Any:
         if "data" not in given:
             raise ValueError("a training needs --data of your own, or a --task")
         given["task"] = "images" if modality_of(given["model"], None) == "vision" else "text"
-    options = given.get("option", {})
-    options = dict(options) if isinstance(options, Mapping) else read_values(options)
     usual = {"shots": "all"} if given["task"] == "images" else {}
     named = {option: given[name] for name, option in (("data", "data"), ("length", "max_length")) if name in given}
-    return TASKS.make(given["task"], {**usual, **named, **options})
+    return TASKS.make(given["task"], {**usual, **named, **given["option"]})
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the task: a table in a file, words on the command line."""
+    options = given.get("option", {})
+    return dict(options) if isinstance(options, Mapping) else read_values(options)
 
 
 def _method(word: str) -> tuple[str, list[str]]:
