@@ -21,7 +21,7 @@ from svdpeft.finetuning.order import read_order
 from svdpeft.finetuning.train import Training
 
 PAIRS = [{"prompt": f"What is {i} and 1?", "answer": f" It is {i + 1}."} for i in range(33)]
-REVIEWS = [{"text": f"number {i} is {('bad', 'good')[i % 2]}", "label": ("neg", "pos")[i % 2]} for i in range(24)]
+REVIEWS = [{"text": f"{('bad', 'good')[i % 2]} is number {i}", "label": ("neg", "pos")[i % 2]} for i in range(24)]
 USUAL = {"model": "tiny", "data": "own.jsonl", "method": "sorsa:rank=4", "lr": 1e-2, "out": "out"}
 
 
