@@ -12,6 +12,7 @@ import torch
 from own_data import PAIRS, jsonl, table
 from tiny_language import language, llama, small_tokenizer
 from torch.nn import functional as F
+from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
 from svdpeft.models import Loaded
 from svdpeft.tasks.classification import Classification
@@ -339,3 +340,16 @@ def test_the_judging_of_a_packed_task_is_that_of_a_padded_one(loaded):
     before = padded.evaluate(loaded.model, padded.train)
     packed = Text(data="rows", packing=True).prepare(loaded, splits=("train",))
     assert packed.evaluate(loaded.model, packed.train)["loss"] == pytest.approx(before["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ALiBi", "table"])
+def test_a_model_that_does_not_tell_packed_texts_apart(loaded, kind):
+    sizes = {"vocab_size": len(loaded.processor), "hidden_size": 16}
+    if kind == "ALiBi":  # whose positions are distances, across the texts
+        model = BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=2))
+    else:
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "word_embed_proj_dim": 16}
+        model = OPTForCausalLM(OPTConfig(**sizes, **heads, max_position_embeddings=64))
+    task = Text(data=folder(PAIRS[:5]), packing=True)
+    with pytest.raises(ValueError, match="packing: 'tiny' does not tell packed texts apart"):
+        task.prepare(language(model, loaded.processor), splits=("train",))

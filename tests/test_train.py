@@ -86,18 +86,24 @@ def test_from_own_rows_to_an_adapter_that_loads(place):
     assert greedy(plain, tokens, 8, loaded.processor.eos_token_id) == answer
 
 
-def test_accumulation_is_a_larger_batch(place):
-    jsonl("own.jsonl", [{"prompt": "Say it" + " again" * (i % 5), "answer": f" It is {i}"} for i in range(33)])
-    start = {name: p.detach().clone() for name, p in training(out="x").adapter.named_parameters()}
+def assert_trained_alike(*ways: dict[str, Any]) -> None:
+    """Two trainings move every parameter to the same place, up to rounding."""
+    start = {name: p.detach().clone() for name, p in training(out="start").adapter.named_parameters()}
     found = []
-    for size, accumulate in ((8, 1), (2, 4)):
-        made = training(batch_size=size, accumulate=accumulate, out=f"{size}")
+    for options in ways:
+        made = training(**options)
         made.run(progress=False)
-        found.append(dict(made.adapter.named_parameters()))
+        found.append({name: p.detach() for name, p in made.adapter.named_parameters()})
     for name, one in found[0].items():
         moved = (one - start[name]).abs().max()
         assert moved > 0
         assert (one - found[1][name]).abs().max() < 1e-3 * moved, name
+
+
+def test_accumulation_is_a_larger_batch(place):
+    # Answers of several lengths: the loss is a mean over the tokens of all the forwards.
+    jsonl("own.jsonl", [{"prompt": f"Say {i}", "answer": " again" * (i % 5 + 1)} for i in range(33)])
+    assert_trained_alike({"batch_size": 8, "out": "one"}, {"batch_size": 2, "accumulate": 4, "out": "four"})
 
 
 class Dies(TrainerCallback):
@@ -221,6 +227,10 @@ def test_mixed_precision(place):
     assert mixed != exact
     assert mixed == pytest.approx(exact, rel=0.05)
     assert {value.dtype for value in weights().values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_packed_texts_train_to_the_weights_of_padded_ones(place):
+    assert_trained_alike({"out": "padded"}, {"out": "packed", "option": ["packing=true"]})
 
 
 def test_a_base_in_half_precision(place):

@@ -97,11 +97,7 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     if rate is None:
         raise ValueError(f"the method {name!r} says no learning rate for {task.modality} models: give --lr")
     known = {each: given[each] for each in SETUP if each in given}
-    patterns = {
-        ours: (found,) if isinstance(found := given[each], str) else tuple(found)
-        for each, ours in PATTERNS.items()
-        if each in given
-    }
+    patterns = {ours: _patterns(each, given[each]) for each, ours in PATTERNS.items() if each in given}
     setup = Setup(given["model"], task, **patterns, **known)
     recipe = Recipe(rate, **{each: given[each] for each in RECIPE if each in given})
     more = {each: given[each] for each in ORDER if each in given}
@@ -123,7 +119,17 @@ def _task(given: dict[str, Any]) -> Any:
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the task: a table in a file, words on the command line."""
     options = given.get("option", {})
+    if not isinstance(options, Mapping | list):
+        raise ValueError(f"option = {options!r} is no table of names and values")
     return dict(options) if isinstance(options, Mapping) else read_values(options)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """One pattern or several."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"{name} = {value!r} is no pattern and no list of patterns")
+    return tuple(found)
 
 
 def _method(word: str) -> tuple[str, list[str]]:
