@@ -93,6 +93,7 @@ def whole(name: str, **options: Any) -> models.Loaded:
         patch.setattr("timm.models._builder.load_pretrained", lambda *args, **kwargs: None)
         loaded = LOAD(name, **options)
     if (path := BLOCKS.get(name)) is not None:
+        path = next(each for each, _ in loaded.model.named_modules() if each.endswith(path))  # below a classifier, too
         owner, _, leaf = path.rpartition(".")
         setattr(loaded.model.get_submodule(owner), leaf, loaded.model.get_submodule(path)[:1])
         if hasattr(loaded.model, "config"):
