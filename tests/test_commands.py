@@ -17,10 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import own_data
 import pytest
 import report_records
 import rwkv_models
 import torch
+from PIL import Image
 from test_tasks_vision import flowers
 from tiny_language import llama, small_tokenizer
 from transformers import AutoModelForCausalLM
@@ -32,6 +34,8 @@ from svdpeft.cli import app
 from svdpeft.compare import reading, runner
 from svdpeft.compare.reading import read_spec
 from svdpeft.finetuning import session
+from svdpeft.finetuning.order import read_order
+from svdpeft.finetuning.words import read_values
 from svdpeft.models import rwkv
 from svdpeft.models.embedded import AssetError
 from svdpeft.registry import TASKS
@@ -53,12 +57,18 @@ INSTEAD = {
     "hellaswag,arc_easy": "my-task.yaml",  # which the harness would download
     "lambada_openai": "my-task.yaml",
     "root=/data": "root=data",
+    "hf:meta-llama/Llama-2-7b-hf": "hf:tiny",  # 7 billion values
+    "hf:mistralai/Mistral-7B-v0.1": "hf:tiny",
+    "hf:google/gemma-7b": "hf:tiny",
+    "train_size=100000": "train_size=4",
+    "shots=10": "shots=2",
 }
 FOLDERS = {"merge", "extract", "decompose"}  # commands on models in folders
 FEW = {  # options of a task that make it small; its data where they are not given
     "mnist5k": {"train_size": 20, "validation_size": 10, "test_size": 10},
     "wordproblems": {"train_size": 6, "validation_size": 2, "test_size": 2, "max_new_tokens": 2},
     "gsm8k": {"test_size": 2, "max_new_tokens": 4},
+    "math": {"test_size": 2, "max_new_tokens": 4},
     "humaneval": {"test_size": 1, "max_new_tokens": 4},
     "flowers102": {},
 }
@@ -86,6 +96,7 @@ def whole(name: str, **options: Any) -> models.Loaded:
         patch.setattr("timm.models._builder.load_pretrained", lambda *args, **kwargs: None)
         loaded = LOAD(name, **options)
     if (path := BLOCKS.get(name)) is not None:
+        path = next(each for each, _ in loaded.model.named_modules() if each.endswith(path))  # below a classifier, too
         owner, _, leaf = path.rpartition(".")
         setattr(loaded.model.get_submodule(owner), leaf, loaded.model.get_submodule(path)[:1])
         if hasattr(loaded.model, "config"):
@@ -130,12 +141,20 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     task = value(words, "--task")
     if words[0] == "eval" and task:
-        words += [word for key, few in FEW[task].items() for word in ("--option", f"{key}={few}")]
+        words += [word for key, few in FEW.get(task, {}).items() for word in ("--option", f"{key}={few}")]
     return words
 
 
 def value(words: Sequence[str], option: str) -> str | None:
     return words[words.index(option) + 1] if option in words else None
+
+
+def classes(words: Sequence[str]) -> int | None:
+    """Of the new head that the task of a command puts on its model."""
+    if value(words, "--num-classes") is not None or value(words, "--task") is None:
+        return int(value(words, "--num-classes") or 0) or None
+    options = [words[i + 1] for i, word in enumerate(words) if word == "--option"]
+    return TASKS.make(str(value(words, "--task")), read_values(options)).num_classes
 
 
 @pytest.fixture
@@ -165,9 +184,32 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "doc_to_target": 0,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
+    own_rows()
     Path("rows.json").write_text(json.dumps([{"question": "Is it?"}]))
     Path("my-task.yaml").write_text(json.dumps(task))  # YAML takes JSON
     return tmp_path
+
+
+def own_rows() -> None:
+    """What is trained on where the documentation says so: rows, pictures, the files of the published runs."""
+    own_data.jsonl("own.jsonl", own_data.PAIRS[:12])
+    own_data.table("reviews.csv", own_data.REVIEWS[:12])
+    for i, name in enumerate(("cat", "dog")):
+        Path("pictures", name).mkdir(parents=True)
+        for shade in range(5):
+            Image.new("RGB", (20, 20), (200 * i, 20 * shade, 0)).save(Path("pictures", name, f"{shade}.png"))
+    (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    Path("train.toml").write_text(toml)
+    asked = [
+        {"query": f"What is {i} and 2?", "original_question": f"Add 2 to {i}.", "type": "GSM_Rephrased"}
+        for i in range(6)
+    ]
+    answered = [{**row, "response": f"The answer is: {i + 2}"} for i, row in enumerate(asked)]
+    Path("data", "MetaMathQA-395K.json").write_text(json.dumps(answered))
+    own_data.jsonl("data/codefeedback.jsonl", [{"query": f"Print {i}.", "answer": f"print({i})"} for i in range(6)])
+    Path("data", "math").mkdir()
+    problems = [{"problem": f"What is ${i} + 3$?", "solution": f"It is $\\boxed{{{i + 3}}}$."} for i in range(2)]
+    own_data.jsonl("data/math/test.jsonl", problems)
 
 
 def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,18 +221,19 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
             humaneval.problems()
         except AssetError as error:
             pytest.skip(f"HumanEval cannot be had here: {error}")
-    if "rwkv.pth" in words:
-        rwkv.write(rwkv_models.model(4, torch.float32, layers=1), world / "rwkv.pth")
+    for word in words:
+        if word.endswith(".pth"):
+            rwkv.write(rwkv_models.model(4, torch.float32, layers=1), world / word)
+    if "--resume" in words:
+        assert CliRunner().invoke(app, [word for word in words if word != "--resume"]).exit_code == 0
     if words[0] in FOLDERS:
         folders(words)
     if words[0] == "report":
         report_records.store(world / words[1])
     if (folder := value(words, "--adapter")) is not None:
-        task = value(words, "--task")
-        classes = int(value(words, "--num-classes") or 0) or (TASKS[task]().num_classes if task else None)
         size, dtype = value(words, "--image-size"), getattr(torch, value(words, "--dtype") or "float32")
-        loaded = small(words[1], num_classes=classes, image_size=int(size) if size else None, dtype=dtype)
-        svdpeft.attach(loaded.model, LoRA(rank=1), train=[loaded.head] if classes else []).save(folder)
+        loaded = small(words[1], num_classes=classes(words), image_size=int(size) if size else None, dtype=dtype)
+        svdpeft.attach(loaded.model, LoRA(rank=1), train=[loaded.head] if classes(words) else []).save(folder)
 
 
 def folders(words: list[str]) -> None:
@@ -223,6 +266,9 @@ def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest
         assert "failed" not in result.output
     else:
         assert result.stdout.strip()
+    if words[0] == "train" and "--dry-run" not in words:
+        (out,) = {path.parent for path in world.rglob("training.json")}
+        assert (out / "adapter.safetensors").is_file()
     for option in ("--csv", "--picture"):
         if (name := value(words, option)) is not None:
             assert (world / name).stat().st_size > 100
@@ -234,6 +280,7 @@ def test_the_commands_are_found():
     assert {command.split()[1] for command in found} == {
         "compare",
         "report",
+        "train",
         "eval",
         "inspect",
         "methods",
@@ -252,6 +299,9 @@ SPECIFICATIONS = [
 @pytest.mark.parametrize("block", SPECIFICATIONS)
 def test_a_specification_is_read(block: str, tmp_path: Path):
     (tmp_path / "spec.toml").write_text(block)
+    if "\nmethod =" in block:  # one method: a training
+        assert read_order(tmp_path / "spec.toml", {}).recipe
+        return
     spec = read_spec(tmp_path / "spec.toml")
     assert TASKS.make(spec.task, dict(spec.task_options))
 

@@ -13,7 +13,9 @@ from svdpeft.cli import app
 from svdpeft.compare import budget, report, run, runner
 from svdpeft.compare.reading import read_spec
 from svdpeft.compare.store import Store
+from svdpeft.finetuning import session
 from svdpeft.models import load
+from svdpeft.training.recipe import Recipe
 
 COMMAND = "compare --model tiny --task signs --seeds 0 --no-search"
 
@@ -254,6 +256,50 @@ def test_what_changes_a_result_changes_the_identity(tiny):
         run.Job(spec, read_spec(**tiny, methods="lora:lr=0.7").methods[0], None, 0).identity(),
     ]
     assert all(other != first for other in others)
+
+
+FURTHER = {
+    "accumulate": (2, "gradient_accumulation_steps"),
+    "scheduler": ("linear", "lr_scheduler_type"),
+    "warmup": (0.25, "warmup_steps"),
+    "weight_decay": (0.125, "weight_decay"),
+    "clip": (0.5, "max_grad_norm"),
+    "mixed_precision": ("bf16", "bf16"),
+}
+
+
+def test_how_it_trains_reaches_the_trainer(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    class Looking(session.Trainer):
+        def train(self, *args, **kwargs):
+            seen.append(self.args)
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(session, "Trainer", Looking)
+    words = [word for name, (value, _) in FURTHER.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = [*COMMAND.split(), "--methods", "lora:rank=2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, *words])
+    assert result.exit_code == 0, result.output
+    assert seen
+    for name, (value, argument) in FURTHER.items():
+        expected = True if name == "mixed_precision" else value
+        assert {getattr(args, argument) for args in seen} == {expected}, name
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_what_an_older_comparison_could_not_say_leaves_its_names(tiny, name):
+    default = Recipe.__dataclass_fields__[name].default
+    entry = read_spec(**tiny, methods="lora").methods[0]
+    plain, said, other = (
+        run.Job(read_spec(**tiny, **more, methods="lora"), entry, None, 0).identity()
+        for more in ({}, {} if default is None else {name: default}, {name: FURTHER[name][0]})
+    )
+    assert said == plain
+    assert name not in plain
+    assert other == {**plain, name: FURTHER[name][0]}
+    store = Store("anywhere")
+    assert store.name("LoRA", said) == store.name("LoRA", plain) != store.name("LoRA", other)
 
 
 def test_the_table_has_mean_deviation_and_interval(tiny, tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from svdpeft.cli.app import (
     Accumulate,
@@ -99,11 +98,11 @@ def train(
         if as_json:
             print(json.dumps(record))
         else:
-            console.print(f"the adapter is in {order.out}: svdpeft eval, merge and export take it", highlight=False)
+            told = f"the adapter is in {order.out}; its README.md says how it is loaded, svdpeft eval measures it"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_plan(lines: list[tuple[str, str]]) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    for what, how in lines:
-        table.add_row(what, how)
-    console.print(table)
+    width = max(len(what) for what, _ in lines)
+    for what, how in lines:  # a pattern in brackets is no markup
+        console.print(f"{what:<{width}} {how}", markup=False, highlight=False, soft_wrap=True)

@@ -10,10 +10,9 @@ from typing import Any, Literal, get_args
 
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import TASKS, near_miss
-from svdpeft.training.recipe import Recipe
+from svdpeft.training.recipe import DTYPES, Recipe
 
 Kind = Literal["grid", "halving"]
-DTYPES = ("float32", "bfloat16", "float16")
 RECIPE = ("accumulate", "scheduler", "warmup", "weight_decay", "clip", "mixed_precision")  # fields of training.Recipe
 
 

@@ -14,18 +14,15 @@ from svdpeft.finetuning.session import Setup
 from svdpeft.finetuning.words import modality_of, parse, read_values
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
+from svdpeft.tasks.base import whole
 from svdpeft.training.recipe import Recipe
 
 SETUP = ("image_size", "dtype", "seed", "head_lr")  # fields that go by their own names
 PATTERNS = {"targets": "targets", "exclude": "exclude", "train": "whole"}
 RECIPE = tuple(name for name in Recipe.__dataclass_fields__ if name != "lr")
 ORDER = ("eval_every", "save_every", "tracker")
-OPTIONS = {"model", "data", "task", "option", "method", "lr", "length", "svd_cache", "out"} | {
-    *PATTERNS,
-    *SETUP,
-    *RECIPE,
-    *ORDER,
-}
+TEXTS = {"model", "data", "task", "method", "svd_cache", "out"}
+OPTIONS = {*TEXTS, "option", "lr", "length", *PATTERNS, *SETUP, *RECIPE, *ORDER}
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,12 @@ class Order:
     keep: int = 2
     svd_cache: Path | None = None
     tracker: str = "none"
-    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+    command: Sequence[str] = field(default_factory=lambda: (Path(sys.argv[0]).name, *sys.argv[1:]))
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "save_every"):
+            if not whole(value := getattr(self, name)) or value < 0:
+                raise ValueError(f"{name} {value!r} is no whole number of steps; 0 is never")
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -82,7 +84,10 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     given = parse(file.read_text(), str(file)) if file else {}
     if unknown := [name for name in given if name not in OPTIONS]:
         raise ValueError(f"{file}: a training has no option {unknown[0]!r}: {near_miss(unknown[0], OPTIONS)}")
-    given = {**given, **flags}
+    given = {**given, **flags, "option": _options(given) | _options(flags)}
+    for name in TEXTS & given.keys():
+        if not isinstance(given[name], str | Path):
+            raise ValueError(f"{name} = {given[name]!r} is no text")
     if missing := [name for name in ("model", "method") if name not in given]:
         raise ValueError(f"a training needs a {missing[0]}: --{missing[0]}")
     name, words = _method(given["method"])
@@ -91,11 +96,9 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
     rate = given.get("lr", method.learning_rates.get(TASKS[given["task"]].modality))
     if rate is None:
         raise ValueError(f"the method {name!r} says no learning rate for {task.modality} models: give --lr")
-    targets = tuple(given["targets"]) if "targets" in given else None
     known = {each: given[each] for each in SETUP if each in given}
-    setup = Setup(
-        given["model"], task, targets, tuple(given.get("exclude", ())), tuple(given.get("train", ())), **known
-    )
+    patterns = {ours: _patterns(each, given[each]) for each, ours in PATTERNS.items() if each in given}
+    setup = Setup(given["model"], task, **patterns, **known)
     recipe = Recipe(rate, **{each: given[each] for each in RECIPE if each in given})
     more = {each: given[each] for each in ORDER if each in given}
     cache = Path(given["svd_cache"]) if "svd_cache" in given else None
@@ -108,11 +111,25 @@ def _task(given: dict[str, Any]) -> Any:
         if "data" not in given:
             raise ValueError("a training needs --data of your own, or a --task")
         given["task"] = "images" if modality_of(given["model"], None) == "vision" else "text"
-    options = given.get("option", {})
-    options = dict(options) if isinstance(options, Mapping) else read_values(options)
     usual = {"shots": "all"} if given["task"] == "images" else {}
     named = {option: given[name] for name, option in (("data", "data"), ("length", "max_length")) if name in given}
-    return TASKS.make(given["task"], {**usual, **named, **options})
+    return TASKS.make(given["task"], {**usual, **named, **given["option"]})
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the task: a table in a file, words on the command line."""
+    options = given.get("option", {})
+    if not isinstance(options, Mapping | list):
+        raise ValueError(f"option = {options!r} is no table of names and values")
+    return dict(options) if isinstance(options, Mapping) else read_values(options)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """One pattern or several."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"{name} = {value!r} is no pattern and no list of patterns")
+    return tuple(found)
 
 
 def _method(word: str) -> tuple[str, list[str]]:

@@ -19,9 +19,10 @@ from svdpeft.calibration.calibrate import calibrate
 from svdpeft.calibration.calibration import Calibration
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
+from svdpeft.registry import near_miss
 from svdpeft.targets.rules import default_targets
-from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData
-from svdpeft.training.recipe import Recipe
+from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData, whole
+from svdpeft.training.recipe import DTYPES, Recipe
 from svdpeft.training.trainer import Trainer, returns_loss
 
 CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
@@ -41,6 +42,9 @@ class Setup:
         dtype: of the base.
         seed: of initialisation, batch order and dropout.
         head_lr: learning rate of a new head, where the method has factors; ``None`` is the method's.
+
+    Raises:
+        ValueError: a seed, a dtype or a rate that does not exist.
     """
 
     model: str
@@ -52,6 +56,14 @@ class Setup:
     dtype: str = "float32"
     seed: int = 0
     head_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}: {near_miss(str(self.dtype), DTYPES)}")
+        if not whole(self.seed) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed!r} is no whole number in [0, 2^32)")
+        if self.head_lr is not None and not (isinstance(self.head_lr, int | float) and self.head_lr > 0):
+            raise ValueError(f"head_lr {self.head_lr!r} is not above 0")
 
 
 class Session:
@@ -69,7 +81,7 @@ class Session:
         self.model: nn.Module = self.loaded.model
         self.targets = setup.targets or (default_targets(self.model),)
         new = setup.task.num_classes is not None and self.loaded.head is not None
-        self.head: tuple[str, ...] = (str(self.loaded.head),) if new else ()
+        self.head: tuple[str, ...] = (*self.loaded.fresh, str(self.loaded.head)) if new else ()
         self.base = sum(p.numel() for p in self.model.parameters())
         some = {} if splits is SPLITS else {"splits": splits}  # a task of the user's may know no other
         self.data: TaskData = setup.task.prepare(self.loaded, setup.seed, **some)
@@ -150,8 +162,9 @@ def recompute(model: Any) -> None:
     Raises:
         ValueError: a model that has no such switch.
     """
-    if callable(getattr(model, "gradient_checkpointing_enable", None)):  # transformers
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    switches = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers', new and old
+    if switch := next((found for name in switches if callable(found := getattr(model, name, None))), None):
+        switch({"use_reentrant": False})
     elif callable(getattr(model, "set_grad_checkpointing", None)):  # timm
         model.set_grad_checkpointing(True)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -63,13 +65,13 @@ class Training:
     def plan(self) -> list[tuple[str, str]]:
         """What will happen, as (what, how much) lines."""
         order, session, adapter = self.order, self.session, self.adapter
-        recipe, data = order.recipe, session.data.train
+        recipe, data, devices = order.recipe, session.data.train, int(os.environ.get("WORLD_SIZE", 1))
         count, share = adapter.trainable_count, adapter.trainable_count / session.base
-        forwards, steps = recipe.batches(len(data))  # type: ignore[arg-type]
+        forwards, steps = recipe.batches(len(data), devices)  # type: ignore[arg-type]
         passes = steps * recipe.accumulate / max(forwards, 1)
         held = [*session.model.parameters(), *session.model.buffers()]
         weights = sum(t.numel() * t.element_size() for t in held)
-        trains = sum(p.numel() * (p.element_size() + 8) for p in adapter.parameters())  # gradient, two averages
+        trains = sum(p.numel() * p.element_size() * 3 for p in adapter.parameters())  # gradient, two averages
         told = str(data) if type(data).__str__ is not object.__str__ else f"{len(data):,} examples"  # type: ignore[arg-type]
         return [
             ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}"),
@@ -78,10 +80,13 @@ class Training:
             ("data", told),
             (
                 "steps",
-                f"{steps:,} of {recipe.batch_size * recipe.accumulate} examples, {passes:.2g} passes, "
-                f"{recipe.scheduler} from {recipe.lr:g}",
+                f"{steps:,} of {recipe.batch_size * recipe.accumulate * devices} examples, "
+                f"{passes:.3g} × the data; {recipe.scheduler} from {recipe.lr:g}",
             ),
-            ("memory", f"{(weights + trains) / 2**30:.2f} GiB of weights, gradients and averages, and activations"),
+            (
+                "memory",
+                f"{(weights + trains) / 2**20:,.1f} MiB of weights, gradients and averages; and activations",
+            ),
             ("out", str(order.out)),
         ]
 
@@ -97,7 +102,6 @@ class Training:
             Diverged: a gradient is not finite; the last checkpoint is as it was.
         """
         order, out = self.order, self.order.out
-        out.mkdir(parents=True, exist_ok=True)
         every = {
             "save_strategy": "steps" if order.save_every else "no",
             "save_steps": order.save_every or 500,
@@ -122,6 +126,7 @@ class Training:
             trainer.add_callback(_Progress)
         record: dict[str, Any] = {"command": shlex.join(order.command), "settings": order.settings()}
         if trainer.is_world_process_zero():
+            out.mkdir(parents=True, exist_ok=True)
             _write(out / RECORD, record)
         last = get_last_checkpoint(str(out)) if resume else None
         trainer.train(resume_from_checkpoint=last)
@@ -137,8 +142,17 @@ class Training:
             _write(out / RECORD, record)
             told = {name: rows[-1][name] for name in ("loss", "eval_loss") if (rows := [r for r in logs if name in r])}
             with replacing(out / "README.md") as new:
-                new.write_text(card(self.adapter, order.setup.model, str(out), told, record["command"]))
+                new.write_text(
+                    card(self.adapter, order.setup.model, str(out), told, record["command"], self._options())
+                )
         return record
+
+    def _options(self) -> dict[str, Any]:
+        """What the base was loaded with, beside its name."""
+        setup = self.order.setup
+        options = {"num_classes": setup.task.num_classes, "image_size": setup.image_size}
+        dtype = {} if setup.dtype == "float32" else {"dtype": getattr(torch, setup.dtype)}
+        return {name: value for name, value in options.items() if value is not None} | dtype
 
 
 def _check_folder(order: Order, resume: bool) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import torch
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Method
 
 LOAD = """\
 ```python
-import svdpeft
-
-base = svdpeft.models.load({base!r}).model
+{imports}
+base = svdpeft.models.load({base!r}{options}).model
 adapter = svdpeft.load(base, {place!r})
 ```
 """
@@ -23,6 +25,7 @@ def card(
     place: str = "PATH",
     metrics: Mapping[str, float] | None = None,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the README of an adapter, with the metadata that the hub reads.
 
@@ -32,6 +35,7 @@ def card(
         place: where the adapter will lie: a folder, or a name on the hub.
         metrics: by name.
         command: that trained it.
+        options: of ``svdpeft.models.load`` that the base was loaded with.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -42,7 +46,7 @@ def card(
     from huggingface_hub import ModelCardData
 
     methods = _methods(adapter)
-    hub = base.removeprefix("hf:").removeprefix("timm:timm/") if base and base.startswith(("hf:", "timm:")) else None
+    hub = base.removeprefix("hf:") if base and base.startswith("hf:") else None
     about = ModelCardData(
         library_name="svdpeft",
         base_model=hub,
@@ -55,7 +59,12 @@ def card(
         + (f", {len(adapter.whole)} parameters trained whole" if adapter.whole else "")
         + ".\n"
     )
-    lines.append(LOAD.format(base=base or "BASE", place=place))
+    options = options or {}
+    imports = (
+        "import torch\n\n" * any(isinstance(value, torch.dtype) for value in options.values()) + "import svdpeft\n"
+    )
+    written = "".join(f", {name}={value!r}" for name, value in options.items())
+    lines.append(LOAD.format(imports=imports, base=base or "BASE", options=written, place=place))
     if metrics:
         lines.append(
             "| metric | value |\n| --- | --- |\n" + "".join(f"| {n} | {v:.4g} |\n" for n, v in metrics.items())

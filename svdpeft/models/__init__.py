@@ -28,6 +28,7 @@ class Loaded:
             of ``input_size`` (3, height, width), ``mean``, ``std``, ``interpolation`` and ``crop_pct``.
         modality: what goes in.
         head: dotted name of the classifier; None where there is none, or not exactly one.
+        fresh: dotted names of what else was drawn with a new classifier, and is to be trained with it.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Loaded:
     processor: Any
     modality: Literal["vision", "language"]
     head: str | None
+    fresh: tuple[str, ...] = ()
 
 
 def load(
@@ -93,10 +95,10 @@ def load(
 
                 model: Any = rwkv.build(name).to(dtype)
                 return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
-            model, tokenizer, head = language.build(
+            model, tokenizer, new = language.build(
                 hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed
             )
-            return Loaded(model.eval(), name, tokenizer, "language", head)
+            return Loaded(model.eval(), name, tokenizer, "language", new[-1] if new else None, new[:-1])
     if Path(name).is_dir():
         raise ValueError(f"the folder {name!r} has no config.json: not a model in transformers' layout")
     known = [*vision.EMBEDDED, *language.EMBEDDED, "timm:NAME", "hf:NAME"]

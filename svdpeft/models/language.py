@@ -37,7 +37,7 @@ def folder_of(name: str) -> Path:
 
 def build(
     name: str, *, hub: bool, dtype: torch.dtype, num_classes: int | None = None, seed: int = 0
-) -> tuple[nn.Module, Any, str | None]:
+) -> tuple[nn.Module, Any, tuple[str, ...]]:
     """Build a pretrained transformers model and its tokenizer; see ``svdpeft.models.load``.
 
     Args:
@@ -49,7 +49,7 @@ def build(
         seed: of the classifier.
 
     Returns:
-        The model, its tokenizer, the name of its classifier.
+        The model, its tokenizer, the names of what is new on it: the classifier last, none without one.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -59,10 +59,10 @@ def build(
     architectures = None if hub else AutoConfig.from_pretrained(place).architectures
     causal = architectures is None or architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
     kind = AutoModelForCausalLM if causal else AutoModel
-    return kind.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place), None
+    return kind.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place), ()
 
 
-def _classifier(place: str, dtype: torch.dtype, classes: int, seed: int) -> tuple[nn.Module, Any, str]:
+def _classifier(place: str, dtype: torch.dtype, classes: int, seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if classes < 2:
@@ -72,6 +72,6 @@ def _classifier(place: str, dtype: torch.dtype, classes: int, seed: int) -> tupl
     model = AutoModelForSequenceClassification.from_pretrained(place, dtype=dtype, num_labels=classes)
     if model.config.pad_token_id is None:  # a decoder finds the last token of a text by it
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    body = model.base_model_prefix
-    (head,) = [name for name, module in model.named_children() if name != body and any(module.parameters())]
-    return model, tokenizer, head
+    beside = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
+    # DeBERTa's pooler and DistilBERT's first layer are no part of what was pretrained either.
+    return model, tokenizer, tuple(name for name, module in beside if any(True for _ in module.parameters()))

@@ -142,7 +142,7 @@ def _table(file: Path, text: str) -> list[Row]:
                 )
             found.append(row)
     except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: {error}") from error
+        raise ValueError(f"{file}, the row from line {reader.line_num + 1} on: {error}") from error
     return found
 
 

@@ -62,7 +62,10 @@ class OwnTask(Task):
             return rows(None, split, self.data.removeprefix(HUB), option="data")
         path = Path(self.data).expanduser()
         if path.is_file() and split != "train":
-            raise FileNotFoundError(f"{path} is one file: it has no {split} split; take a folder with one")
+            raise FileNotFoundError(
+                f"{path} is one file: it has no {split} split, which a folder can have; its validation split "
+                "are the rows that training holds out"
+            )
         return [row for file in files(path, split) for row in read(file)]
 
     def read(self, loaded: Loaded, splits: Collection[SplitName]) -> dict[str, list[Row]]:
@@ -87,6 +90,8 @@ class OwnTask(Task):
                 if size >= len(train):
                     raise ValueError(f"validation_size {size} leaves nothing of the {len(train)} rows of {self.data}")
                 train, held = hold_out(train, size, lambda row: [self.key(row)])
+                if not train:
+                    raise ValueError(f"the rows of {self.data} all have one text: held out, it leaves none to train on")
             found["train"], found["validation"] = train, held
         return {split: self._front(split, found[split]) for split in SPLITS if split in splits}
 

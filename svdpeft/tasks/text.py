@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from svdpeft.models import Loaded
 from svdpeft.registry import TASKS, near_miss
-from svdpeft.tasks.base import SPLITS, SplitName, TaskData, Unread, whole
+from svdpeft.tasks.base import SPLITS, SplitName, TaskData, Unread, evaluating, whole
 from svdpeft.tasks.corpora import Row
 from svdpeft.tasks.generation import pad_token, positions
 from svdpeft.tasks.language import IGNORED, INSTRUCTION, Collator, answer_losses
@@ -111,7 +111,7 @@ class Text(OwnTask):
             )
 
     def key(self, row: Row) -> str:
-        return repr([row[name] for name in (*MESSAGES, *PROMPTS, *TEXT, *self._named()) if name in row])
+        return repr([row[name] for name in (*MESSAGES, *PROMPTS, *TEXT, *self._named()) if name in row] or row)
 
     def _named(self) -> list[str]:
         return [name for name in (self.messages, self.prompt, self.text) if name is not None]
@@ -120,14 +120,18 @@ class Text(OwnTask):
         """Tokenise the texts for this model.
 
         Raises:
-            ValueError: a vision model, no tokenizer with an end of text, no such column, a row that is no
-                conversation, a text longer than the model's positions.
+            ValueError: a vision model or an encoder, no tokenizer with an end of text, no such column, a row that is
+                no conversation, a text longer than the model's positions; packing where the model mixes the texts.
             OSError: the data are not there.
         """
         tokenizer = loaded.processor
         found = self.read(loaded, splits)
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(f"task {self.name!r} needs a tokenizer with an eos token; {loaded.name!r} has none")
+        if not callable(getattr(loaded.model, "generate", None)):
+            raise ValueError(
+                f"task {self.name!r} needs a model that continues texts; {loaded.name!r} has no generate()"
+            )
         data: dict[str, Dataset[Any]] = dict.fromkeys(SPLITS, Unread())
         for split, rows in found.items():
             where = f"the {split} split of {self.data}"
@@ -139,6 +143,13 @@ class Text(OwnTask):
             logger.info("%s: %s", where, texts)
             data[split] = texts
         collate = Collator(pad_token(tokenizer))
+        if self.packing:
+            # With a cache transformers takes a row for one text. A trainer switches it off, too, but only later.
+            loaded.model.config.use_cache = False  # type: ignore[union-attr]
+            if not _apart(loaded.model):
+                raise ValueError(
+                    f"packing: {loaded.name!r} does not tell packed texts apart, each sees those before it"
+                )
 
         def evaluate(model: nn.Module, examples: Dataset[Any], metrics: Collection[str] = ()) -> dict[str, list[float]]:
             for name in metrics:
@@ -209,6 +220,18 @@ def packed(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     rows = [{name: tensor.tolist() for name, tensor in example.items()} for example in examples]
     found: Any = DataCollatorWithFlattening(return_tensors="pt")(rows)
     return dict(found)
+
+
+def _apart(model: nn.Module) -> bool:
+    """Whether a model tells packed texts apart: what stands in the first does not touch what it says to the second."""
+
+    def second(*first: int) -> Tensor:
+        texts = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in (first, (4, 5, 6))]
+        batch = {name: value.to(device) for name, value in packed(texts).items() if name != "labels"}
+        return model(**batch).logits[:, len(first) :]
+
+    with evaluating(model) as device:
+        return torch.equal(second(1, 2, 3), second(3, 1, 1))
 
 
 def _open(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from svdpeft.registry import near_miss
 
 PRECISIONS = ("bf16", "fp16", "tf32")
+DTYPES = ("float32", "bfloat16", "float16")  # of a base
 
 
 @dataclass(frozen=True)
