@@ -25,11 +25,11 @@ from svdpeft.compare.run import Job, Training, run, trial
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store
 from svdpeft.methods.base import PerSite
-from svdpeft.registry import near_miss
 from svdpeft.targets.choice import NotDefined
 from svdpeft.tasks.base import higher_is_better
 from svdpeft.tasks.probes import probe
 from svdpeft.training.divergence import Diverged
+from svdpeft.training.trackers import check_tracker
 
 MOST = 4  # runs at once where nobody said how many: each holds a model, and torch
 COLUMNS = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -184,19 +184,6 @@ def _worth(record: dict[str, Any] | None) -> tuple[float, float]:
         return _WORST
     value = record["value"] if higher_is_better(record["metric"]) else -record["value"]
     return value, -record.get("loss", math.inf)
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker that transformers does not know or that is not installed, before anything is trained."""
-    if name == "none":
-        return
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
-    if name not in INTEGRATION_TO_CALLBACK:
-        near = near_miss(name, INTEGRATION_TO_CALLBACK)
-        raise ValueError(f"tracker {name!r} is not one that transformers knows: {near}")
-    if name not in get_available_reporting_integrations():
-        raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 
 def check(spec: Spec) -> Spec:

@@ -23,6 +23,7 @@ from svdpeft.finetuning.order import Order
 from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
 from svdpeft.interop.card import card
+from svdpeft.training.trackers import check_tracker
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Training:
             ValueError: the folder holds a training already, or, to resume, none or one of other settings.
         """
         _check_folder(order, resume)
+        check_tracker(order.tracker)
         splits = ("train", "validation") if order.eval_every else ("train",)
         session = Session(order.setup, splits)  # type: ignore[arg-type]
         if order.svd_cache is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -117,9 +118,14 @@ class Classification(OwnTask):
         return TaskData(**data, collate=collate, evaluate=evaluate)
 
 
-@lru_cache(maxsize=8)
 def classes(task: Classification) -> tuple[Any, ...]:
     """What the labels of the training rows are, in alphabetical or numerical order."""
+    return _classes(task, Path.cwd())
+
+
+@lru_cache(maxsize=8)
+def _classes(task: Classification, folder: Path) -> tuple[Any, ...]:
+    """``folder`` is where a relative path begins."""
     rows, where = task.published("train"), f"the train split of {task.data}"
     if not rows:
         raise ValueError(f"{where} has no rows")

@@ -81,7 +81,6 @@ class Source:
                 raise ValueError(f"label {int(outside[0])} of the {name} split is outside [0, {len(self.classes) - 1}]")
 
 
-@lru_cache(maxsize=1)  # the runs of a comparison use one after the other what was read once
 def read(data: str, root: str | None = None, download: bool = False, label: str | None = None) -> Source:
     """Read a data set by name or path.
 
@@ -101,6 +100,12 @@ def read(data: str, root: str | None = None, download: bool = False, label: str 
         ValueError: no such data set, or something else is at its place.
         ImportError: ``datasets`` is not installed.
     """
+    return _read(data, root, download, label, Path.cwd())
+
+
+@lru_cache(maxsize=1)  # the runs of a comparison use one after the other what was read once
+def _read(data: str, root: str | None, download: bool, label: str | None, where: Path) -> Source:
+    """``where`` is where a relative path begins."""
     origin, mark, name = data.partition(":")
     if download and origin != "torchvision":
         raise ValueError(f"download=True is for torchvision's data sets, not for {data!r}")
