@@ -21,11 +21,11 @@ TaskName = Annotated[
     ),
 ]
 Accumulate = Annotated[int | None, typer.Option(help="Forwards per optimizer step: 1.", min=1)]
-Scheduler = Annotated[str | None, typer.Option(help="Of the learning rate: cosine, linear, constant, …")]
-Warmup = Annotated[float | None, typer.Option(help="A share of the steps, 0.1, or a number of them.")]
+Scheduler = Annotated[str | None, typer.Option(help="Of the rate: cosine; linear, constant, …")]
+Warmup = Annotated[float | None, typer.Option(help="Share of the steps, or their number: 0.1.")]
 WeightDecay = Annotated[float | None, typer.Option(help="Of AdamW: 0.")]
-Clip = Annotated[float | None, typer.Option(help="The norm that gradients are clipped to: 1; 0 leaves them.")]
-MixedPrecision = Annotated[str | None, typer.Option(help="bf16, fp16 or tf32.")]
+Clip = Annotated[float | None, typer.Option(help="Norm that gradients are clipped to: 1; 0: none.")]
+MixedPrecision = Annotated[str | None, typer.Option(help="bf16 or fp16 autocast, or tf32 products.")]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 

@@ -38,40 +38,40 @@ def train(
     ] = None,
     task: TaskName = None,
     option: TaskOptions = None,
-    method: Annotated[str | None, typer.Option(help="sorsa:rank=128,gamma=4e-4")] = None,
+    method: Annotated[str | None, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Layers to adapt: all-linear; as often as needed.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers that are left alone.")] = None,
-    train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that are trained whole.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own unless said.")] = None,
-    head_lr: Annotated[float | None, typer.Option(help="Of a new classifier.")] = None,
+    head_lr: Annotated[float | None, typer.Option(help="Learning rate of a new classifier: that of --lr.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training data: 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in the place of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per forward on one device: 8.")] = None,
     accumulate: Accumulate = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a training text; longer ones lose their end.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens at which a training text is cut.")] = None,
     scheduler: Scheduler = None,
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
     clip: Clip = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation, batch order and dropout: 0.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base: float32; bfloat16, float16.")] = None,
     mixed_precision: MixedPrecision = None,
     checkpoint_activations: Annotated[
-        bool | None, typer.Option("--checkpoint-activations", help="Compute them again in the backward pass.")
+        bool | None, typer.Option("--checkpoint-activations", help="Less memory, one more forward.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels (vision).")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between measures of the validation loss.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between validation losses: never.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints: never.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     svd_cache: Annotated[Path | None, typer.Option(help="Folder in which decompositions are kept.")] = None,
-    tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb, mlflow, trackio.")] = None,
+    tracker: Annotated[str | None, typer.Option(help="Follows it: tensorboard, wandb, mlflow, trackio.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the adapter: runs/train.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train one method on your own data, or on a task, and write the adapter.
 
-    svdpeft train --model smollm2-135m --data own.jsonl --method sorsa:rank=16 --lr 3e-4 --out my-adapter
+    svdpeft train --model smollm2-135m --data own.jsonl --method sorsa:rank=16 --out my-adapter
     """
     given = {name: value for name, value in locals().items() if value not in (None, []) and name not in OURS}
     from svdpeft.finetuning.order import read_order
