@@ -36,7 +36,7 @@ from svdpeft.compare.reading import read_spec
 from svdpeft.finetuning import session
 from svdpeft.finetuning.order import read_order
 from svdpeft.finetuning.words import read_values
-from svdpeft.models import rwkv
+from svdpeft.models import language, rwkv
 from svdpeft.models.embedded import AssetError
 from svdpeft.registry import TASKS
 from svdpeft.tasks import humaneval
@@ -64,6 +64,7 @@ INSTEAD = {
     "shots=10": "shots=2",
 }
 FOLDERS = {"merge", "extract", "decompose"}  # commands on models in folders
+ADAPTERS = {"export", "import", "combine"}  # on adapters
 FEW = {  # options of a task that make it small; its data where they are not given
     "mnist5k": {"train_size": 20, "validation_size": 10, "test_size": 10},
     "wordproblems": {"train_size": 6, "validation_size": 2, "test_size": 2, "max_new_tokens": 2},
@@ -163,6 +164,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "load", small)
     monkeypatch.setattr(session, "load", small)
+    monkeypatch.setattr(language, "folder_of", Path)  # what is written there is made for each command
     monkeypatch.setattr(reading, "read_spec", shortened)
     tokenizer = small_tokenizer()
     llama(tokenizer, torch.float32).save_pretrained("tiny")
@@ -228,6 +230,8 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert CliRunner().invoke(app, [word for word in words if word != "--resume"]).exit_code == 0
     if words[0] in FOLDERS:
         folders(words)
+    if words[0] in ADAPTERS:
+        adapters(words)
     if words[0] == "report":
         report_records.store(world / words[1])
     if (folder := value(words, "--adapter")) is not None:
@@ -236,10 +240,26 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
         svdpeft.attach(loaded.model, LoRA(rank=1), train=[loaded.head] if classes(words) else []).save(folder)
 
 
+def positional(words: list[str]) -> list[str]:
+    """The words before the first option, the command's name among them."""
+    return words[: next((i for i, word in enumerate(words) if word.startswith("--")), len(words))]
+
+
+def adapters(words: list[str]) -> None:
+    """The adapters that a command names, of its base."""
+    *named, _ = positional(words)[1:]
+    for name in (word.partition(":")[0] for word in named):
+        adapter = svdpeft.attach(small(str(value(words, "--base"))).model, LoRA(rank=1), ["q_proj"])
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.1
+        svdpeft.export_lora(adapter, name) if words[0] == "import" else adapter.save(name)
+
+
 def folders(words: list[str]) -> None:
     """The models and adapters that a command names."""
     shutil.copytree("tiny", words[1])
-    adapters = [word.partition(":")[0] for word in words[2:] if ":" in word] if words[0] == "merge" else []
+    adapters = [word.partition(":")[0] for word in positional(words)[2:-1]] if words[0] == "merge" else []
     for name in [*adapters, *(words[2:3] if words[0] == "extract" else [])]:
         adapter = svdpeft.attach(AutoModelForCausalLM.from_pretrained("tiny"), LoRA(rank=1))
         with torch.no_grad():
@@ -286,6 +306,7 @@ def test_the_commands_are_found():
         "methods",
         "cite",
         *FOLDERS,
+        *ADAPTERS,
     }
 
 

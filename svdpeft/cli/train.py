@@ -98,7 +98,7 @@ def train(
         if as_json:
             print(json.dumps(record))
         else:
-            told = f"the adapter is in {order.out}; its README.md says how it is loaded, svdpeft eval measures it"
+            told = f"the adapter is in {order.out}: svdpeft eval, merge and export take it, its README.md loads it"
             console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
