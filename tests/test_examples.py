@@ -35,3 +35,18 @@ def test_scientific_computing(tmp_path):
     assert record["promises"]["loaded"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "picture.png"]
+
+
+def test_ship(tmp_path):
+    printed = run(EXAMPLES / "ship.py", "--out", tmp_path)
+    told = re.findall(r"^(.*): largest difference (\S+)$", printed, re.M)
+    assert len(told) == 5
+    assert max(float(difference) for _, difference in told) < 1e-4
+    assert {"model.pth", "model.pt2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_own_pictures(tmp_path):
+    printed = run(EXAMPLES / "own_pictures.py", "--out", tmp_path / "adapter")
+    (accuracy,) = re.findall(r"seen: (\S+);", printed)
+    assert float(accuracy) > 0.9
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
