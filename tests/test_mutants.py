@@ -12,7 +12,7 @@ from mutants.run import ROOT, TABLE, Mutant, applied, copied, judge, mutants
 
 EVERY = mutants()
 ROOMS = {"decomposition", "methods/base", "methods", "layers", "sites", "targets", "adapter", "calibration", "training"}
-ROOMS |= {"models", "tasks", "compare", "finetuning", "analysis", "interop", "cli"}
+ROOMS |= {"models", "tasks", "compare", "finetuning", "folders", "analysis", "interop", "cli"}
 
 
 @pytest.mark.parametrize("mutant", EVERY, ids=lambda mutant: mutant.name)
