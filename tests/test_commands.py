@@ -314,6 +314,7 @@ SPECIFICATIONS = [
     pytest.param(block, id=f"{page.stem}-{i}")
     for page in PAGES
     for i, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL))
+    if not block.startswith("[project")  # of a package of the reader's own
 ]
 
 
