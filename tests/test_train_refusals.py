@@ -50,7 +50,7 @@ REFUSED = [
     ({"scheduler": "cosin"}, "scheduler 'cosin': did you mean 'cosine'"),
     ({"mixed_precision": "bfloat16"}, "mixed_precision 'bfloat16': did you mean 'bf16'"),
     ({"image_size": 32}, "image_size=32 is for vision models; 'tiny' is a language model"),
-    ({"tracker": "tensorbord"}, "tensorbord is not supported"),
+    ({"tracker": "tensorbord"}, "tracker 'tensorbord' is not one that transformers knows: did you mean 'tensorboard'"),
     # Models and tasks that do not go together
     ({"task": "images", "data": "pictures"}, "task 'images' is for vision models, but 'tiny' is a language model"),
     ({"model": "bert"}, "task 'text' needs a model that continues texts; 'bert' has no generate()"),

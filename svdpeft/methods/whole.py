@@ -38,7 +38,7 @@ class Whole(Transform):
 
     Example:
         >>> model = nn.Embedding(6, 4)
-        >>> adapter = svdpeft.attach(model, svdpeft.Whole())
+        >>> adapter = svdpeft.attach(model, svdpeft.Whole(), "all")
         >>> adapter.trainable_count
         24
     """
