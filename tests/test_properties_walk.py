@@ -158,7 +158,7 @@ def rank_is_as_stated_before_training(walk: Walk) -> None:
         _batch, m, n = site.shape
         if stated[name] is None:  # of full rank: no LoRA can hold it
             assert site.method.product(site.factors) is None
-            with pytest.raises(ValueError, match="full rank|nothing to export|merge the adapter instead"):
+            with pytest.raises(ValueError, match=r"full rank|nothing to export|merge the adapter instead"):
                 export_ranks(adapt(host(walk.kind)[0], walk.method))
             continue
         assert 1 <= stated[name] <= min(m, n)
