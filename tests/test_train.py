@@ -150,6 +150,10 @@ def test_what_cannot_be_resumed_says_so(place):
     assert "out holds a training already" in command(code=2).stderr
     assert Path("out", "training.json").read_bytes() == before
     assert "own.jsonl is a file" in command(code=2, out="own.jsonl").stderr
+    Path("project").mkdir()
+    Path("project", "README.md").write_text("mine")
+    assert "project has a README.md, where the adapter's is to be" in command(code=2, out="project").stderr
+    assert [path.read_text() for path in Path("project").iterdir()] == ["mine"]
 
 
 def test_the_validation_loss_and_the_checkpoints_have_their_steps(place):

@@ -22,7 +22,7 @@ from svdpeft.decomposition import svd_cache
 from svdpeft.finetuning.order import Order
 from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
-from svdpeft.interop.card import card
+from svdpeft.interop.card import CARD, card
 from svdpeft.training.trackers import check_tracker
 
 
@@ -143,7 +143,7 @@ class Training:
             self.adapter.save(out)
             _write(out / RECORD, record)
             told = {name: rows[-1][name] for name in ("loss", "eval_loss") if (rows := [r for r in logs if name in r])}
-            with replacing(out / "README.md") as new:
+            with replacing(out / CARD) as new:
                 new.write_text(
                     card(self.adapter, order.setup.model, str(out), told, record["command"], self._options())
                 )
@@ -165,6 +165,8 @@ def _check_folder(order: Order, resume: bool) -> None:
     if not resume:
         if record.exists() or (out / HEADER).exists():
             raise ValueError(f"{out} holds a training already: resume goes on with it, or choose another folder")
+        if (out / CARD).exists():
+            raise ValueError(f"{out} has a {CARD}, where the adapter's is to be: choose another folder")
         return
     if not record.exists():
         raise ValueError(f"{out} holds no training to resume: it has no {RECORD}")

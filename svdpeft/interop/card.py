@@ -10,6 +10,7 @@ import torch
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Method
 
+CARD = "README.md"
 LOAD = """\
 ```python
 {imports}

@@ -14,9 +14,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER, HEADER, TENSORS
 from svdpeft.adapter.loading import load
 from svdpeft.atomic import replacing
-from svdpeft.interop.card import card
-
-CARD = "README.md"
+from svdpeft.interop.card import CARD, card
 
 
 def save_pretrained(
