@@ -70,6 +70,15 @@ def check_low_rank(adapter: Adapter) -> None:
         raise ValueError(
             f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only; merge instead"
         )
-    for name, site in adapter.sites.items():
-        if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
-            raise ValueError(f"{name} holds values that are not finite: the training has diverged")
+    for site in adapter.sites.values():
+        check_finite(site)
+
+
+def check_finite(site: Site) -> None:
+    """Refuse a site whose values are not all finite.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
+        raise ValueError(f"{site.name} holds values that are not finite: the training has diverged")

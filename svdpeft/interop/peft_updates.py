@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.decomposition import Product
-from svdpeft.interop.lora import as_lora
+from svdpeft.interop.lora import as_lora, check_finite
 from svdpeft.interop.peft_layout import flipped, plain_convolution, to_peft
 from svdpeft.layers.part import Part
 from svdpeft.methods.whole import Whole
@@ -85,7 +85,7 @@ def updates_of(adapter: Adapter, max_rank: int | None) -> Updates:
     names = {id(module): name for name, module in adapter.model.named_modules()}
     weights: dict[int, list[Site]] = {}
     for site in adapter.sites.values():
-        _check_finite(site)
+        check_finite(site)
         weights.setdefault(id(site.weight), []).append(site)
     found = Updates([], {}, {})
     for uses in (uses for sites in weights.values() for uses in _by_use(sites)):
@@ -119,11 +119,6 @@ def _is_rows(sites: list[Site]) -> bool:
     site = sites[0]
     embedding = any(isinstance(place.module, nn.Embedding) for place in site.places)
     return len(sites) == 1 and isinstance(site.method, Whole) and isinstance(site.kind, Part) and embedding
-
-
-def _check_finite(site: Site) -> None:
-    if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
-        raise ValueError(f"{site.name} holds values that are not finite: the training has diverged")
 
 
 def _check(site: Site) -> None:
