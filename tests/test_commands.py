@@ -33,7 +33,7 @@ from svdpeft import LoRA, models
 from svdpeft.cli import app
 from svdpeft.compare import reading, runner
 from svdpeft.compare.reading import read_spec
-from svdpeft.finetuning import session
+from svdpeft.finetuning import plan, session
 from svdpeft.finetuning.order import read_order
 from svdpeft.finetuning.words import read_values
 from svdpeft.models import language, rwkv
@@ -60,6 +60,7 @@ INSTEAD = {
     "hf:meta-llama/Llama-2-7b-hf": "hf:tiny",  # 7 billion values
     "hf:mistralai/Mistral-7B-v0.1": "hf:tiny",
     "hf:google/gemma-7b": "hf:tiny",
+    "examples/shapes/llama-2-7b.json": "tiny/config.json",
     "train_size=100000": "train_size=4",
     "shots=10": "shots=2",
 }
@@ -164,6 +165,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "load", small)
     monkeypatch.setattr(session, "load", small)
+    monkeypatch.setattr(plan, "load", small)
     monkeypatch.setattr(language, "folder_of", Path)  # what is written there is made for each command
     monkeypatch.setattr(reading, "read_spec", shortened)
     tokenizer = small_tokenizer()
@@ -305,6 +307,7 @@ def test_the_commands_are_found():
         "inspect",
         "methods",
         "cite",
+        "plan",
         *FOLDERS,
         *ADAPTERS,
     }

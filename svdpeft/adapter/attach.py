@@ -276,7 +276,8 @@ def site_of(choice: Choice, method: PerSite, factors: Factors, weight: BaseWeigh
     place = choice.places[0]
     matrix = place.kind.to_matrix(place.module, weight.original)
     shape = (matrix[..., 0, 0].numel(), matrix.shape[-2], matrix.shape[-1])
-    factors.to(matrix.device)
+    if any(tensor.device != matrix.device for tensor in factors.tensors().values()):
+        factors.to(matrix.device)
     return Site(choice.name, choice.places, choice.part, method, factors, weight, shape)
 
 

@@ -11,6 +11,7 @@ from svdpeft.cli import (
     inspect,
     merge,
     methods,
+    plan,
     report,
     train,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "inspect",
     "merge",
     "methods",
+    "plan",
     "report",
     "train",
 ]

@@ -55,8 +55,9 @@ def band_index(rank: int, off_diagonals: int) -> Int[Tensor, " k"]:
         >>> band_index(3, 0)
         tensor([0, 4, 8])
     """
-    i = torch.arange(rank)
-    return ((i[:, None] - i[None, :]).abs() <= off_diagonals).flatten().nonzero().squeeze(-1)
+    d = min(off_diagonals, rank - 1)
+    diagonals = [torch.arange(max(0, -k), rank - max(0, k)) * (rank + 1) + k for k in range(-d, d + 1)]  # k = j − i
+    return torch.cat(diagonals).sort().values
 
 
 def random_index(rank: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:

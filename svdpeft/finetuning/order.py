@@ -90,12 +90,11 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
             raise ValueError(f"{name} = {given[name]!r} is no text")
     if missing := [name for name in ("model", "method") if name not in given]:
         raise ValueError(f"a training needs a {missing[0]}: --{missing[0]}")
-    name, words = _method(given["method"])
-    method = METHODS.make(name, read_values(words))
+    method = read_method(given["method"])
     task = _task(given)
     rate = given.get("lr", method.learning_rates.get(TASKS[given["task"]].modality))
     if rate is None:
-        raise ValueError(f"the method {name!r} says no learning rate for {task.modality} models: give --lr")
+        raise ValueError(f"the method {given['method']!r} says no learning rate for {task.modality} models: give --lr")
     known = {each: given[each] for each in SETUP if each in given}
     patterns = {ours: _patterns(each, given[each]) for each, ours in PATTERNS.items() if each in given}
     setup = Setup(given["model"], task, **patterns, **known)
@@ -132,12 +131,15 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _method(word: str) -> tuple[str, list[str]]:
-    """Take a method apart; colons and commas do the same.
+def read_method(word: str) -> Method:
+    """Read a method with its options; colons and commas do the same.
+
+    Raises:
+        ValueError: no such method or option, or a value that cannot be.
 
     Example:
-        >>> _method("adamss:rank=2,clusters=[2,3]")
-        ('adamss', ['rank=2', 'clusters=[2,3]'])
+        >>> str(read_method("adamss:rank=2,clusters=[2,3]"))
+        'AdaMSS(rank=2)'
     """
     name, *options = re.split(r"[:,](?![^\[]*\])", word.strip())
-    return name, options
+    return METHODS.make(name, read_values(options))

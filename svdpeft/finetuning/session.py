@@ -195,13 +195,18 @@ def calibration(
             batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
             yield {name: value.to(device) for name, value in batch.items()}
 
-    def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-        return model(**{name: value for name, value in batch.items() if own or name != "labels"})
-
-    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return output.loss if own else cross_entropy(output, batch["labels"])
-
-    own, gradients = returns_loss(model), method.needs == "gradients"
+    gradients = method.needs == "gradients"
     return calibrate(
         model, batches(), targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
     )
+
+
+def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What a model gives for a batch: with labels, where it has a loss of its own."""
+    own = returns_loss(model)
+    return model(**{name: value for name, value in batch.items() if own or name != "labels"})
+
+
+def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of what ``call`` gave: the model's own, or cross-entropy."""
+    return cross_entropy(output, batch["labels"]) if isinstance(output, Tensor) else output.loss

@@ -22,8 +22,11 @@ from svdpeft.decomposition import svd_cache
 from svdpeft.finetuning.order import Order
 from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
+from svdpeft.finetuning.tracing import Untraceable, shapes_only, trace_step
 from svdpeft.interop.card import CARD, card
 from svdpeft.training.trackers import check_tracker
+
+SEEN, PATIENCE = 64, 20.0  # examples, and seconds, for the estimate of the memory
 
 
 @dataclass
@@ -71,9 +74,6 @@ class Training:
         count, share = adapter.trainable_count, adapter.trainable_count / session.base
         forwards, steps = recipe.batches(len(data), devices)  # type: ignore[arg-type]
         passes = steps * recipe.accumulate / max(forwards, 1)
-        held = [*session.model.parameters(), *session.model.buffers()]
-        weights = sum(t.numel() * t.element_size() for t in held)
-        trains = sum(p.numel() * p.element_size() * 3 for p in adapter.parameters())  # gradient, two averages
         told = str(data) if type(data).__str__ is not object.__str__ else f"{len(data):,} examples"  # type: ignore[arg-type]
         return [
             ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}"),
@@ -85,12 +85,22 @@ class Training:
                 f"{steps:,} of {recipe.batch_size * recipe.accumulate * devices} examples, "
                 f"{passes:.3g} × the data; {recipe.scheduler} from {recipe.lr:g}",
             ),
-            (
-                "memory",
-                f"{(weights + trains) / 2**20:,.1f} MiB of weights, gradients and averages; and activations",
-            ),
+            ("memory", self._memory()),
             ("out", str(order.out)),
         ]
+
+    def _memory(self) -> str:
+        """What a step holds at its peak, for the longest of some examples."""
+        recipe, data, collate = self.order.recipe, self.session.data.train, self.session.data.collate
+        with torch.random.fork_rng(devices=[]):
+            some: list[Any] = [data[i] for i in range(min(len(data), max(recipe.batch_size, SEEN)))]  # type: ignore[arg-type]
+        some.sort(key=lambda example: -sum(torch.as_tensor(value).numel() for value in example.values()))
+        batch = collate(some[: recipe.batch_size])
+        try:
+            with shapes_only():
+                return str(trace_step(self.adapter, batch, recipe.accumulate, recipe.mixed_precision, seconds=PATIENCE))
+        except Untraceable as error:
+            return f"not known: {error}"
 
     def run(self, resume: bool = False, progress: bool = True, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         """Train, and write the adapter and its record; return the record.

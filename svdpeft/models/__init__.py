@@ -46,6 +46,7 @@ def load(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    weights: bool = True,
 ) -> Loaded:
     """Load a pretrained model by name, on the CPU and in evaluation mode.
 
@@ -61,6 +62,9 @@ def load(
         image_size: vision: side of the square input, pixels; position embeddings are resampled to it.
         dtype: of the weights.
         seed: of the fresh classifier.
+        weights: ``False`` makes the architecture alone, on the meta device and without a tokenizer: of a hub's model
+            the configuration is fetched and nothing else, and the name of a configuration of transformers', a
+            ``.json`` file, will do. An RWKV file and a function are read as they are.
 
     Raises:
         ValueError: unknown name, a size that is no multiple of the patch, or an option that the model does not have.
@@ -77,12 +81,20 @@ def load(
         name = f"timm:local-dir:{name}"
     origin, _, rest = name.partition(":")
     hub = rest if origin in ("timm", "hf") else ""
-    folder = Path(name, "config.json").is_file()
+    configuration = Path(name).suffix == ".json" and Path(name).is_file()
+    if configuration and weights:
+        raise ValueError(f"{name} is a configuration, which has no weights: name the folder that it lies in")
+    folder = Path(name, "config.json").is_file() or configuration
     checkpoint = not hub and not folder and Path(name).suffix in rwkv.SUFFIXES
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU before the pretrained ones replace them
         if name in vision.EMBEDDED or (hub and origin == "timm"):
             model, processor, head = vision.build(
-                hub or name, embedded=not hub, num_classes=num_classes, image_size=image_size, seed=seed
+                hub or name,
+                embedded=not hub,
+                num_classes=num_classes,
+                image_size=image_size,
+                seed=seed,
+                weights=weights,
             )
             return Loaded(model.to(dtype).eval(), name, processor, "vision", head)
         if name in language.EMBEDDED or hub or folder or checkpoint:
@@ -96,7 +108,7 @@ def load(
                 model: Any = rwkv.build(name).to(dtype)
                 return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
             model, tokenizer, new = language.build(
-                hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed
+                hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed, weights=weights
             )
             return Loaded(model.eval(), name, tokenizer, "language", new[-1] if new else None, new[:-1])
     if Path(name).is_dir():

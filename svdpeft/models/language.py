@@ -36,42 +36,53 @@ def folder_of(name: str) -> Path:
 
 
 def build(
-    name: str, *, hub: bool, dtype: torch.dtype, num_classes: int | None = None, seed: int = 0
+    name: str, *, hub: bool, dtype: torch.dtype, num_classes: int | None = None, seed: int = 0, weights: bool = True
 ) -> tuple[nn.Module, Any, tuple[str, ...]]:
     """Build a pretrained transformers model and its tokenizer; see ``svdpeft.models.load``.
 
     Args:
-        name: on the hub where ``hub``, else an embedded name or a local folder.
+        name: on the hub where ``hub``, else an embedded name, a local folder or a configuration.
         hub: whether the name is one of the hub: a causal language model. Else the model's configuration says
             whether it is a causal language model or an encoder.
         dtype: of the weights.
         num_classes: size of a fresh classifier of texts; ``None``: none.
         seed: of the classifier.
+        weights: ``False``: on the meta device, without a tokenizer.
 
     Returns:
         The model, its tokenizer, the names of what is new on it: the classifier last, none without one.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     place = str(EMBEDDED[name](name)) if not hub and name in EMBEDDED else name
-    if num_classes is not None:
-        return _classifier(place, dtype, num_classes, seed)
-    architectures = None if hub else AutoConfig.from_pretrained(place).architectures
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes {num_classes} is below 2")
+    more = {} if num_classes is None else {"num_labels": num_classes}
+    config: Any = AutoConfig.from_pretrained(place, **more)
+    architectures = None if hub else config.architectures
     causal = architectures is None or architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
     kind = AutoModelForCausalLM if causal else AutoModel
-    return kind.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place), ()
-
-
-def _classifier(place: str, dtype: torch.dtype, classes: int, seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    if classes < 2:
-        raise ValueError(f"num_classes {classes} is below 2")
-    tokenizer: Any = AutoTokenizer.from_pretrained(place)
-    torch.default_generator.manual_seed(seed)  # the classifier depends on its shape and the seed alone
-    model = AutoModelForSequenceClassification.from_pretrained(place, dtype=dtype, num_labels=classes)
+    if num_classes is not None:
+        kind = AutoModelForSequenceClassification
+        torch.default_generator.manual_seed(seed)  # the classifier depends on its shape and the seed alone
+    if not weights:
+        with torch.device("meta"):
+            model: Any = kind.from_config(config, dtype=dtype)
+        tokenizer: Any = None
+    else:
+        model = kind.from_pretrained(place, dtype=dtype, **more)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    if num_classes is None:
+        return model, tokenizer, ()
     if model.config.pad_token_id is None:  # a decoder finds the last token of a text by it
-        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    beside = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id) if weights else (0,)
+        model.config.pad_token_id = next((token for token in known if token is not None), None)
+    beside = [(each, module) for each, module in model.named_children() if each != model.base_model_prefix]
     # DeBERTa's pooler and DistilBERT's first layer are no part of what was pretrained either.
-    return model, tokenizer, tuple(name for name, module in beside if any(True for _ in module.parameters()))
+    return model, tokenizer, tuple(each for each, module in beside if any(True for _ in module.parameters()))

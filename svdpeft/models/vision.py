@@ -22,7 +22,13 @@ PROCESSOR_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 def build(
-    name: str, *, embedded: bool, num_classes: int | None, image_size: int | None, seed: int
+    name: str,
+    *,
+    embedded: bool,
+    num_classes: int | None,
+    image_size: int | None,
+    seed: int,
+    weights: bool = True,
 ) -> tuple[nn.Module, dict[str, Any], str | None]:
     """Build a pretrained timm model; see ``svdpeft.models.load``.
 
@@ -32,6 +38,7 @@ def build(
         num_classes: size of a fresh classifier; None keeps the model's own.
         image_size: side of the square input, pixels; None keeps the model's own.
         seed: of the fresh classifier.
+        weights: ``False``: on the meta device.
 
     Returns:
         The model, its data configuration, the name of its classifier (None where it has not exactly one).
@@ -42,7 +49,7 @@ def build(
 
     source = Architecture(EMBEDDED[name], EMBEDDED[name]) if embedded else architecture(name)
     timm_name = source.base
-    config = _config(timm_name, weights=not embedded and source == Architecture(name, name))
+    config = _config(timm_name, weights=weights and not embedded and source == Architecture(name, name))
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes {num_classes} is below 1 for {name!r}")
     head = config.classifier if isinstance(config.classifier, str) else None  # distilled ones have two
@@ -54,13 +61,13 @@ def build(
     sized: dict[str, Any] = {"img_size": image_size} if image_size is not None and config.fixed_input_size else {}
     state = None if source.file is None else _state(source.file)
     # Where every tensor is about to be replaced, drawing random ones first would take most of the time.
-    with torch.device("meta") if embedded else nullcontext():
-        found = not embedded and source.file is None
+    with torch.device("meta") if embedded or not weights else nullcontext():
+        found = weights and not embedded and source.file is None
         more: dict[str, Any] = sized | _classes(state, head)
         model: Any = timm.create_model(source.name, pretrained=found, **more)
-    if state is not None:
+    if state is not None and weights:
         _read(model, state, source)
-    if embedded:
+    if embedded and weights:
         tensors = convert.state_dict(name, timm_name)
         if config.fixed_input_size:  # as it is where the size is the pretrained one
             grid, others = model.patch_embed.grid_size, model.num_prefix_tokens
@@ -69,7 +76,8 @@ def build(
     if num_classes is not None:
         # Seeded here, so that the classifier depends on its shape and the seed alone.
         torch.default_generator.manual_seed(seed)
-        model.reset_classifier(num_classes)
+        with nullcontext() if weights else torch.device("meta"):
+            model.reset_classifier(num_classes)
     processor = {key: value for key, value in resolve_model_data_config(model).items() if key in PROCESSOR_KEYS}
     if image_size is not None:
         processor["input_size"] = (3, image_size, image_size)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from svdpeft.layers.base import LayerKind, Ranges
 from svdpeft.layers.fused import parts_of
@@ -144,7 +145,7 @@ class Survey:
         tensor, layer = weight.tensor, type(weight.module).__name__
         if tensor.is_complex():
             return f"it is {tensor.dtype}: keep real and imaginary part as one real parameter (view_as_complex)"
-        plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and tensor.element_size() > 1
+        plain = type(tensor) in (nn.Parameter, FakeTensor) and tensor.is_floating_point() and tensor.element_size() > 1
         if not plain or tensor.layout is not torch.strided:
             what = f"{type(tensor).__name__} of {tensor.dtype}"
             return f"its weight is a {what}: {STORED}"
