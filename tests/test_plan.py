@@ -129,8 +129,8 @@ def test_a_traced_step_holds_what_a_real_one_does(make, batch, method, precision
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     adapter = svdpeft.attach(model, method)
-    with shapes_only():
-        traced = trace_step(adapter, shown, mixed_precision=precision)
+    with shapes_only() as fake:
+        traced = trace_step(fake, adapter, shown, mixed_precision=precision)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training == mode
@@ -141,16 +141,16 @@ def test_a_traced_step_holds_what_a_real_one_does(make, batch, method, precision
 
 def test_gradients_that_stay_are_counted_where_steps_accumulate():
     adapter = svdpeft.attach(model := llama(), svdpeft.Full())
-    with shapes_only():
-        once, twice = (trace_step(adapter, tokens(), accumulate=count).step for count in (1, 2))
+    with shapes_only() as fake:
+        once, twice = (trace_step(fake, adapter, tokens(), accumulate=count).step for count in (1, 2))
     assert twice > once
     assert twice - once <= 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_step_of_too_many_calls_is_given_up():
     adapter = svdpeft.attach(llama(), svdpeft.LoRA(rank=4))
-    with shapes_only(), pytest.raises(Untraceable, match="TimeoutError: it has too many calls for 0 s"):
-        trace_step(adapter, tokens(), seconds=0.0)
+    with shapes_only() as fake, pytest.raises(Untraceable, match="TimeoutError: it has too many calls for 0 s"):
+        trace_step(fake, adapter, tokens(), seconds=0.0)
     assert all(parameter.grad is None for parameter in adapter.parameters())
 
 

@@ -118,7 +118,7 @@ def plan(
     parameters = sum(parameter.numel() for parameter in base.parameters())
     new = (*loaded.fresh, *([loaded.head] if loaded.head and num_classes is not None else []))
     calls = Calls()
-    with shapes_only():
+    with shapes_only() as mode:
         without_values(base)
         batch = _batch(loaded, recipe.batch_size, length, getattr(torch, dtype))
         seen = None
@@ -127,7 +127,7 @@ def plan(
             seen = calibrate(base, [batch], targets, exclude, loss=loss, call=call, mask=lambda batch: None, **of)
         with calls:
             adapter = attach(base, method, targets, exclude, [*new, *train], clip_rank=True, calibration=seen)
-        memory = trace_step(adapter, batch, recipe.accumulate, recipe.mixed_precision, optimizer)
+        memory = trace_step(mode, adapter, batch, recipe.accumulate, recipe.mixed_precision, optimizer)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return Plan(

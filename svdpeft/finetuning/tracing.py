@@ -28,7 +28,7 @@ from svdpeft.finetuning.session import call, loss
 
 ITEM, NONZERO = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
 EQUAL, FINITE = torch.ops.aten.equal.default, (torch.isfinite, Tensor.isfinite)
-STATES = {"adamw": 2, "adamw-8bit": 0.5, "sgd": 0}  # values that an optimizer keeps per value that trains, in its dtype
+STATES = {"adamw": (2, 0), "adamw-8bit": (0, 2), "sgd": (0, 0)}  # per value that trains: others like it, and bytes
 
 
 @contextmanager
@@ -146,6 +146,7 @@ def size_of(count: float) -> str:
 
 
 def trace_step(
+    mode: FakeTensorMode,
     adapter: Adapter,
     batch: Mapping[str, Tensor],
     accumulate: int = 1,
@@ -153,12 +154,13 @@ def trace_step(
     optimizer: str = "adamw",
     seconds: float = math.inf,
 ) -> StepMemory:
-    """Return what one training step holds at its peak; called within ``shapes_only``.
+    """Return what one training step holds at its peak.
 
-    Nothing is computed, and the model keeps its values, its gradients and its mode.
+    Nothing is computed, and the model keeps its values, its gradients and its modes.
 
     Args:
-        adapter: attached, in a block of ``shapes_only`` or before it.
+        mode: of the block of ``shapes_only`` in which this is called.
+        adapter: attached in the block, or before it.
         batch: of one forward on one device, as the model takes it; its values do not matter.
         accumulate: forwards per optimizer step; beyond one, gradients are there from the start.
         mixed_precision: ``"bf16"`` or ``"fp16"`` autocast.
@@ -169,9 +171,8 @@ def trace_step(
         Untraceable: the model does not run so, or it has taken longer.
     """
     model = adapter.model
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    kept, was = [parameter.grad for parameter in trained], model.training
+    kept, modes = [parameter.grad for parameter in trained], [(module, module.training) for module in model.modules()]
     # A counter among the buffers is small enough for torch to count with it: buffers are replaced for the time.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     without_values(model, parameters=False)
@@ -180,7 +181,8 @@ def trace_step(
     factors = [mode.from_tensor(t) for tensors, _ in held(adapter.sites).values() for t in tensors.values()]
     ours = alive.count(*factors)
     weights = alive.count(*shapes)
-    states = int(sum(STATES[optimizer] * parameter.numel() * parameter.element_size() for parameter in trained))
+    likes, more = STATES[optimizer]
+    states = sum(parameter.numel() * (likes * parameter.element_size() + more) for parameter in trained)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "")
     device = trained[0].device.type
     try:
@@ -198,7 +200,8 @@ def trace_step(
         why = str(error).strip().partition("\n")[0]
         raise Untraceable(f"a step does not run on shapes alone ({type(error).__name__}: {why})") from error
     finally:
-        model.train(was)
+        for module, training in modes:
+            module.training = training
         for module, own in buffers:
             module._buffers.update(own)
         for parameter, gradient in zip(trained, kept, strict=True):

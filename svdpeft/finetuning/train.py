@@ -97,8 +97,10 @@ class Training:
         some.sort(key=lambda example: -sum(torch.as_tensor(value).numel() for value in example.values()))
         batch = collate(some[: recipe.batch_size])
         try:
-            with shapes_only():
-                return str(trace_step(self.adapter, batch, recipe.accumulate, recipe.mixed_precision, seconds=PATIENCE))
+            with shapes_only() as mode:
+                return str(
+                    trace_step(mode, self.adapter, batch, recipe.accumulate, recipe.mixed_precision, seconds=PATIENCE)
+                )
         except Untraceable as error:
             return f"not known: {error}"
 
