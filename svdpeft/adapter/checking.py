@@ -187,6 +187,8 @@ def _tied(
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
     *batch, m, n = shape
+    if method.at(site, m, n) != method:
+        raise CheckpointError(f"the header of {path}: {method} at {site} says a rank of other sites as well")
     for name in method.tensor_names():
         if name not in factors._parameters:
             raise CheckpointError(f"{path / TENSORS}: tensor {site}/{name} is missing, or not of floating point")

@@ -42,8 +42,8 @@ DIGESTS = "digests"  # of the tensors by name, in the header; earlier revisions 
 # front of these could say it all again; and it is not Exception, so that a name of ours that does not exist, or a
 # warning that is an error, is not taken for a damaged file. Whatever it was is the error's cause.
 DAMAGE = (
-    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
-    *(re.error, SafetensorError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, re.error, SafetensorError),
 )
 
 
