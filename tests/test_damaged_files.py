@@ -33,9 +33,9 @@ def test_headers_with_something_wrong(drawn: Any, reader: str):
 
 
 @settings(max_examples=150)
-@given(bad_bytes())
-def test_files_with_something_wrong(drawn: Any):
-    survives_file(*drawn)
+@given(bad_bytes(), readers)
+def test_files_with_something_wrong(drawn: Any, reader: str):
+    survives_file(*drawn, reader)
 
 
 @pytest.fixture

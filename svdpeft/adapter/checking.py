@@ -66,12 +66,12 @@ def checked(
         CheckpointError: as ``load`` does.
     """
     header, tensors, path = read(source, verify)
-    with undamaged(f"the header of {path}"):
+    with undamaged(path, "the header of "):
         if rename:
             header, tensors = renamed(header, tensors, rename)
         growth = Growth.of(model, header, tensors, path) if grows else None
     with nullcontext() if growth is None else growth:
-        with undamaged(f"the header of {path}"):
+        with undamaged(path, "the header of "):
             parts = _parts(model, header, tensors, path, check_base)
         yield header, parts
 
@@ -187,7 +187,7 @@ def _tied(
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
     *batch, m, n = shape
-    if method.at(site, m, n) != method:
+    if any(isinstance(getattr(method, name), Mapping) for name in method.resolved) or method.at(site, m, n) != method:
         raise CheckpointError(f"the header of {path}: {method} at {site} says a rank of other sites as well")
     for name in method.tensor_names():
         if name not in factors._parameters:

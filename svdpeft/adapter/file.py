@@ -166,18 +166,22 @@ Source = str | os.PathLike[str] | State
 
 
 @contextmanager
-def undamaged(what: str) -> Iterator[None]:
-    """What goes wrong within the block is the fault of what was read: a ``CheckpointError``.
+def undamaged(path: Path, part: str = "", kind: type[ValueError] = CheckpointError) -> Iterator[None]:
+    """What goes wrong within the block is the fault of what was read, and is told with its name.
 
     Args:
-        what: was read, and where.
+        path: of what was read.
+        part: words in front of it, such as ``"the header of "``.
+        kind: of the error; one that is raised in the block passes as it is if it names the path.
     """
     try:
         yield
-    except CheckpointError:
-        raise
+    except kind as error:
+        if str(path) in str(error):
+            raise
+        raise kind(f"{part}{path}: {error}") from error
     except DAMAGE as error:
-        raise CheckpointError(f"{what} is damaged or cut off: {type(error).__name__}: {error}") from error
+        raise kind(f"{part}{path} is damaged or cut off: {type(error).__name__}: {error}") from error
 
 
 def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
@@ -192,13 +196,13 @@ def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str
         CheckpointError: no adapter there, a cut-off file, another format version, another digest.
     """
     where = Path("the state") if isinstance(source, State) else Path(source)
-    with undamaged(str(where)):
+    with undamaged(where):
         if isinstance(source, State):
             header, tensors = _parsed(source.metadata.get(HEADER, "")), dict(source.tensors)
         else:
             inner = where / FOLDER
             where = inner if not (where / TENSORS).is_file() and (inner / TENSORS).is_file() else where
-            header, tensors = read_tensors(where, HEADER) if where.is_file() else _of_folder(where)
+            header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         version = header.get("format") if isinstance(header, dict) else None
         raise CheckpointError(
@@ -207,7 +211,7 @@ def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str
     if missing := KEYS - header.keys():
         raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
     if verify:
-        with undamaged(f"the header of {where}"):
+        with undamaged(where, "the header of "):
             _verify(header, tensors, where)
     return header, tensors, where
 
@@ -226,7 +230,7 @@ def _verify(header: dict[str, Any], tensors: dict[str, Tensor], where: Path) -> 
 def _of_folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     if not (path / TENSORS).is_file():
         raise CheckpointError(f"{path} is not an adapter folder: it must hold {TENSORS}")
-    header, tensors = read_tensors(path / TENSORS, HEADER)
+    header, tensors = _of_file(path / TENSORS)
     if header is None:  # of an earlier revision
         if not (path / HEADER).is_file():
             raise CheckpointError(f"{path} is not an adapter folder: {TENSORS} has no header, and there is no {HEADER}")
@@ -234,8 +238,14 @@ def _of_folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return header, tensors
 
 
-def read_tensors(file: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
-    """Return what a file of safetensors has under a key of its metadata, or ``None``, and its tensors.
+def _of_file(file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The header, ``None`` where the file has none, and the tensors."""
+    metadata, tensors = read_tensors(file)
+    return _parsed(metadata[HEADER]) if HEADER in metadata else None, tensors
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a file of safetensors, both of the same one.
 
     safetensors opens a file twice, for the header and for the tensors, and another process may replace it in between:
     then it is read again. The file that is held open cannot lend its number on the disk to a new one.
@@ -245,13 +255,13 @@ def read_tensors(file: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
             try:
                 with safe_open(file, "pt") as opened:
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
-                    text = (opened.metadata() or {}).get(key)
+                    metadata = opened.metadata() or {}
             except (OSError, RuntimeError, SafetensorError):
                 if os.path.samestat(os.fstat(held.fileno()), os.stat(file)):
                     raise
                 continue
             if os.path.samestat(os.fstat(held.fileno()), os.stat(file)):
-                return None if text is None else _parsed(text), tensors
+                return metadata, tensors
 
 
 def _parsed(text: str) -> Any:

@@ -85,7 +85,7 @@ def restore(adapter: Adapter, path: Source) -> None:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     header, saved, path = read(path)
-    with undamaged(f"the header of {path}"):
+    with undamaged(path, "the header of "):
         targets = _targets(adapter, header, saved, path)
     with adapter.unwritten(), torch.no_grad():
         for tensor, value in targets:

@@ -105,14 +105,15 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
     return functools.reduce(lambda inner, key: inner[key], path, value)
 
 
-def _changed(draw: Callable[[Any], Any], header: Any) -> None:
+def changed(draw: Callable[[Any], Any], header: Any) -> None:
     """Replace a value, take one away, put one there twice, or somewhere else, or deeper; in place."""
-    paths = _paths(header)
+    if not (paths := _paths(header)):
+        return
     path = draw(st.sampled_from(paths))
     place, key = _at(header, path[:-1]), path[-1]
     how = draw(st.sampled_from(["replace", "replace", "replace", "delete", "double", "move", "nest", "number"]))
     if how == "replace":
-        place[key] = copy.copy(draw(st.sampled_from(NASTY)))
+        place[key] = copy.deepcopy(draw(st.sampled_from(NASTY)))
     elif how == "delete":
         del place[key]
     elif how == "double" and isinstance(place, list):
@@ -133,8 +134,7 @@ def bad_headers(draw: Any) -> tuple[Case, State]:
     case = draw(st.sampled_from(cases()))
     header = json.loads(case.state.metadata[HEADER])
     for _ in range(draw(st.integers(1, 3))):
-        if _paths(header):
-            _changed(draw, header)
+        changed(draw, header)
     return case, State(case.state.tensors, {HEADER: json.dumps(header)})
 
 
@@ -176,11 +176,11 @@ def survives(case: Case, source: Any, reader: str = "load") -> None:
             assert_same(before, snapshot(model))
 
 
-def survives_file(case: Case, data: bytes) -> None:
+def survives_file(case: Case, data: bytes, reader: str = "load") -> None:
     """The same of a folder with such a file of tensors."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / TENSORS).write_bytes(data)
-        survives(case, folder)
+        survives(case, folder, reader)
 
 
 def peak() -> int:
@@ -203,9 +203,9 @@ def main(examples: int) -> None:
         survives(*drawn, reader)
 
     @settings(max_examples=examples // 10, **options)
-    @given(bad_bytes())
-    def files(drawn: tuple[Case, bytes]) -> None:
-        survives_file(*drawn)
+    @given(bad_bytes(), readers)
+    def files(drawn: tuple[Case, bytes], reader: str) -> None:
+        survives_file(*drawn, reader)
 
     headers()
     files()
