@@ -47,6 +47,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a pretrained model by name, on the CPU and in evaluation mode.
 
@@ -65,6 +66,8 @@ def load(
         weights: ``False`` makes the architecture alone, on the meta device and without a tokenizer: of a hub's model
             the configuration is fetched and nothing else, and the name of a configuration of transformers', a
             ``.json`` file, will do. An RWKV file and a function are read as they are.
+        trust_remote_code: whether Python files that lie beside a transformers model are run; a model that needs them
+            is refused without.
 
     Raises:
         ValueError: unknown name, a size that is no multiple of the patch, or an option that the model does not have.
@@ -108,7 +111,13 @@ def load(
                 model: Any = rwkv.build(name).to(dtype)
                 return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
             model, tokenizer, new = language.build(
-                hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed, weights=weights
+                hub or name,
+                hub=bool(hub),
+                dtype=dtype,
+                num_classes=num_classes,
+                seed=seed,
+                weights=weights,
+                trust_remote_code=trust_remote_code,
             )
             return Loaded(model.eval(), name, tokenizer, "language", new[-1] if new else None, new[:-1])
     if Path(name).is_dir():
