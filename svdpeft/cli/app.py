@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 import svdpeft
+from svdpeft.cli.completion import task_names
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -17,7 +18,8 @@ TaskName = Annotated[
     str | None,
     typer.Option(
         help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, gsm8k, "
-        "math, humaneval, text, classification."
+        "math, humaneval, text, classification.",
+        autocompletion=task_names,
     ),
 ]
 Accumulate = Annotated[int | None, typer.Option(help="Forwards per optimizer step: 1.", min=1)]

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail, quiet
+from svdpeft.cli.completion import model_names
 
 Split = Literal["train", "validation", "test"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,7 +20,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.", autocompletion=model_names
+        ),
+    ],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved adapter.")] = None,
     task: TaskName = None,
     option: TaskOptions = None,

@@ -9,13 +9,17 @@ import typer
 
 from svdpeft.cli.adapters import Precision, check_new, model_of, tell
 from svdpeft.cli.app import Json, app, fail, quiet
+from svdpeft.cli.completion import model_names
 
 
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained has written.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
-    base: Annotated[str, typer.Option(help="Model that it is for: embedded, hf:NAME, timm:NAME, a folder.")],
+    base: Annotated[
+        str,
+        typer.Option(help="Model that it is for: embedded, hf:NAME, timm:NAME, a folder.", autocompletion=model_names),
+    ],
     dtype: Precision = "float32",
     as_json: Json = False,
 ) -> None:
