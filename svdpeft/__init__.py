@@ -69,6 +69,7 @@ _LATE = {
     "export_lora": "svdpeft.interop.peft_export",
     "from_pretrained": "svdpeft.interop.hub",
     "import_peft": "svdpeft.interop.peft_import",
+    "import_sorsa": "svdpeft.interop.sorsa_import",
     "load": "svdpeft.adapter.loading",
     "only": "svdpeft.adapter.choosing",
     "push_to_hub": "svdpeft.interop.hub",
