@@ -121,7 +121,7 @@ def test_rounded_frozen_weights_are_told_with_their_size(tmp_path: Path):
     theirs, ours = checkpoint(tmp_path / "theirs", dtype=torch.bfloat16), base()
     with pytest.warns(UserWarning, match=r"rounded its frozen weights.*of ‖W0‖ \(at model\.layers"):
         adapter = svdpeft.import_sorsa(ours, tmp_path / "theirs")
-    for name, site in adapter.sites.items():
+    for name in adapter.sites:
         layer: Any = theirs.get_submodule(name)
         w = layer.weight.double() + layer.scale * layer.product()
         off = (ours.get_submodule(name).weight - w).norm() / w.norm()
