@@ -150,6 +150,8 @@ class State(NamedTuple):
     metadata: dict[str, str]
 
 
+torch.serialization.add_safe_globals([State])  # torch.load reads one with weights_only, its default
+
 Source = str | os.PathLike[str] | State
 
 
