@@ -83,13 +83,19 @@ def losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step \d+/\d+: loss ([\d.]+)", printed, re.MULTILINE)]
 
 
+def test_the_page_has_every_example():
+    page = (EXAMPLES.parent / "docs" / "recipes.md").read_text()
+    for script in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("trainers/*.py"), *EXAMPLES.glob("*/pyproject.toml")):
+        assert f"](../examples/{script.relative_to(EXAMPLES)})" in page
+
+
 # -- recipes
 
 
 def test_own_jsonl(here: Here, tmp_path: Path):
     printed = here("own_jsonl.py", "--out", tmp_path, "--steps", 3)  # 20 teach it the answers
     found = losses(printed)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.9 * found[0]
     assert re.search(r"^loss +[\d.]+ .* 4 *$", printed, re.MULTILINE)  # of the held-out questions
     before, after = re.findall(r"(?:Before|After): (.*)$", printed, re.MULTILINE)
     assert before != after

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import svdpeft
 
-STEPS, PEAK = 40, 1e-2
+STEPS, PEAK = 80, 1e-2
 
 
 def unet() -> Any:

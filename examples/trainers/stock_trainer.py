@@ -20,7 +20,7 @@ import svdpeft
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.2, **sizes))
 
 
 def counting(rows: int) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def main(out: Path) -> None:
     arguments = TrainingArguments(
         str(out / "training"),
         max_steps=40,
-        learning_rate=2e-2,
+        learning_rate=1e-2,
         per_device_train_batch_size=8,
         save_steps=20,
         logging_steps=20,
