@@ -130,6 +130,20 @@ def test_rounded_frozen_weights_are_told_with_their_size(tmp_path: Path):
     assert (ours(IDS).logits - theirs(IDS).logits).norm() < 0.1 * change
 
 
+def test_the_rest_may_be_in_another_precision(tmp_path: Path):
+    theirs, ours = checkpoint(tmp_path / "theirs"), base()
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    rest = [name for name in tensors if "q_proj" not in name and "down_proj" not in name]
+    save_file(tensors | {name: tensors[name].bfloat16() for name in rest}, file)
+    svdpeft.import_sorsa(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-8, atol=1e-8)
+    save_file(tensors | {name: (1.02 * tensors[name]).bfloat16() for name in rest}, file)
+    model = base()
+    with refused(model, "is another in this model"):
+        svdpeft.import_sorsa(model, tmp_path / "theirs")
+
+
 def test_several_files_with_an_index(tmp_path: Path):
     theirs, ours = checkpoint(tmp_path / "theirs"), base()
     whole = tmp_path / "theirs" / "model.safetensors"
