@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import perturb
+
+import svdpeft
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -200,6 +204,25 @@ def test_trl(here: Here, tmp_path: Path):
     assert min(chances["sft"][:2]) > 0.3  # both answers were shown
     assert chances["sft"][2] < 0.05
     assert chances["dpo"][1] > 0.7  # and blue was preferred
+
+
+@others
+def test_the_reference_of_dpo_is_the_model_without_the_adapter(tmp_path: Path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets")
+    names = runpy.run_path(str(EXAMPLES / "trainers" / "trl_sft_dpo.py"))
+    rows = [{"prompt": "say a colour", "chosen": " blue <eos>", "rejected": " red <eos>"}] * 6
+    given = {
+        "args": trl.DPOConfig(**names["settings"](tmp_path), precompute_ref_log_probs=True),
+        "train_dataset": datasets.Dataset.from_list(rows),
+        "processing_class": names["tokenizer"](),
+    }
+    adapter = svdpeft.attach(names["llama"](), svdpeft.LoRA(rank=4), "all-linear")
+    perturb(adapter)
+    adapted, base = names["DPO"](adapter, **given), trl.DPOTrainer(names["llama"](), **given)
+    for side in ("ref_chosen_logps", "ref_rejected_logps"):
+        found, expected = (next(iter(trainer.get_train_dataloader()))[side] for trainer in (adapted, base))
+        torch.testing.assert_close(found, expected)
 
 
 @others

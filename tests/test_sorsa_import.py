@@ -200,7 +200,9 @@ def _base_again(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     [
         (_says(model_type="llama"), ("model_type 'llama'", "svdpeft extract")),
         (_says(rank=2), ("down_proj has tensors of", "[3, 48]", "[2, 48]")),
-        (_says(rank=None), ("rank=None", "no whole number")),
+        (_says(rank=None), ("rank=None", "no number of its kind")),
+        (_says(rank=3.0), ("rank=3.0", "no number of its kind")),
+        (_says(alpha="8"), ("alpha='8'", "no number of its kind")),
         (_says(rs=True), ("rs=True", "not understood")),
         (_says(alpha=-1.0), ("alpha -1.0 is not positive",)),
         (_without(f"{Q}.sorsa_S"), ("lacks sorsa_S of model.layers.0.self_attn.q_proj",)),

@@ -48,7 +48,9 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
 class DPO(trl.DPOTrainer):
     """The reference is the model with the adapter that is trained switched off."""
 
-    adapter: svdpeft.Adapter
+    def __init__(self, adapter: svdpeft.Adapter, **settings: Any) -> None:
+        self.adapter = adapter
+        super().__init__(adapter.model, callbacks=[svdpeft.AdapterCallback(adapter)], **settings)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         with self.adapter.disabled():
@@ -83,13 +85,11 @@ def main(out: Path) -> None:
         parameter.requires_grad_(False)  # TRL trains all that requires a gradient
     preferred = svdpeft.attach(model, svdpeft.LoRA(rank=4), "all-linear", name="dpo")  # on top of the first
     pairs = [{"prompt": "say a colour", "chosen": " blue <eos>", "rejected": " red <eos>"}] * 12
-    DPO.adapter = preferred
     DPO(
-        model,
+        preferred,
         args=trl.DPOConfig(**settings(out / "dpo"), precompute_ref_log_probs=True),
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=words,
-        callbacks=[svdpeft.AdapterCallback(preferred)],
     ).train()
     print(f"dpo:  {colours(model, words)}")
     with preferred.disabled():

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from svdpeft.targets.wrappers import unwrapped
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIX = "model."  # the attribute in which the package keeps the base
 ROLES = {"sorsa_B": "L", "sorsa_S": "C", "sorsa_A": "A"}
-READ = ("rank", "alpha", "dropout")
+READ = {"rank": (int,), "alpha": (int, float, NoneType), "dropout": (int, float, NoneType)}
 SILENT = (  # of the configuration: nothing of the function that the tensors do not say
     *("model_type", "architectures", "base_model_name_or_path", "_name_or_path", "target_modules"),
     *("dtype", "torch_dtype", "transformers_version"),
@@ -168,8 +169,9 @@ def read(path: Path) -> Checkpoint:
             raise ValueError(
                 f"{path / CONFIG} says {name}={config[name]!r}: it is not understood of a SORSA checkpoint"
             )
-    if not isinstance(config.get("rank"), int):
-        raise ValueError(f"{path / CONFIG} says rank={config.get('rank')!r}, which is no whole number")
+    for name, types in READ.items():
+        if type(config.get(name)) not in types:
+            raise ValueError(f"{path / CONFIG} says {name}={config.get(name)!r}, which is no number of its kind")
     if strange := [name for name in files if not name.startswith(PREFIX)]:
         raise ValueError(f"{path}: {min(strange)} does not begin with {PREFIX!r}, as all tensors of SORSAModel do")
     return Checkpoint(path, config, {name.removeprefix(PREFIX): file for name, file in files.items()})
