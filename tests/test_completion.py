@@ -42,6 +42,8 @@ def complete(*words: str) -> list[str]:
         (("svdpeft", "compare", "--task", "word"), ["wordproblems"]),
         (("svdpeft", "eval", "d"), ["dinov2-vits14"]),
         (("svdpeft", "export", "my-adapter", "out", "--base", "h"), ["hf:"]),
+        (("svdpeft", "plan", "--model", "sm"), ["smollm2-135m"]),
+        (("svdpeft", "merge", "min"), ["minilm-l6"]),
         (("svdpeft", "train", "--meth"), ["--method"]),
         (("svdpeft", "decom"), ["decompose"]),
         (("svdpeft", "eval", "models/mine"), []),  # then the shell takes files

@@ -8,14 +8,21 @@ from typing import Annotated
 import typer
 
 from svdpeft.cli.app import Accumulate, Json, MixedPrecision, app, console, fail, quiet
+from svdpeft.cli.completion import method_names, model_names
 
 
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Option(help="Embedded, timm:NAME, hf:NAME, a folder or its config.json, an RWKV file.")
+        str,
+        typer.Option(
+            help="Embedded, timm:NAME, hf:NAME, a folder or its config.json, an RWKV file.",
+            autocompletion=model_names,
+        ),
     ],
-    method: Annotated[str, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.")],
+    method: Annotated[
+        str, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.", autocompletion=method_names)
+    ],
     targets: Annotated[list[str] | None, typer.Option(help="Layers to adapt: all-linear; as often as needed.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers that are left alone.")] = None,
     train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,
