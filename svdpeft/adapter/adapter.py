@@ -438,7 +438,7 @@ class Adapter:
         if self.state == "detached":
             raise RuntimeError(f"adapter {self.name!r} is detached: it cannot be saved now")
         check_there(self.model, self.sites.values(), self.whole)
-        values = {**self.own.changed(), **{name: self.own[name].detach() for name in self.whole}}
+        values = {**self.own.changed(), **{name: self.own[name] for name in self.whole}}
         rules = list(zip(self.patterns, self.methods, strict=True))
         return Contents(
             self.name, self.model, rules, self.sites, list(self.whole), values, self.skipped, self.batch_norm

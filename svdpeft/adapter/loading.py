@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
 from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
@@ -22,6 +21,7 @@ from svdpeft.adapter.file import (
 )
 from svdpeft.adapter.roster import ROSTER, held_elsewhere
 from svdpeft.sites.normalisation import running_statistics
+from svdpeft.sites.shards import check_whole, reshard, shape_of, write
 from svdpeft.sites.weights import stored
 from svdpeft.targets.wrappers import unwrapped
 
@@ -53,6 +53,7 @@ def load(
             tensor, a wrong shape.
     """
     model = unwrapped(model)
+    check_whole(model, "load")
     with checked(model, path, check_base, rename) as (header, parts):
         _check_statistics(model, parts)
         adapter = install(
@@ -65,7 +66,7 @@ def load(
             header["batch_norm"],
         )
     for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
-        tensor.copy_(value)
+        write(tensor, value)
     if not enabled:
         adapter.disable()
     return adapter
@@ -79,6 +80,7 @@ def restore(adapter: Adapter, path: Source) -> None:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     header, saved, path = read(path)
+    reshard(adapter.model.modules())
     free = free_of(adapter.sites.values())
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
@@ -99,11 +101,11 @@ def restore(adapter: Adapter, path: Source) -> None:
         other = min(places.keys() ^ saved.keys())
         raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
     for name, tensor in places.items():
-        if tensor.shape != saved[name].shape:
-            raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
-    with adapter.unwritten(), torch.no_grad():
+        if shape_of(tensor) != tuple(saved[name].shape):
+            raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(shape_of(tensor))} here")
+    with adapter.unwritten():
         for tensor, value in [*((t, saved[n]) for n, t in factors.items()), *adapter.own.holding(saved)]:
-            tensor.copy_(value)
+            write(tensor, value)
     for site in adapter.sites.values():
         site.factors.settle()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from svdpeft.decomposition import digest
 from svdpeft.layers.base import LayerKind
+from svdpeft.sites.shards import gathered, shape_of, sharded
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
@@ -53,7 +54,7 @@ class BaseWeight:
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         self.owner = owner
         self.parameter = parameter
-        self.size = tuple(self.stored.shape)  # when it was first adapted
+        self.size = shape_of(self.stored)  # when it was first adapted
         self._original: Tensor | None = None
         self._identities: dict[str, tuple[tuple[Any, ...], Identity]] = {}
         self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
@@ -82,7 +83,7 @@ class BaseWeight:
         Raises:
             RuntimeError: it is of another size now.
         """
-        if (now := tuple(self.stored.shape)) != self.size:
+        if (now := shape_of(self.stored)) != self.size:
             raise RuntimeError(
                 f"its weight was {list(self.size)} when it was adapted and is {list(now)} now: resize a model (its "
                 "embeddings, say) before an adapter is attached or loaded"
@@ -97,8 +98,13 @@ class BaseWeight:
             The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
 
         Raises:
-            ValueError: the sum is not finite, or not in the weight's dtype; nothing is written then.
+            ValueError: the sum is not finite, or not in the weight's dtype, or the weight is sharded over processes;
+                nothing is written then.
         """
+        if sharded(self.stored):
+            raise ValueError(
+                "its weight is sharded over processes: save() the adapter, and load it to a model that is whole"
+            )
         before, added = self._exact(), part()
         exact = before + added.to(before.dtype)
         rounded = exact.to(self.stored.dtype)
@@ -137,15 +143,23 @@ class BaseWeight:
         Args:
             free: parts of it that do not matter, since an adapter has values of its own for them.
         """
+        parts = str([kind.to_json() for kind in free])
+        if sharded(self.stored):  # as it was before: nothing can be written into it, and no weight is gathered for it
+            if parts not in self._identities:
+                self._identities[parts] = (), self._identify(gathered(self.stored).detach(), free)
+            return self._identities[parts][1]
         w = self.original
         version = None if w.is_inference() else w._version  # which .data does not raise
-        seen, parts = (w.data_ptr(), version, tuple(sample(w))), str([kind.to_json() for kind in free])
+        seen = (w.data_ptr(), version, tuple(sample(w)))
         if parts not in self._identities or self._identities[parts][0] != seen:
-            for kind in free:
-                chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w)))
-                w = w.masked_fill(chosen.bool(), 0)  # and not subtracted: a value may be no number
-            self._identities[parts] = seen, Identity(digest(w), sample(w))
+            self._identities[parts] = seen, self._identify(w, free)
         return self._identities[parts][1]
+
+    def _identify(self, w: Tensor, free: Sequence[LayerKind]) -> Identity:
+        for kind in free:
+            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w)))
+            w = w.masked_fill(chosen.bool(), 0)  # and not subtracted: a value may be no number
+        return Identity(digest(w), sample(w))
 
     @property
     def overwritten(self) -> bool:

@@ -1,0 +1,119 @@
+"""A tensor of which every process holds a part (FSDP2, DeepSpeed ZeRO-3): all of it, and writing into it.
+
+A tensor that nobody has sharded is all of itself. What gathers or writes is a collective: all processes must come by.
+Neither torch.distributed's tensors nor DeepSpeed are imported before somebody has sharded something with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def processes() -> int:
+    """How many processes train together, as a launcher or the program itself has said."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def of_fsdp(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def of_deepspeed(tensor: Tensor | None) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has it."""
+    return hasattr(tensor, "ds_id")
+
+
+def sharded(tensor: Tensor | None) -> bool:
+    """Whether each process holds a part of it."""
+    return of_fsdp(tensor) or of_deepspeed(tensor)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a model whose parameters are sharded already.
+
+    Args:
+        model: that is to be changed.
+        what: what cannot be done, for the message.
+
+    Raises:
+        ValueError: a parameter is sharded; the message names it.
+    """
+    found = next((name for name, p in model.named_parameters() if sharded(p)), None)
+    if found is not None:
+        raise ValueError(
+            f"{found} is sharded over processes: {what} before fully_shard, accelerator.prepare, deepspeed.initialize "
+            "or a training has distributed the model"
+        )
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of all of it: DeepSpeed leaves an empty tensor in the place of a shard."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a DTensor differentiable in it."""
+    if of_fsdp(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined]
+    if of_deepspeed(tensor):
+        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
+
+
+@torch.no_grad()
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value, the same in all processes, into a tensor: each writes its own part."""
+    if of_fsdp(tensor):
+        like: Any = tensor
+        tensor.copy_(_part(value.to(like.device, like.dtype), like))
+    elif of_deepspeed(tensor):
+        _write_deepspeed(tensor, value)
+    else:
+        tensor.copy_(value)
+
+
+def _part(value: Tensor, like: Any) -> Tensor:
+    """The same parts of a value as of a DTensor, without a word between processes."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(value, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)
+
+
+def _write_deepspeed(parameter: Tensor, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param  # type: ignore[import-not-found]
+    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+    if hasattr(parameter, "_z3_optimizer"):  # it has a copy of what trains, from which it makes the parameter anew
+        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP2 give up the whole weights that an evaluation has left: what is written there would be forgotten."""
+    for module in modules:
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def writes_for_all() -> bool:
+    """Whether this process is the one that writes what all of them have gathered."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
