@@ -28,6 +28,7 @@ from svdpeft.adapter.untying import Untied, check_not_shared, tie_again, untie
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Frozen, running_statistics
+from svdpeft.sites.shards import count
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
 from svdpeft.sites.weights import MergeReport, stored
@@ -101,7 +102,7 @@ class Adapter:
     @property
     def trainable_count(self) -> int:
         """Number of trained values, factors and whole parameters together."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(count(p) for p in self.parameters())
 
     def site(self, name: str) -> Site:
         """Return one site by name."""

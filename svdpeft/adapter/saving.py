@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
 from svdpeft.atomic import replacing
 from svdpeft.methods.base import Method
-from svdpeft.sites.shards import gathered, shape_of, sharded, wait_for_all, writes_for_all
+from svdpeft.sites.shards import gathered, shape_of, write_once
 from svdpeft.sites.site import Site
 
 
@@ -62,21 +62,14 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     check_ours(path)
     tensors, metadata = to_state(contents)
-    if not any(sharded(p) for p in contents.model.parameters()):
-        _write(path, tensors, metadata)
-        return
-    try:
-        if writes_for_all():
-            _write(path, tensors, metadata)
-    finally:
-        wait_for_all()
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     header = json.loads(metadata[HEADER])
-    with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
-        save_file(tensors, tensors_file, metadata=metadata)
-        json_file.write_text(json.dumps(header, indent=1) + "\n")
+
+    def write_files() -> None:
+        with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
+            save_file(tensors, tensors_file, metadata=metadata)
+            json_file.write_text(json.dumps(header, indent=1) + "\n")
+
+    write_once(contents.model, write_files)
 
 
 def to_state(contents: Contents) -> State:

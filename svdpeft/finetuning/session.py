@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class Session:
             seed=setup.seed,
         )
         if torch.cuda.is_available():
-            loaded.model.to("cuda")
+            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # of several processes each its own
+            loaded.model.to(f"cuda:{mine}")
         elif loaded.modality == "vision":  # a CPU's convolutions take half the time so; timm's models all allow it
             loaded.model.to(memory_format=torch.channels_last)
         return loaded

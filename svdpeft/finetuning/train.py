@@ -151,8 +151,9 @@ class Training:
             "attach_seconds": self.attach_seconds,
             "log": (logs := trainer.state.log_history),
         }
-        if trainer.is_world_process_zero():
+        if trainer.shards or trainer.is_world_process_zero():
             self.adapter.save(out)
+        if trainer.is_world_process_zero():
             _write(out / RECORD, record)
             told = {name: rows[-1][name] for name in ("loss", "eval_loss") if (rows := [r for r in logs if name in r])}
             with replacing(out / CARD) as new:

@@ -6,8 +6,9 @@ Neither torch.distributed's tensors nor DeepSpeed are imported before somebody h
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def count(tensor: Tensor) -> int:
+    """Number of values in all of it."""
+    return math.prod(shape_of(tensor))
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor; of a DTensor differentiable in it."""
     if of_fsdp(tensor):
@@ -108,12 +114,18 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def writes_for_all() -> bool:
-    """Whether this process is the one that writes what all of them have gathered."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+def write_once(model: nn.Module, write_files: Callable[[], None]) -> None:
+    """Write what was gathered: where the model is sharded one process does, and the others wait for it.
 
-
-def wait_for_all() -> None:
-    """Return when all processes have come here."""
-    if torch.distributed.is_initialized():
+    Args:
+        model: that it is of.
+        write_files: writes.
+    """
+    if not any(map(sharded, model.parameters())):
+        write_files()
+        return
+    try:
+        if torch.distributed.get_rank() == 0:
+            write_files()
+    finally:
         torch.distributed.barrier()
