@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.methods.base import Factors
-from svdpeft.sites.shards import gathered, sharded, write
+from svdpeft.sites.shards import differentiable, gathered, sharded, write
 
 
 class _Gathering(MutableMapping[str, Tensor]):
@@ -32,11 +32,11 @@ class _Gathering(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.whole:
             parameter = self.parameters[name]
-            whole = gathered(parameter)
             if self.leaves:
-                whole = whole.detach().clone().requires_grad_(parameter.requires_grad)
-                whole.grad = None if parameter.grad is None else gathered(parameter.grad)
-            self.whole[name] = whole
+                self.whole[name] = gathered(parameter).detach().requires_grad_(parameter.requires_grad)
+                self.whole[name].grad = None if parameter.grad is None else gathered(parameter.grad)
+            else:
+                self.whole[name] = differentiable(parameter)
         return self.whole[name]
 
     def __contains__(self, name: object) -> bool:

@@ -66,14 +66,21 @@ def count(tensor: Tensor) -> int:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a DTensor differentiable in it."""
+    """All of a tensor, a copy where it is sharded."""
+    if not of_deepspeed(tensor):
+        return differentiable(tensor)
+    import deepspeed  # type: ignore[import-not-found]
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """All of a parameter, for something whose gradient in it is the same in all processes."""
     if of_fsdp(tensor):
         return tensor.full_tensor()  # type: ignore[attr-defined]
-    if of_deepspeed(tensor):
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
+    if of_deepspeed(tensor) and shape_of(tensor) != tuple(tensor.shape):
+        tensor.all_gather()  # type: ignore[attr-defined]  # itself: DeepSpeed gives it up again after the backward pass
     return tensor
 
 
@@ -98,13 +105,12 @@ def _part(value: Tensor, like: Any) -> Tensor:
 
 
 def _write_deepspeed(parameter: Tensor, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param  # type: ignore[import-not-found]
-    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+    import deepspeed  # type: ignore[import-not-found]
 
-    with GatheredParameters([parameter], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
     if hasattr(parameter, "_z3_optimizer"):  # it has a copy of what trains, from which it makes the parameter anew
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
