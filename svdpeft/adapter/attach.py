@@ -15,6 +15,7 @@ from svdpeft.adapter.file import free_of
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
+from svdpeft.decomposition import processes
 from svdpeft.methods.base import (
     Factors,
     Method,
@@ -22,7 +23,7 @@ from svdpeft.methods.base import (
     Statistics,
 )
 from svdpeft.sites.place import CHILD
-from svdpeft.sites.shards import check_whole, processes
+from svdpeft.sites.shards import check_whole
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
@@ -188,7 +189,7 @@ def install(
     roster.adapters[name] = adapter
     for site in sites.values():
         site.install(name)
-    if processes() > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
+    if processes()[1] > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
         for weight, free in ((site.weight, free_of(sites.values())[id(site.weight)]) for site in sites.values()):
             weight.identity(free)
     roster.freeze()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.roster import records
-from svdpeft.decomposition import check_matrix
+from svdpeft.decomposition import check_matrix, own_share_first, processes
 from svdpeft.methods.base import Factors, Given, Partner, PerSite, Statistics, check_patterns, grouped, share
 from svdpeft.registry import near_miss
 from svdpeft.sites.weights import BaseWeight
@@ -41,12 +41,15 @@ def build(
         for one, group in grouped(found, sites).values():
             tied = share(one.share(group), one.trains)
             shared |= {site.name: tied for site in group}
-    built = []
-    for choice in tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+    for choice in choices:
         _check_dropout(choice)
-        site, method = known[choice.name], resolved[choice.name]
-        built.append((choice, method, method.factors(site.sharing(shared.get(choice.name, {})))))
-    return built
+    made: dict[int, Factors] = {}
+    order = own_share_first(len(choices))  # beside other processes with the same folder of decompositions
+    first = processes()[0] == 0  # which has a bar for all
+    for i in tqdm(order, desc="decompose", unit="site", delay=2, leave=False, disable=None if first else True):
+        name = choices[i].name
+        made[i] = resolved[name].factors(known[name].sharing(shared.get(name, {})))
+    return [(choice, resolved[choice.name], made[i]) for i, choice in enumerate(choices)]
 
 
 def given(

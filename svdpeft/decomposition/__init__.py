@@ -1,8 +1,9 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
-from svdpeft.decomposition.cache import digest, svd_cache, uncached
+from svdpeft.decomposition.cache import digest, svd_cache, svd_cache_until_attached, uncached
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.decomposition.processes import own_share_first, processes
 from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
     cayley,
@@ -41,12 +42,15 @@ __all__ = [
     "exact_rank",
     "kmeans",
     "minor_svd",
+    "own_share_first",
+    "processes",
     "random_index",
     "recompress",
     "scatter_core",
     "skew",
     "skew_count",
     "svd_cache",
+    "svd_cache_until_attached",
     "top_index",
     "truncated",
     "truncated_svd",

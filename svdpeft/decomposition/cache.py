@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdpeft.atomic import replacing
+from svdpeft.decomposition.processes import one_at_a_time, processes
 
 _FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
 
@@ -32,7 +34,8 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Attaching then costs a hash of each weight and the reading of its factors, where it cost an SVD. On the disk a
     matrix (m, n) takes min(m, n) (m + n + 1) numbers where the exact driver decomposed it, r (m + n + 1) where the
-    randomized one did. Several processes may share a folder; nothing is ever deleted from it.
+    randomized one did. Several processes may share a folder; nothing is ever deleted from it. Processes that a launcher
+    has started together decompose no weight twice: each begins with another share, and reads what others have.
 
     Args:
         folder: made if need be.
@@ -51,6 +54,21 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield path
     finally:
         _FOLDER.reset(token)
+
+
+@contextmanager
+def svd_cache_until_attached(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """``svd_cache`` for processes that were started together and all attach the same: the last one deletes it.
+
+    Args:
+        folder: that all of them can reach, and that nobody else has.
+    """
+    me, together = processes()
+    with svd_cache(folder) as path:
+        yield
+    (path / f"{me}.done").touch()
+    if len(list(path.glob("*.done"))) == together:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -92,24 +110,29 @@ def remembered(
         return _first(rank, *compute())
     # Another kind of device or another torch rounds differently: it has its own file.
     file = folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
-    try:
-        return _read(file, rank, w.device)
-    except (OSError, SafetensorError, RuntimeError):
-        # Not there, damaged, or deleted by another process while safe_open, which opens it twice, was at it (torch's
-        # RuntimeError): it is written again.
+    if (known := _read(file, rank, w.device)) is not None:
+        return known
+    with one_at_a_time(file):
+        if (known := _read(file, rank, w.device)) is not None:  # by now, from the process that was at it
+            return known
         found = compute()
         _write(file, *found)
-        return _first(rank, *found)
+    return _first(rank, *found)
 
 
 def _first(rank: int, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 
-def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    with safe_open(file, "pt", device=str(device)) as held:
-        u, s, vh = (held.get_slice(name) for name in ("u", "s", "vh"))
-        return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    try:
+        with safe_open(file, "pt", device=str(device)) as held:
+            u, s, vh = (held.get_slice(name) for name in ("u", "s", "vh"))
+            return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    except (OSError, SafetensorError, RuntimeError):
+        # Not there, damaged, or deleted by another process while safe_open, which opens it twice, was at it (torch's
+        # RuntimeError): it is written again.
+        return None
 
 
 def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import HEADER
 from svdpeft.atomic import replacing
-from svdpeft.decomposition import svd_cache
+from svdpeft.decomposition import processes, svd_cache, svd_cache_until_attached
 from svdpeft.finetuning.order import Order
 from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
@@ -47,7 +47,7 @@ class Training:
 
     @classmethod
     def of(cls, order: Order, resume: bool = False) -> Training:
-        """Load, read and attach; nothing is written.
+        """Load, read and attach; nothing is written that stays.
 
         Args:
             order: what is asked for.
@@ -60,17 +60,20 @@ class Training:
         check_tracker(order.tracker)
         splits = ("train", "validation") if order.eval_every else ("train",)
         session = Session(order.setup, splits)  # type: ignore[arg-type]
-        if order.svd_cache is None:
-            adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
+        if order.svd_cache is not None:
+            shared: Any = svd_cache(order.svd_cache)
+        elif processes()[1] > 1:
+            shared = svd_cache_until_attached(order.out / "decompositions")
         else:
-            with svd_cache(order.svd_cache):
-                adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
+            shared = nullcontext()
+        with shared:
+            adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
         return cls(order, session, adapter, seconds)
 
     def plan(self) -> list[tuple[str, str]]:
         """What will happen, as (what, how much) lines."""
         order, session, adapter = self.order, self.session, self.adapter
-        recipe, data, devices = order.recipe, session.data.train, int(os.environ.get("WORLD_SIZE", 1))
+        recipe, data, devices = order.recipe, session.data.train, processes()[1]
         count, share = adapter.trainable_count, adapter.trainable_count / session.base
         forwards, steps = recipe.batches(len(data), devices)  # type: ignore[arg-type]
         passes = steps * recipe.accumulate / max(forwards, 1)

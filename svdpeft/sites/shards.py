@@ -7,19 +7,11 @@ Neither torch.distributed's tensors nor DeepSpeed are imported before somebody h
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def processes() -> int:
-    """How many processes train together, as a launcher or the program itself has said."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def of_fsdp(tensor: Tensor | None) -> bool:
