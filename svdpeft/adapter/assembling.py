@@ -22,11 +22,12 @@ class _Gathering(MutableMapping[str, Tensor]):
 
     Args:
         parameters: of one site.
-        leaves: with their gradients, and no functions of the parameters.
+        leaves: no functions of the parameters.
+        gradients: with those of the parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], leaves: bool) -> None:
-        self.parameters, self.leaves = parameters, leaves
+    def __init__(self, parameters: Mapping[str, Tensor], leaves: bool, gradients: bool) -> None:
+        self.parameters, self.leaves, self.gradients = parameters, leaves, gradients
         self.whole: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -34,7 +35,8 @@ class _Gathering(MutableMapping[str, Tensor]):
             parameter = self.parameters[name]
             if self.leaves:
                 self.whole[name] = gathered(parameter).detach().requires_grad_(parameter.requires_grad)
-                self.whole[name].grad = None if parameter.grad is None else gathered(parameter.grad)
+                if self.gradients and parameter.grad is not None:
+                    self.whole[name].grad = gathered(parameter.grad)
             else:
                 self.whole[name] = differentiable(parameter)
         return self.whole[name]
@@ -65,27 +67,29 @@ class _Gathering(MutableMapping[str, Tensor]):
                     write(parameter.grad, whole.grad)
 
 
-def assembled(sites: Sequence[Factors], leaves: bool = False) -> list[Factors]:
-    """The same sites with whole tensors.
-
-    Args:
-        sites: of a method.
-        leaves: with gradients of their own; else what is computed from them is differentiable in the shards.
-    """
-    return [_whole(f, leaves) if any(map(sharded, f._parameters.values())) else f for f in sites]
+def assembled(sites: Sequence[Factors]) -> list[Factors]:
+    """The same sites with whole tensors, in which what is computed from them is differentiable."""
+    return _wholes(sites, leaves=False, gradients=False)
 
 
 @contextmanager
-def in_place(sites: Sequence[Factors]) -> Iterator[list[Factors]]:
-    """Within the block the same sites with whole tensors; afterwards the shards are what became of them."""
-    wholes = assembled(sites, leaves=True)
+def in_place(sites: Sequence[Factors], gradients: bool) -> Iterator[list[Factors]]:
+    """Within the block the same sites with whole tensors; afterwards the shards are what became of them.
+
+    Args:
+        sites: of a method.
+        gradients: whether it looks at gradients, or changes them.
+    """
+    wholes = _wholes(sites, leaves=True, gradients=gradients)
     yield wholes
     for f in wholes:
         if isinstance(gathering := vars(f)["_parameters"], _Gathering):
             gathering.write_back()
 
 
-def _whole(f: Factors, leaves: bool) -> Factors:
-    seen = copy.copy(f)  # with the same memory
-    vars(seen)["_parameters"] = _Gathering(dict(f.named_parameters()), leaves)
+def _wholes(sites: Sequence[Factors], leaves: bool, gradients: bool) -> list[Factors]:
+    seen = [copy.copy(f) if any(map(sharded, f._parameters.values())) else f for f in sites]  # with the same memory
+    for f, site in zip(seen, sites, strict=True):
+        if f is not site:
+            vars(f)["_parameters"] = _Gathering(dict(site.named_parameters()), leaves, gradients)
     return seen

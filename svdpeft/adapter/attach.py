@@ -15,7 +15,7 @@ from svdpeft.adapter.file import free_of
 from svdpeft.adapter.pretrained import NAME, SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
-from svdpeft.decomposition import processes
+from svdpeft.decomposition import decomposing_on, processes
 from svdpeft.methods.base import (
     Factors,
     Method,
@@ -48,6 +48,7 @@ def attach(
     batch_norm: BatchNorm = "train",
     calibration: Mapping[str, Statistics] | None = None,
     bias: bool = False,
+    decompose_on: str | torch.device | None = None,
 ) -> Adapter:
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
@@ -74,12 +75,15 @@ def attach(
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
         calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
         bias: the biases of the adapted layers are trained whole, too, as LoRA's code offers (``"lora_only"``).
+        decompose_on: device of the decompositions, such as ``"cuda"`` for a model on the CPU: one weight at a time is
+            there, and what is kept of it comes back. ``None``: the device of each weight.
 
     Returns:
         The adapter. The model's outputs are the base model's.
 
     Raises:
-        ValueError: nothing to train; no layer matches; a rank, weight or name that cannot be.
+        ValueError: nothing to train; no layer matches; a rank, weight, name or device that cannot be; a model that is
+            sharded over processes already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -108,7 +112,8 @@ def attach(
     if bias:
         whole |= biases_of(model, (place.module for choice in selection.choices for place in choice.places))
         _check_whole(whole, roster)
-    built = build([*selection.choices, *rows], seed, clip, calibration or {})
+    with decomposing_on(decompose_on):
+        built = build([*selection.choices, *rows], seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
     _warn_of_stored(selection.skipped)

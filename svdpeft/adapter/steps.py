@@ -38,7 +38,7 @@ class Steps:
         self._total = total
         progress = Progress(self.taken + 1, total, peak_lr=peak_lr)
         for method, factors in self.groups:
-            with in_place(factors) as whole:
+            with in_place(factors, gradients=True) as whole:
                 method.before_step(whole, progress)
         self._begun = True
 
@@ -48,7 +48,7 @@ class Steps:
         for method, factors in self.groups:
             if method.changes_gradients and not self._begun:
                 raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
-            with in_place(factors) as whole:
+            with in_place(factors, gradients=method.keeps_state) as whole:  # of them a budget makes its averages
                 method.after_step(whole, progress)
             for f in factors:
                 f.settle()

@@ -19,6 +19,7 @@ from svdpeft.decomposition.svd import (
     canonical_signs,
     check_matrix,
     check_rank,
+    decomposing_on,
     minor_svd,
     truncated_svd,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "cayley_offset",
     "check_matrix",
     "check_rank",
+    "decomposing_on",
     "difference",
     "digest",
     "exact_rank",
