@@ -21,18 +21,26 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def launch(scheme: str, *command: object) -> str:
-    """Run a command as ``accelerate launch`` starts it, and return what it says."""
+def launch(scheme: str, *command: object, folder: Path = ROOT) -> str:
+    """Run a command in a folder as ``accelerate launch`` starts it, and return what it says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/launch/{scheme}.yaml"]
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / f"examples/launch/{scheme}.yaml",
+    ]
+    before = {"PYTHONPATH": ROOT, "PATH": Path(sys.executable).parent}  # where this svdpeft and its command are
+    more = {name: os.pathsep.join([str(path), os.environ.get(name, "")]) for name, path in before.items()}
+    more["OMP_NUM_THREADS"] = "1"
     if scheme == "zero3" and not torch.cuda.is_available():
         more["DS_ACCELERATOR"] = "cpu"
     run = subprocess.run(
         [*start, "--main_process_port", str(port), *map(str, command)],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | more,
         capture_output=True,
         text=True,
