@@ -96,6 +96,11 @@ def test_processes_share_decompositions(tmp_path, monkeypatch):
     assert orders == [[0, 2, 4, 1, 3], [1, 3, 0, 2, 4]]
     assert made == ["0", "2", "1"]  # the second found all of them
     assert not (tmp_path / "shared").exists()
+    for rank in ("0", "1"):  # nor does an error leave it
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match="rank 9"), svd_cache_until_attached(tmp_path / "shared"):
+            svdpeft.attach(seeded(0), svdpeft.SORSA(rank=9))
+    assert not (tmp_path / "shared").exists()
 
 
 def seeded(seed):
@@ -172,7 +177,8 @@ def test_channels_last(before):
 
 
 def accelerator(fsdp=None, deepspeed=None):
-    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed))
+    state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)
+    return SimpleNamespace(state=state, device=torch.device("cpu"))
 
 
 def plugin(**options):

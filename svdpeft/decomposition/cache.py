@@ -65,10 +65,12 @@ def svd_cache_until_attached(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     me, together = processes()
     with svd_cache(folder) as path:
-        yield
-    (path / f"{me}.done").touch()
-    if len(list(path.glob("*.done"))) == together:
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield
+        finally:
+            (path / f"{me}.done").touch()
+            if len(list(path.glob("*.done"))) == together:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

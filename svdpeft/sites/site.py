@@ -276,6 +276,7 @@ class Site:
         lost = 0.0
         if state != "attached":
             self.check_size()
+            self.weight.check_whole()
         if state == "attached":
             self.skip_base(False)
             if self.weight.written(self):

@@ -89,6 +89,17 @@ class BaseWeight:
                 "embeddings, say) before an adapter is attached or loaded"
             )
 
+    def check_whole(self) -> None:
+        """Refuse to write into a shard.
+
+        Raises:
+            ValueError: the weight is sharded over processes.
+        """
+        if sharded(self.stored):
+            raise ValueError(
+                "its weight is sharded over processes: save() the adapter, and load it to a model that is whole"
+            )
+
     def write(self, key: Hashable, part: Callable[[], Tensor]) -> float:
         """Add ``part()``, in the stored layout, to the weight.
 
@@ -98,13 +109,8 @@ class BaseWeight:
             The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
 
         Raises:
-            ValueError: the sum is not finite, or not in the weight's dtype, or the weight is sharded over processes;
-                nothing is written then.
+            ValueError: the sum is not finite, or not in the weight's dtype; nothing is written then.
         """
-        if sharded(self.stored):
-            raise ValueError(
-                "its weight is sharded over processes: save() the adapter, and load it to a model that is whole"
-            )
         before, added = self._exact(), part()
         exact = before + added.to(before.dtype)
         rounded = exact.to(self.stored.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
@@ -22,12 +23,12 @@ def prepare(accelerator: Any, adapter: Adapter) -> None:
             that acts on gradients or keeps a state, with DeepSpeed.
     """
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
-        _prepare_fsdp(plugin, adapter)
+        _prepare_fsdp(plugin, accelerator.device, adapter)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         _check_deepspeed(adapter)
 
 
-def _prepare_fsdp(plugin: Any, adapter: Adapter) -> None:
+def _prepare_fsdp(plugin: Any, device: torch.device, adapter: Adapter) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError(
             "FSDP1 makes one flat parameter of all that a block has, frozen or not, and factors are no matrices any "
@@ -47,7 +48,7 @@ def _prepare_fsdp(plugin: Any, adapter: Adapter) -> None:
                 if parameter.requires_grad:
                     raise ValueError(
                         f"{site.method} trains {role} of {name} for several sites at once, and FSDP2 has no parameter "
-                        "in two of its groups: train with several whole copies (DDP), or with DeepSpeed"
+                        "in two of its groups: train with several whole copies of the model (DDP)"
                     )
                 tied[id(parameter)] = parameter
     if not tied:
@@ -57,7 +58,9 @@ def _prepare_fsdp(plugin: Any, adapter: Adapter) -> None:
             f"ignored_modules {plugin.ignored_modules!r} of FSDP is a pattern, and tensors that sites share have to be "
             "left out as well, which have no module of their own: name the modules themselves"
         )
-    # Frozen and small beside the base: each process keeps them whole.
+    # Frozen and small beside the base: each process keeps them whole, and FSDP does not move what it leaves out.
+    for parameter in tied.values():
+        parameter.data = parameter.data.to(device)
     plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(tied.values())]
 
 
