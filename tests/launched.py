@@ -139,6 +139,8 @@ def collectives(folder: Path) -> dict[str, Any]:
         adapter.before_step(1e-2, 3)
         optimizer.step()
         adapter.after_step(1.0)
+    with torch.no_grad():
+        base(input_ids=ids)  # which leaves whole what is not of a block
     with Gathers() as saving:
         adapter.save(folder / "gathered")
     try:

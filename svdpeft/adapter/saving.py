@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
 from svdpeft.atomic import replacing
 from svdpeft.methods.base import Method
-from svdpeft.sites.shards import gathered, shape_of, write_once
+from svdpeft.sites.shards import gathered, reshard, shape_of, write_once
 from svdpeft.sites.site import Site
 
 
@@ -61,6 +61,7 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_ours(path)
+    reshard(contents.model.modules())  # or, after an evaluation, some weights are whole and this looks like one process
     tensors, metadata = to_state(contents)
     header = json.loads(metadata[HEADER])
 
