@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.attach import given, install
+from svdpeft.adapter.attach import install
+from svdpeft.adapter.building import given
 from svdpeft.adapter.roster import records
 from svdpeft.decomposition import truncated_svd
 from svdpeft.methods.base import Factors, PerSite
