@@ -36,7 +36,7 @@ from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.chosen_rows import chosen_rows
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
-from svdpeft.targets.survey import STORED
+from svdpeft.targets.survey import QUANTISED
 from svdpeft.targets.whole import biases_of, trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
@@ -136,7 +136,7 @@ def _check_rows(rows: Sequence[Choice], others: Sequence[Choice]) -> None:
 
 def _warn_of_stored(skipped: Mapping[str, str]) -> None:
     """On a partly quantised model an adapter of all layers is one of the rest: usually the few that matter least."""
-    found = [name for name, why in skipped.items() if why.endswith(STORED)]
+    found = [name for name, why in skipped.items() if QUANTISED in why]
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         warnings.warn(
@@ -213,27 +213,26 @@ def given(
         position: of the site among those of its method.
     """
     place = choice.places[0]
-    raw = record(place.module, place.parameter).original
-    check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
-    *batch, m, n = place.kind.to_matrix(place.module, raw).shape
+    base = record(place.module, place.parameter)
+    w = base.original  # of a quantised one a copy, which does not stay
+    check_matrix(w, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
+    *batch, m, n = place.kind.to_matrix(place.module, w).shape
+    dtype, device = torch.promote_types(w.dtype, torch.float32), w.device
+    del w
 
     def weight() -> Tensor:
-        return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return place.kind.to_matrix(place.module, base.original.to(dtype))
 
     partner = None
     if (half := choice.half) is not None:
         module, parameter, _, kind = half.partner
-        other = record(module, parameter).original
-        check_matrix(other, f"the other weight of {choice.name}'s pair")
-        partner = Partner(
-            half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
-        )
+        other = record(module, parameter)
+        check_matrix(other.original, f"the other weight of {choice.name}'s pair")
+        partner = Partner(half.pair, lambda: kind.to_matrix(module, other.original.to(dtype)))
     site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
     shape = (math.prod(batch), m, n)
-    dtype, seen = torch.promote_types(raw.dtype, torch.float32), calibration.get(choice.name)
-    return Given(
-        choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, raw.device, partner
-    )
+    seen = calibration.get(choice.name)
+    return Given(choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, device, partner)
 
 
 def install(
