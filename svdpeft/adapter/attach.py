@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.pretrained import NAME, SavePretrained
+from svdpeft.adapter.pretrained import SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, records, untied
 from svdpeft.decomposition import check_matrix
@@ -257,9 +257,8 @@ def install(
         parameter = place.module._parameters[place.parameter]
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         sites[choice.name] = site_of(choice, method, factors, weight)
-    setattr(model, ROSTER, roster)
-    if callable(getattr(type(model), NAME, None)):
-        vars(model)[NAME] = SavePretrained(model)
+    roster.enter()
+    SavePretrained.stand_in(model)
     adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
     roster.adapters[name] = adapter
     for site in sites.values():

@@ -1,6 +1,6 @@
-"""Quantised weights: how bitsandbytes and torchao store them, and how a linear layer comes to have one, or a plain one.
+"""Quantised weights: how bitsandbytes and torchao store them.
 
-The one file that knows. Everybody else asks for ``values``, the dequantised weight, which is a plain one's own tensor.
+The one file that knows. Everybody else asks for ``weight``: the dequantised one, which is a plain one's own tensor.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from svdpeft.registry import near_miss
 
 LINEARS = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")  # called as nn.Linear is
 OWN = (  # what these have beside an nn.Linear's attributes
     *("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"),
     *("state", "index"),
 )
-BLOCK, ROWS = 64, 32  # of bitsandbytes' 4 bits: values with one scale; rows of which its CPU kernel takes a multiple
 
 
 class Form(NamedTuple):
@@ -133,7 +129,7 @@ def form_of(module: nn.Module, parameter: str) -> Form:
     tensor = module._parameters.get(parameter)
     tensor = module._buffers[parameter] if tensor is None else tensor
     assert tensor is not None
-    own = {name: vars(module)[name] for name in OWN if name in vars(module)} if _of_library(type(module)) else {}
+    own = {name: vars(module)[name] for name in OWN if name in vars(module)} if of_library(type(module)) else {}
     return Form(type(module), tensor, own)
 
 
@@ -176,7 +172,7 @@ def scheme(module: nn.Module, parameter: str) -> str | None:
 
 def refuses_in_place(module: nn.Module) -> bool:
     """Whether the layer's output is a view made inside a custom autograd function, which nothing is added into."""
-    return _of_library(type(module))
+    return of_library(type(module))
 
 
 def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
@@ -185,106 +181,6 @@ def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
         for parameter, tensor in module._parameters.items():
             if tensor is not None and (found := scheme(module, parameter)) is not None:
                 yield name, module, parameter, found
-
-
-# -- from one form to another ---------------------------------------------------------------------------------------
-
-
-def put(module: nn.Module, parameter: str, form: Form) -> None:
-    """Let a layer store a weight in another form. Its bias, hooks and children stay."""
-    if _of_library(type(module)):
-        for name in OWN:
-            vars(module).pop(name, None)
-    vars(module).update(form.own)
-    if hasattr(form.tensor, "quant_state"):
-        form.tensor.module = module  # type: ignore[attr-defined]
-    module._parameters[parameter] = form.tensor  # type: ignore[assignment]
-    module.__class__ = form.cls
-
-
-def plain(form: Form, dtype: torch.dtype) -> Form:
-    """The same weight dequantised, in a layer of torch's own."""
-    tensor = nn.Parameter(values(form).detach().to(dtype, copy=True), requires_grad=False)
-    return Form(nn.Linear if _of_library(form.cls) else form.cls, tensor, {})
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How ``quantize`` stores a weight.
-
-    Args:
-        library: that does it.
-        options: of its layer, or of its configuration.
-    """
-
-    library: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-SCHEMES = {
-    "nf4": Scheme("bitsandbytes", (("quant_type", "nf4"),)),
-    "fp4": Scheme("bitsandbytes", (("quant_type", "fp4"),)),
-    "int8": Scheme("bitsandbytes", (("threshold", 6.0), ("has_fp16_weights", False))),  # as published for LLM.int8()
-    "torchao-int8": Scheme("torchao"),
-    "torchao-int4": Scheme("torchao", (("group", 32),)),
-}
-
-
-def check_scheme(name: str) -> None:
-    """Refuse a scheme that does not exist, or whose library is not there.
-
-    Raises:
-        ValueError: no scheme is called so.
-        ImportError: its library is not installed.
-    """
-    if name not in SCHEMES:
-        raise ValueError(f"scheme {name!r}: {near_miss(str(name), SCHEMES)}")
-    library = SCHEMES[name].library
-    try:
-        __import__(library)
-    except ImportError as error:
-        raise ImportError(f"scheme {name!r} needs {library}: pip install 'svdpeft[quantised]'") from error
-
-
-def quantised(w: Tensor, name: str) -> Form:
-    """Quantise the weight of an ``nn.Linear``.
-
-    Args:
-        w: (out, in), of the dtype that it is to be dequantised to.
-        name: of the scheme.
-    """
-    scheme, (m, n) = SCHEMES[name], w.shape
-    options = dict(scheme.options)
-    layer: Any
-    if scheme.library == "torchao":
-        layer = nn.Linear(n, m, bias=False, device="meta")
-        layer.weight = nn.Parameter(w.detach().clone(), requires_grad=False)
-        _by_torchao(layer, options.get("group"))
-        return Form(nn.Linear, layer._parameters["weight"], {})
-    import bitsandbytes
-
-    if "quant_type" in options:
-        layer = bitsandbytes.nn.Linear4bit(n, m, bias=False, compress_statistics=False, device="meta", **options)
-        if m % ROWS or n % BLOCK:
-            layer.support_avx512bf16_for_cpu = False  # its kernel stops at other sizes
-        made = bitsandbytes.nn.Params4bit
-        tensor = made(w.detach().clone(), compress_statistics=False, module=layer, **options)
-    else:
-        layer = bitsandbytes.nn.Linear8bitLt(n, m, bias=False, device="meta", **options)
-        tensor = bitsandbytes.nn.Int8Params(w.detach().clone(), requires_grad=False)
-    layer.weight = tensor.to(w.device)
-    return form_of(layer, "weight")
-
-
-def _by_torchao(layer: nn.Module, group: int | None) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-
-    n = layer.weight.shape[1]
-    if group is not None and n % group:
-        raise ValueError(f"torchao-int4 has a scale for each {group} values of a row, and {n} is no multiple of that")
-    intx = group and IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
-    quantize_(layer, intx or Int8WeightOnlyConfig(), filter_fn=lambda *_: True)
 
 
 # -- bitsandbytes' layout for a CPU's kernel ------------------------------------------------------------------------
@@ -322,5 +218,6 @@ def _unpacked(tensor: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def _of_library(cls: type) -> bool:
+def of_library(cls: type) -> bool:
+    """Whether a layer's class is one of bitsandbytes', or derived from one."""
     return any(f"{c.__module__}.{c.__qualname__}" in LINEARS for c in cls.__mro__)

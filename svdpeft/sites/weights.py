@@ -158,7 +158,10 @@ class BaseWeight:
             hashed = codes(form).detach()
             for kind in free:
                 chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w))).bool()
-                hashed, w = hashed.masked_fill(chosen, 0), w.masked_fill(chosen, 0)  # not subtracted: it may be no number
+                hashed, w = (
+                    hashed.masked_fill(chosen, 0),
+                    w.masked_fill(chosen, 0),
+                )  # not subtracted: it may be no number
             self._identities[parts] = seen, Identity(digest(hashed), sample(w))
         return self._identities[parts][1]
 

@@ -162,8 +162,8 @@ class Survey:
         """Why an update cannot go beside a quantised weight, or ``None``."""
         if weight.kind is None or not weight.kind.called(weight.module):
             return (
-                f"its weight is {QUANTISED} ({scheme}), and a {type(weight.module).__name__} is not called in a way that "
-                "is known here: W0 + ΔW cannot be given in the place of integers"
+                f"its weight is {QUANTISED} ({scheme}), and a {type(weight.module).__name__} is not called in a way "
+                "that is known here: W0 + ΔW cannot be given in the place of integers"
             )
         others = self.others(weight)
         return f"its {QUANTISED} weight ({scheme}) is shared with {others[0].name}" if others else None
