@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from svdpeft.adapter.roster import Roster, adapted
-from svdpeft.layers.quantised import Form, form_of, quantised_in
-from svdpeft.layers.quantising import plain, put
+from svdpeft.layers.quantised import Form, form_of
+from svdpeft.layers.quantising import plain, put, quantised_in
 from svdpeft.sites.reads import dress, undressed
 from svdpeft.sites.weights import BaseWeight, stored
 
@@ -63,7 +63,7 @@ def dequantise(roster: Roster[Any], dtype: torch.dtype) -> None:
         raise ValueError(f"merge(dtype={dtype}): no weight of the model is quantised; leave dtype out")
     roster.dequantised = done = Dequantised()
     records = adapted()
-    for _, module, parameter, _ in found:  # what interrupts this is taken back by quantise_again
+    for _, module, parameter in found:  # what interrupts this is taken back by quantise_again
         site = records.get(id(stored(module, parameter)))
         record = None if site is None else site.weight
         new = plain(form_of(module, parameter), dtype)

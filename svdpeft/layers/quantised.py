@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ OWN = (  # what these have beside an nn.Linear's attributes
 
 
 class Form(NamedTuple):
-    """How a layer stores a weight, and all that can be put into the layer again.
+    """How a layer stores a weight: all that can be put into the layer again.
 
     Args:
         cls: class of the layer.
@@ -31,45 +29,64 @@ class Form(NamedTuple):
     """
 
     cls: type
-    tensor: Tensor
+    tensor: Any
     own: dict[str, Any]
 
+    @property
+    def scheme(self) -> str | None:
+        """What the weight is quantised by; ``None``: it is not, or in a way that is not known here."""
+        return _store(type(self.tensor)).scheme(self)
 
-class Store(ABC):
-    """Abstract: how one library stores a weight."""
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight, however it is stored."""
+        return self._by.shape(self)
 
-    tensor: ClassVar[str]  # dotted name of its tensors' class, so that the library need not be there
+    def values(self) -> Tensor:
+        """Return the weight: the dequantised one, or a plain one's own tensor."""
+        return self._by.values(self)
 
-    @abstractmethod
+    def codes(self) -> Tensor:
+        """Return what a weight is known by, in its shape: the integers of a quantised one, a plain one's own values.
+
+        Scales are left out: bitsandbytes rounds those of 4 bits when a CPU evaluates.
+        """
+        return self._by.codes(self)
+
+    @property
+    def _by(self) -> Plain:
+        return Plain() if self.scheme is None else _store(type(self.tensor))
+
+
+class Plain:
+    """A tensor that is the weight; those derived from this are others."""
+
+    tensor: ClassVar[str] = ""  # dotted name of its class, so that a library need not be there
+
     def scheme(self, form: Form) -> str | None:
-        """Return what it is called, or ``None`` where the tensor is not quantised yet, or as nobody knows here."""
-
-    @abstractmethod
-    def values(self, form: Form) -> Tensor:
-        """Return the dequantised weight."""
-
-    @abstractmethod
-    def codes(self, form: Form) -> Tensor:
-        """Return the integers that are stored, in the shape of the weight."""
+        """Return ``None`` as well where a tensor of the class is not quantised yet."""
+        return None
 
     def shape(self, form: Form) -> torch.Size:
-        """Return the shape of the weight."""
         return form.tensor.shape
 
+    def values(self, form: Form) -> Tensor:
+        return form.tensor
 
-class FourBit(Store):
-    """bitsandbytes' 4 bits, NF4 and FP4: two codes in a byte, and a scale for each 64 of them.
+    def codes(self, form: Form) -> Tensor:
+        return form.tensor
 
-    A first evaluation without gradients lays them out anew on some CPUs, with the scales rounded to bfloat16.
-    """
+
+class FourBit(Plain):
+    """bitsandbytes' 4 bits, NF4 and FP4: two codes in a byte, and a scale for each 64 of them."""
 
     tensor = "bitsandbytes.nn.modules.Params4bit"
 
     def scheme(self, form: Form) -> str | None:
-        return None if getattr(form.tensor, "quant_state", None) is None else form.tensor.quant_type  # type: ignore[attr-defined]
+        return None if form.tensor.quant_state is None else form.tensor.quant_type
 
     def shape(self, form: Form) -> torch.Size:
-        return torch.Size(form.tensor.quant_state.shape)  # type: ignore[attr-defined]
+        return torch.Size(form.tensor.quant_state.shape)
 
     def values(self, form: Form) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -77,12 +94,11 @@ class FourBit(Store):
         return dequantize_4bit(*_unpacked(form.tensor))
 
     def codes(self, form: Form) -> Tensor:
-        packed = _unpacked(form.tensor)[0].view(torch.uint8).flatten()
-        shape = self.shape(form)
+        packed, shape = _unpacked(form.tensor)[0].view(torch.uint8).flatten(), self.shape(form)
         return torch.stack([packed >> 4, packed & 15], -1).flatten()[: shape.numel()].view(shape)
 
 
-class EightBit(Store):
+class EightBit(Plain):
     """bitsandbytes' LLM.int8(): a row of integers and its largest value."""
 
     tensor = "bitsandbytes.nn.modules.Int8Params"
@@ -91,15 +107,12 @@ class EightBit(Store):
         return "int8" if form.tensor.dtype == torch.int8 else None
 
     def values(self, form: Form) -> Tensor:
-        scale = form.tensor.SCB  # type: ignore[attr-defined]
+        scale = form.tensor.SCB
         scale = form.own["state"].SCB if scale is None else scale  # where the first forward has put it
         return form.tensor.detach().to(torch.float32) * scale.float().unsqueeze(1).mul(1 / 127)
 
-    def codes(self, form: Form) -> Tensor:
-        return form.tensor.detach()
 
-
-class TorchAO(Store):
+class TorchAO(Plain):
     """torchao's tensors, whatever is in them: they say themselves what they stand for."""
 
     tensor = "torchao.utils.TorchAOBaseTensor"
@@ -115,72 +128,41 @@ class TorchAO(Store):
         return codes if isinstance(codes, Tensor) and codes.shape == form.tensor.shape else self.values(form)
 
 
-STORES = (FourBit(), EightBit(), TorchAO())
+@functools.cache
+def _store(cls: type) -> Plain:
+    stores = (FourBit(), EightBit(), TorchAO())
+    return next((store for store in stores if store.tensor in _names(cls)), Plain())
+
+
+def _names(cls: type) -> set[str]:
+    return {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
 
 
 @functools.cache
-def _store(cls: type) -> Store | None:
-    names = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
-    return next((store for store in STORES if store.tensor in names), None)
+def of_library(cls: type) -> bool:
+    """Whether a layer's class is one of bitsandbytes', or derived from one.
+
+    What such a layer gives is a view made inside a custom autograd function, into which nothing is added in place.
+    """
+    return not _names(cls).isdisjoint(LINEARS)
 
 
 def form_of(module: nn.Module, parameter: str) -> Form:
     """Return how a layer stores a weight now."""
     tensor = module._parameters.get(parameter)
     tensor = module._buffers[parameter] if tensor is None else tensor
-    assert tensor is not None
     own = {name: vars(module)[name] for name in OWN if name in vars(module)} if of_library(type(module)) else {}
     return Form(type(module), tensor, own)
 
 
-def scheme_of(form: Form) -> str | None:
-    """Return the name of the scheme by which a weight is quantised; ``None``: it is not, or in an unknown way."""
-    store = _store(type(form.tensor))
-    return None if store is None else store.scheme(form)
-
-
-def values(form: Form) -> Tensor:
-    """Return the weight: the dequantised one, or a plain one's own tensor."""
-    store = _store(type(form.tensor))
-    return form.tensor if store is None or store.scheme(form) is None else store.values(form)
-
-
-def codes(form: Form) -> Tensor:
-    """Return what a weight is known by, in its shape: the integers of a quantised one, a plain one's own values.
-
-    Scales are left out: bitsandbytes rounds those of 4 bits when a CPU evaluates.
-    """
-    store = _store(type(form.tensor))
-    return form.tensor if store is None or store.scheme(form) is None else store.codes(form)
-
-
-def shape_of(form: Form) -> torch.Size:
-    """Return the shape of the weight, however it is stored."""
-    store = _store(type(form.tensor))
-    return form.tensor.shape if store is None or store.scheme(form) is None else store.shape(form)
-
-
 def weight(module: nn.Module, parameter: str) -> Tensor:
     """Return the weight of a layer, dequantised where it is stored so; a plain one's own parameter."""
-    return values(form_of(module, parameter))
+    return form_of(module, parameter).values()
 
 
 def scheme(module: nn.Module, parameter: str) -> str | None:
-    """Return the name of the scheme by which the weight of a layer is quantised, or ``None``."""
-    return scheme_of(form_of(module, parameter))
-
-
-def refuses_in_place(module: nn.Module) -> bool:
-    """Whether the layer's output is a view made inside a custom autograd function, which nothing is added into."""
-    return of_library(type(module))
-
-
-def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """Yield the quantised weights of a model: name of the layer, the layer, name of the parameter, scheme."""
-    for name, module in model.named_modules():
-        for parameter, tensor in module._parameters.items():
-            if tensor is not None and (found := scheme(module, parameter)) is not None:
-                yield name, module, parameter, found
+    """Return what the weight of a layer is quantised by, or ``None``."""
+    return form_of(module, parameter).scheme
 
 
 # -- bitsandbytes' layout for a CPU's kernel ------------------------------------------------------------------------
@@ -189,8 +171,8 @@ def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
 def pass_gradients(model: nn.Module) -> None:
     """Take back the layout that bitsandbytes gives 4-bit weights for a CPU's kernel, which has no gradient.
 
-    An evaluation without gradients makes it, and nothing else undoes it: the training that follows would stop, or
-    silently have no gradient in the layers below.
+    An evaluation without gradients makes it, with the scales rounded to bfloat16, and nothing else undoes it: the
+    training that follows would stop, or silently have no gradient in the layers below.
     """
     for module in model.modules():
         tensor: Any = module._parameters.get("weight")
@@ -216,8 +198,3 @@ def _unpacked(tensor: Any) -> tuple[Tensor, Any]:
     data, state = _convert_weight_packed_for_cpu_inverse(tensor.data, state)
     state.absmax = scales.T.reshape(-1).float()  # theirs leaves them transposed
     return data, state
-
-
-def of_library(cls: type) -> bool:
-    """Whether a layer's class is one of bitsandbytes', or derived from one."""
-    return any(f"{c.__module__}.{c.__qualname__}" in LINEARS for c in cls.__mro__)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.quantised import OWN, Form, form_of, of_library, values
+from svdpeft.layers.quantised import OWN, Form, form_of, of_library, scheme
 from svdpeft.registry import near_miss
 
 BLOCK, ROWS = 64, 32  # of bitsandbytes' 4 bits: values with one scale; rows of which its CPU kernel takes a multiple
+GROUP = 32  # values with one scale of torchao's 4 bits
 
 
 def put(module: nn.Module, parameter: str, form: Form) -> None:
@@ -28,84 +31,77 @@ def put(module: nn.Module, parameter: str, form: Form) -> None:
 
 def plain(form: Form, dtype: torch.dtype) -> Form:
     """The same weight dequantised, in a layer of torch's own."""
-    tensor = nn.Parameter(values(form).detach().to(dtype, copy=True), requires_grad=False)
+    tensor = nn.Parameter(form.values().detach().to(dtype, copy=True), requires_grad=False)
     return Form(nn.Linear if of_library(form.cls) else form.cls, tensor, {})
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How ``quantize`` stores a weight.
-
-    Args:
-        library: that does it.
-        options: of its layer, or of its configuration.
-    """
-
-    library: str
-    options: tuple[tuple[str, Any], ...] = ()
+def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the quantised weights of a model: name of the layer, the layer, name of the parameter."""
+    for name, module in model.named_modules():
+        for parameter, tensor in module._parameters.items():
+            if tensor is not None and scheme(module, parameter) is not None:
+                yield name, module, parameter
 
 
-SCHEMES = {
-    "nf4": Scheme("bitsandbytes", (("quant_type", "nf4"),)),
-    "fp4": Scheme("bitsandbytes", (("quant_type", "fp4"),)),
-    "int8": Scheme("bitsandbytes", (("threshold", 6.0), ("has_fp16_weights", False))),  # as published for LLM.int8()
-    "torchao-int8": Scheme("torchao"),
-    "torchao-int4": Scheme("torchao", (("group", 32),)),
+def _four_bits(kind: str, w: Tensor) -> Form:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    m, n = w.shape
+    layer: Any = Linear4bit(n, m, bias=False, compress_statistics=False, quant_type=kind, device="meta")
+    if m % ROWS or n % BLOCK:
+        layer.support_avx512bf16_for_cpu = False  # its kernel stops at other sizes
+    made: Any = Params4bit  # pyright takes it for its base
+    layer.weight = made(w.clone(), compress_statistics=False, quant_type=kind, module=layer).to(w.device)
+    return form_of(layer, "weight")
+
+
+def _eight_bits(w: Tensor) -> Form:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    m, n = w.shape  # and the threshold as published for LLM.int8()
+    layer: Any = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    made: Any = Int8Params
+    layer.weight = made(w.clone(), requires_grad=False).to(w.device)
+    return form_of(layer, "weight")
+
+
+def _by_torchao(dtype: str, w: Tensor) -> Form:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(w.clone(), requires_grad=False)
+    four = dtype == "int4"
+    config: Any = IntxWeightOnlyConfig(getattr(torch, dtype), PerGroup(GROUP)) if four else Int8WeightOnlyConfig()
+    quantize_(layer, config, filter_fn=lambda *_: True)
+    return form_of(layer, "weight")
+
+
+Make = Callable[[Tensor], Form]
+SCHEMES: dict[str, tuple[str, Make]] = {  # by name: the library, and what quantises a weight (out, in)
+    "nf4": ("bitsandbytes", partial(_four_bits, "nf4")),
+    "fp4": ("bitsandbytes", partial(_four_bits, "fp4")),
+    "int8": ("bitsandbytes", _eight_bits),
+    "torchao-int8": ("torchao", partial(_by_torchao, "int8")),
+    "torchao-int4": ("torchao", partial(_by_torchao, "int4")),
 }
 
 
-def check_scheme(name: str) -> None:
-    """Refuse a scheme that does not exist, or whose library is not there.
+def scheme_named(name: str) -> Make:
+    """Return what quantises the detached weight of an ``nn.Linear``, which has its dtype when it is dequantised.
 
     Raises:
         ValueError: no scheme is called so.
         ImportError: its library is not installed.
+
+    Example:
+        >>> form = scheme_named("nf4")(torch.randn(32, 64))
+        >>> form.scheme, form.shape, form.tensor.shape
+        ('nf4', torch.Size([32, 64]), torch.Size([1024, 1]))
     """
     if name not in SCHEMES:
         raise ValueError(f"scheme {name!r}: {near_miss(str(name), SCHEMES)}")
-    library = SCHEMES[name].library
-    try:
-        __import__(library)
-    except ImportError as error:
-        raise ImportError(f"scheme {name!r} needs {library}: pip install 'svdpeft[quantised]'") from error
-
-
-def quantised(w: Tensor, name: str) -> Form:
-    """Quantise the weight of an ``nn.Linear``.
-
-    Args:
-        w: (out, in), of the dtype that it is to be dequantised to.
-        name: of the scheme.
-    """
-    scheme, (m, n) = SCHEMES[name], w.shape
-    options = dict(scheme.options)
-    layer: Any
-    if scheme.library == "torchao":
-        layer = nn.Linear(n, m, bias=False, device="meta")
-        layer.weight = nn.Parameter(w.detach().clone(), requires_grad=False)
-        _by_torchao(layer, options.get("group"))
-        return Form(nn.Linear, layer._parameters["weight"], {})
-    import bitsandbytes
-
-    if "quant_type" in options:
-        layer = bitsandbytes.nn.Linear4bit(n, m, bias=False, compress_statistics=False, device="meta", **options)
-        if m % ROWS or n % BLOCK:
-            layer.support_avx512bf16_for_cpu = False  # its kernel stops at other sizes
-        made = bitsandbytes.nn.Params4bit
-        tensor = made(w.detach().clone(), compress_statistics=False, module=layer, **options)
-    else:
-        layer = bitsandbytes.nn.Linear8bitLt(n, m, bias=False, device="meta", **options)
-        tensor = bitsandbytes.nn.Int8Params(w.detach().clone(), requires_grad=False)
-    layer.weight = tensor.to(w.device)
-    return form_of(layer, "weight")
-
-
-def _by_torchao(layer: nn.Module, group: int | None) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-
-    n = layer.weight.shape[1]
-    if group is not None and n % group:
-        raise ValueError(f"torchao-int4 has a scale for each {group} values of a row, and {n} is no multiple of that")
-    intx = group and IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
-    quantize_(layer, intx or Int8WeightOnlyConfig(), filter_fn=lambda *_: True)
+    library, make = SCHEMES[name]
+    if find_spec(library) is None:
+        raise ImportError(f"scheme {name!r} needs {library}: pip install 'svdpeft[quantised]'")
+    return make

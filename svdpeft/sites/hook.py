@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.quantised import refuses_in_place
+from svdpeft.layers.quantised import of_library
 from svdpeft.sites.place import PLACES
 
 HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
@@ -22,7 +22,7 @@ def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             place.was_called = True
         site = place.site
         if site.active and not site.skips:
-            if out is own and not site.keeps_output and refuses_in_place(module):
+            if out is own and not site.keeps_output and of_library(type(module)):
                 out = out.clone()
             add = site.add if site.rows is None else site.add_to_rows
             if torch.compiler.is_compiling():

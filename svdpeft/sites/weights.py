@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svdpeft.decomposition import digest
 from svdpeft.layers.base import LayerKind
-from svdpeft.layers.quantised import Form, codes, form_of, scheme, shape_of, values
+from svdpeft.layers.quantised import Form, form_of, scheme
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
@@ -80,7 +80,7 @@ class BaseWeight:
     @property
     def original(self) -> Tensor:
         """The base's own value, dequantised, whatever is written at present."""
-        return values(self._form).detach()
+        return self._form.values().detach()
 
     def check_size(self) -> None:
         """Refuse a weight that somebody has resized since: factors are of the size that it had.
@@ -151,11 +151,11 @@ class BaseWeight:
             free: parts of it that do not matter, since an adapter has values of its own for them.
         """
         form = self._form
-        w, raw = values(form).detach(), form.tensor
+        w, raw = form.values().detach(), form.tensor
         version = None if raw.is_inference() else raw._version  # which .data does not raise
         seen, parts = (raw.data_ptr(), version, tuple(sample(w))), str([kind.to_json() for kind in free])
         if parts not in self._identities or self._identities[parts][0] != seen:
-            hashed = codes(form).detach()
+            hashed = form.codes().detach()
             for kind in free:
                 chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w))).bool()
                 hashed, w = (
@@ -186,7 +186,7 @@ class BaseWeight:
         return form._replace(tensor=self._original)
 
     def _size(self) -> tuple[int, ...]:
-        return tuple(shape_of(form_of(self.owner, self.parameter)))
+        return tuple(form_of(self.owner, self.parameter).shape)
 
     def _exact(self, written: Mapping[Hashable, Callable[[], Tensor]] | None = None) -> Tensor:
         total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))

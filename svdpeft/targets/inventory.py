@@ -58,7 +58,7 @@ class Weight:
     @property
     def count(self) -> int:
         """Number of its values, however they are stored."""
-        return quantised.shape_of(quantised.form_of(self.module, self.parameter)).numel()
+        return quantised.form_of(self.module, self.parameter).shape.numel()
 
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> LayerKind | None:
