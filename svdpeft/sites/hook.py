@@ -22,12 +22,12 @@ def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             place.was_called = True
         site = place.site
         if site.active and not site.skips:
-            if out is own and not site.keeps_output and of_library(type(module)):
-                out = out.clone()
             add = site.add if site.rows is None else site.add_to_rows
             if torch.compiler.is_compiling():
                 out = add(place, _first(args, kwargs), out, own)
             else:
+                if out is own and not site.keeps_output and of_library(type(module)):
+                    out = out.clone()
                 try:
                     out = add(place, _first(args, kwargs), out, own)
                 except (IndexError, RuntimeError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdpeft.layers.quantised import scheme
+from svdpeft.layers.quantised import Form
 from svdpeft.sites.place import PLACES, Place
 from svdpeft.sites.readers import means_parameter
 
@@ -73,13 +73,13 @@ def _read(module: Any, parameter: str) -> Tensor | None:
                 places.append(place)
     if not places:
         return weight
-    if (how := scheme(module, parameter)) is not None:
+    if not eager:  # a compiler finds the repeated computation itself
+        return adapted(weight, places)
+    if (how := Form(type(module), weight, {}).scheme) is not None:
         raise RuntimeError(
             f"the weight of {places[0].site.name} is quantised ({how}) and is read here, not called: W0 + ΔW cannot be "
             "given in the place of integers; leave the layer out with exclude="
         )
-    if not eager:  # a compiler finds the repeated computation itself
-        return adapted(weight, places)
     # Experts read their weights once per expert: computed once per call. Under no_grad it has no graph.
     now = calls[-1] if calls else {}
     key = (parameter, torch.is_grad_enabled(), *((id(place), place.site.folded) for place in places))
