@@ -16,6 +16,7 @@ from svdpeft.adapter.choosing import adapters, only
 from svdpeft.adapter.combining import combine
 from svdpeft.adapter.file import CheckpointError
 from svdpeft.adapter.loading import load
+from svdpeft.adapter.quantising import QuantizeReport, quantize
 from svdpeft.calibration.calibrate import calibrate
 from svdpeft.calibration.calibration import Calibration
 from svdpeft.decomposition import svd_cache
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "MergeReport",
     "Method",
+    "QuantizeReport",
     "Schedule",
     "adapters",
     "attach",
@@ -44,6 +46,7 @@ __all__ = [
     "method",
     "methods",
     "only",
+    "quantize",
     "svd_cache",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -61,11 +61,16 @@ class Roster(Generic[M]):
         self.required_grad = {name: known.get(id(p), p.requires_grad) for name, p in base}
 
     def enter(self) -> None:
-        """Come into the model, before its first adapter."""
-        if ROSTER not in vars(self.model):
-            setattr(self.model, ROSTER, self)
-            if may_lose_gradients(self.model):
-                self._passing = self.model.register_forward_pre_hook(_pass_gradients)
+        """Come into the model, before its first adapter, and see to its gradients."""
+        setattr(self.model, ROSTER, self)
+        if self._passing is None and may_lose_gradients(self.model):
+            self._passing = self.model.register_forward_pre_hook(_pass_gradients)
+
+    def replaced(self, layers: Iterable[nn.Module]) -> None:
+        """Some layers hold integers now, which can have no gradient when the adapters have gone."""
+        weights = {id(stored(layer, "weight")) for layer in layers}
+        self.required_grad |= {name: False for name, p in self.parameters() if id(p) in weights}
+        self.enter()
 
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
