@@ -2,14 +2,14 @@
 
     W0 ≈ Q + s L C A        Q ← q(W0 − s L C A)        s L C A ← the best approximation of W0 − Q of rank r
 
-The base becomes Q and [L C A]start zero, so that all of s L C A is the update. A method with a start product begins with
-that, as QPiSSA does (F. Meng, Z. Wang, M. Zhang, NeurIPS 2024, arXiv:2404.02948); one without begins with q(W0), as
-LoftQ does (Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, ICLR 2024, arXiv:2310.08659).
+The base becomes Q and [L C A]start zero, so that all of s L C A is the update. A method with a start product begins
+with that, as QPiSSA does (F. Meng, Z. Wang, M. Zhang, NeurIPS 2024, arXiv:2404.02948); one without begins with q(W0),
+as LoftQ does (Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, ICLR 2024, arXiv:2310.08659).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.dequantising import change_form
+from svdpeft.adapter.dequantising import CONFIG, change_form
+from svdpeft.adapter.pretrained import NAME
 from svdpeft.adapter.roster import ROSTER, adapters_in
 from svdpeft.decomposition import SVD, truncated_svd
 from svdpeft.layers.quantised import Form, scheme
-from svdpeft.layers.quantising import Make, scheme_named
+from svdpeft.layers.quantising import Make, scheme_named, transformers_config
 from svdpeft.methods.base import Factored
 from svdpeft.sites.reads import undressed
 from svdpeft.sites.site import Site
@@ -137,6 +138,7 @@ def quantize(
             site.factors.settle()
     if adapter is not None:
         getattr(model, ROSTER).replaced(module for module, _ in layers.values())
+    _tell_transformers(model, scheme, {module for module, _ in layers.values()})
     return QuantizeReport(scheme, {name: plan.loss for name, plan in plans.items()}, left)
 
 
@@ -205,6 +207,18 @@ def _left(model: nn.Module, layers: Layers) -> dict[str, str]:
     return left
 
 
+def _tell_transformers(model: Any, scheme: str, quantised: Collection[nn.Module]) -> None:
+    """Let ``save_pretrained`` write a folder that is loaded as what the model is now."""
+    config = getattr(model, "config", None)
+    if not callable(getattr(type(model), NAME, None)) or config is None or getattr(config, CONFIG, None) is not None:
+        return
+    from transformers.quantizers import AutoHfQuantizer
+
+    plain = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module not in quantised]
+    setattr(config, CONFIG, transformers_config(scheme, model.dtype, plain))
+    model.hf_quantizer = AutoHfQuantizer.from_config(getattr(config, CONFIG), pre_quantized=True)
+
+
 class _Plan(NamedTuple):
     """What a layer is to hold: the quantised weight, and the factors of each of its sites."""
 
@@ -230,9 +244,9 @@ def _plan(module: nn.Module, sites: Sequence[Site], make: Make, iterations: int,
     for done in range(iterations - begins if sites else 0):
         rest, triplets = w - form.values(), []
         for site in sites:
-            matrix, driver = site.kind.to_matrix(module, rest), getattr(site.method, "driver", "auto")
-            rank = site.method._rank  # type: ignore[attr-defined]
-            triplets.append(truncated_svd(matrix, rank, driver, where=site.name))
+            method: Any = site.method
+            driver: Any = getattr(method, "driver", "auto")
+            triplets.append(truncated_svd(site.kind.to_matrix(module, rest), method._rank, driver, where=site.name))
         low = sum(
             (_stored(site, (t.u * t.s.unsqueeze(-2)) @ t.vh) for site, t in zip(sites, triplets, strict=True)), 0.0
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -66,15 +66,19 @@ def _eight_bits(w: Tensor) -> Form:
 
 
 def _by_torchao(dtype: str, w: Tensor) -> Form:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization import quantize_
 
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.weight = nn.Parameter(w.clone(), requires_grad=False)
-    four = dtype == "int4"
-    config: Any = IntxWeightOnlyConfig(getattr(torch, dtype), PerGroup(GROUP)) if four else Int8WeightOnlyConfig()
-    quantize_(layer, config, filter_fn=lambda *_: True)
+    quantize_(layer, _torchao_config(dtype), filter_fn=lambda *_: True)
     return form_of(layer, "weight")
+
+
+def _torchao_config(dtype: str) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(getattr(torch, dtype), PerGroup(GROUP)) if dtype == "int4" else Int8WeightOnlyConfig()
 
 
 Make = Callable[[Tensor], Form]
@@ -105,3 +109,21 @@ def scheme_named(name: str) -> Make:
     if find_spec(library) is None:
         raise ImportError(f"scheme {name!r} needs {library}: pip install 'svdpeft[quantised]'")
     return make
+
+
+def transformers_config(name: str, dtype: torch.dtype, left: Sequence[str]) -> Any:
+    """Return what a folder of transformers says of a model whose layers a scheme has quantised.
+
+    Args:
+        name: of the scheme.
+        dtype: in which it computes.
+        left: names of the linear layers that are not quantised.
+    """
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if SCHEMES[name][0] == "torchao":
+        return TorchAoConfig(_torchao_config(name.removeprefix("torchao-")), modules_to_not_convert=list(left))
+    how: dict[str, Any] = (
+        {"load_in_8bit": True} if name == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": name}
+    )
+    return BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(left))
