@@ -80,6 +80,8 @@ class BaseWeight:
     @property
     def original(self) -> Tensor:
         """The base's own value, dequantised, whatever is written at present."""
+        if self._original is None and self.quantised is None and type(self.stored) is nn.Parameter:
+            return self.tensor  # what a compiler can trace
         return self._form.values().detach()
 
     def check_size(self) -> None:
