@@ -43,6 +43,17 @@ def quantised_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield name, module, parameter
 
 
+def values_in(model: nn.Module) -> int:
+    """Return the number of values of a model's parameters, however they are stored; of a shared one once."""
+    found = {
+        id(t): form_of(m, key).shape.numel()
+        for m in model.modules()
+        for key, t in m._parameters.items()
+        if t is not None
+    }
+    return sum(found.values())
+
+
 def _four_bits(kind: str, w: Tensor) -> Form:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
