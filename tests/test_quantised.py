@@ -6,6 +6,8 @@ So whatever the rest of the suite shows of a plain layer holds of these, too.
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from helpers import Checks, adapt, assert_same, digest, equal_bits, perturb, refused, snapshot
 from rows import EVERYTHING, defined, methods, order, rows
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from svdpeft import LoRA, attach, load
+from svdpeft import SORSA, LoRA, PiSSA, attach, calibrate, combine, load
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.file import CheckpointError
 from svdpeft.layers.quantised import form_of, weight
 from svdpeft.layers.quantising import SCHEMES, put, scheme_named
 from svdpeft.methods.base import Method
@@ -176,3 +180,157 @@ def beside_another(model: Net, adapter: Adapter, x: Tensor, out: Tensor) -> None
         assert torch.equal(model(x), out)
     two.detach()
     assert torch.equal(model(x), out)
+
+
+# -- what only a quantised layer has ----------------------------------------------------------------------------------
+
+
+@every_scheme
+def test_a_weight_that_is_read_is_refused(scheme: str):
+    model, _, x = twins(scheme)
+    adapter = attach(model, LoRA(rank=2), ["layer"])
+    size = model.layer.weight.shape  # a question needs no weight
+    assert len(size) == 2
+    model.state_dict()
+    with pytest.raises(RuntimeError, match=r"the weight of layer is quantised .* is read here, not called"):
+        F.linear(x, model.layer.weight)
+    adapter.detach()
+    assert model.layer.weight is form_of(model.layer, "weight").tensor
+
+
+@every_scheme
+def test_evaluated_and_then_trained(scheme: str, tmp_path: Path):
+    """bitsandbytes gives 4 bits another layout when a CPU evaluates, which passes no gradient and rounds the scales."""
+    model, plain, x = twins(scheme)
+    adapter = attach(model, SORSA(rank=4), ["layer"])
+    adapter.save(tmp_path)
+    with torch.no_grad():
+        model.eval()(x)
+    model.train().norm.eval()
+    perturb(adapter)
+    y = x.clone().requires_grad_()
+    model(y).square().sum().backward()
+    assert y.grad is not None
+    assert bool((y.grad != 0).any())
+    torch.testing.assert_close(weight(model.layer, "weight"), plain.layer.weight, rtol=1e-2, atol=1e-4)
+    adapter.detach()
+    assert not model._forward_pre_hooks
+    load(model, tmp_path)  # by its integers it is the same base
+
+
+@every_scheme
+def test_another_base_is_refused(scheme: str, tmp_path: Path):
+    model, plain, x = twins(scheme)
+    adapter = attach(model, LoRA(rank=2), ["layer"])
+    perturb(adapter)
+    adapter.save(tmp_path)
+    torch.manual_seed(5)
+    other = Net().requires_grad_(False)
+    quantise(other.layer, scheme)
+    for base in (plain, other):
+        with refused(base, "another base", "layer", error=CheckpointError):
+            load(base, tmp_path)
+    load(plain, tmp_path, check_base=False)
+    near(plain.layer(x), model.layer(x))
+
+
+def test_rows_of_a_batch():
+    model, plain, x = twins("nf4")
+    outs = []
+    for each in (model, plain):
+        net = nn.ModuleDict({"qkv": each.layer})
+        adapter = attach(net, PiSSA(rank=2), ["qkv"])
+        perturb(adapter)
+        other = attach(net, LoRA(rank=2), ["qkv"], name="two")
+        perturb(other)
+        with adapter.per_example(["default", "two"]):
+            outs.append(net["qkv"](x))
+    near(*outs)
+
+
+def test_parts_of_a_fused_layer():
+    """A fused projection in 4 bits has the rows that it stands for, and not those of its bytes."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(64, 192).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.qkv(x)
+
+    model = Attention()
+    plain, x = copy.deepcopy(model), torch.randn(2, 5, 64)
+    quantise(model.qkv, "nf4")
+    with torch.no_grad():
+        plain.qkv.weight.copy_(weight(model.qkv, "weight"))
+    outs = []
+    for each in (model, plain):
+        adapter = attach(each, PiSSA(rank=2), ["qkv[q,v]"])
+        assert list(adapter.sites) == ["qkv[q]", "qkv[v]"]
+        perturb(adapter)
+        outs.append(each(x))
+    near(*outs)
+
+
+def test_trained_whole_and_gradients_of_the_weight_are_refused():
+    model, _, x = twins("nf4")
+    with refused(model, "layer"):
+        attach(model, LoRA(rank=2), ["head"], train=["layer.weight"])
+    with pytest.raises(ValueError, match=r"the weight of layer is quantised \(nf4\), and integers have no gradient"):
+        calibrate(model, [x], ["layer"], gradients=True, inputs=False, loss=lambda out, _: out.square().sum())
+    assert calibrate(model, [x], ["layer"])["layer"].count == 10
+
+
+def test_nothing_is_left_silently_of_a_partly_quantised_model():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64), nn.MultiheadAttention(64, 2))
+    quantise(model[0], "torchao-int8")
+    out = model[2].out_proj
+    out.weight = scheme_named("torchao-int8")(out.weight.detach()).tensor
+    with pytest.warns(UserWarning, match=r"2\.out_proj is not adapted: its weight is quantised \(torchao Int8Tensor\)"):
+        adapter = attach(model, LoRA(rank=2))
+    assert {"0", "1"} <= adapter.sites.keys()
+
+
+def test_merge_says_what_its_dtype_is_for():
+    model, plain, _ = twins("nf4")
+    one, two = (attach(each, LoRA(rank=2), ["layer"]) for each in (model, plain))
+    with refused(model, "dtype torch.int8 is none of floating point"):
+        one.merge(dtype=torch.int8)
+    with refused(plain, "no weight of the model is quantised"):
+        two.merge(dtype=torch.float32)
+
+
+def test_merged_for_good_it_is_a_plain_model():
+    model, _, x = twins("nf4")
+    model.norm.eval()
+    adapter = attach(model, PiSSA(rank=2), ["layer"])
+    perturb(adapter)
+    out = model(x)
+    adapter.merge(permanent=True, dtype=torch.float32)
+    near(model(x), out)
+    assert type(model.layer) is nn.Linear
+    assert vars(model.layer).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in NO_PICKLE])
+def test_pickled(scheme: str):
+    model, _, x = twins(scheme)
+    model.norm.eval()
+    adapter = attach(model, LoRA(rank=2), ["layer"])
+    perturb(adapter)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+
+
+def test_combined_on_a_quantised_base():
+    model, _, _ = twins("int8")
+    model.norm.eval()
+    one, two = (attach(model, LoRA(rank=2), ["layer"], name=name) for name in ("one", "two"))
+    for i, each in enumerate((one, two)):
+        perturb(each, seed=i)
+    made = combine([(one, 0.5), (two, -1.0)]).adapter
+    near(made.delta("layer"), 0.5 * one.delta("layer") - two.delta("layer"))
