@@ -174,7 +174,7 @@ def _adapted(model: nn.Module, adapter: Adapter, iterations: int) -> Layers:
                 f"{name}: the update of {site.method} is no free product L C A, so it cannot take up what quantising "
                 "loses; quantize(model) before you attach it, or give iterations=0"
             )
-        if bool((site.delta() != 0).any()):
+        if iterations and bool((site.delta() != 0).any()):
             raise ValueError(
                 f"{name} is not at its start, or {type(site.method).__name__} starts elsewhere than at the base: "
                 "quantize before training, or give the merged model"
