@@ -95,7 +95,9 @@ def main() -> None:
         median = statistics.median(seconds[name][1:])
         lines.append(f"| {name} | {RATES[name]:g} | {told} | {spread} | {median:.2f} | {size:.1f} |")
     base = sum(p.numel() * p.element_size() for p in loaded.model.parameters()) / 2**20
-    scales = sum(m.weight.quant_state.absmax.nbytes for m in loaded.model.modules() if hasattr(m, "quant_state")) / 2**20
+    scales = (
+        sum(m.weight.quant_state.absmax.nbytes for m in loaded.model.modules() if hasattr(m, "quant_state")) / 2**20
+    )
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, bitsandbytes))
     lines += [
         f"\nThe base itself: {base:.0f} MiB and {scales:.0f} MiB of scales; in float32 it has {4 * 134.5e6 / 2**20:.0f} MiB.",
