@@ -65,9 +65,9 @@ def main() -> None:
         f"{name} {version}" for name, version in versions.items()
     )
     lines += [
-        "\nPublished, in the nuclear norm, are 6.6 (LoftQ) and 10.7 (QPiSSA) at one iteration, 14.6 and 19.4 at five, of",
-        "Llama-2-7B at rank 128 (Meng, Wang, Zhang, arXiv:2404.02948). QSORSA is QPiSSA in other coordinates. The seconds",
-        "hold the attachment and the singular values for the norms.\n",
+        "\nPublished, in the nuclear norm, are 6.6 (LoftQ) and 10.7 (QPiSSA) at one iteration, 14.6 and 19.4",
+        "at five, of Llama-2-7B at rank 128 (Meng, Wang, Zhang, arXiv:2404.02948). QSORSA is QPiSSA in other",
+        "coordinates. The seconds hold the attachment and the singular values for the norms.\n",
         f"`python -m benchmarks.quantised_error --rank {options.rank}`; CPU, {machine}.",
     ]
     OUT.write_text("\n".join(lines) + "\n")

@@ -3,8 +3,8 @@
     python -m benchmarks.quantised_training [--steps 8] [--rank 16]
 
 Every step runs every candidate once, in an order that changes, and a candidate's time is the median over steps of its
-ratio to PEFT's in the same step. All have their own copy of the same quantised weights, but QSORSA, which quantises what
-its factors leave. Writes benchmarks/results/quantised-training.md.
+ratio to PEFT's in the same step. All have their own copy of the same quantised weights, but QSORSA, which quantises
+what its factors leave. Writes benchmarks/results/quantised-training.md.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main() -> None:
         print(step, {name: round(each[-1], 4) for name, each in losses.items()}, flush=True)
     lines = [
         f"# SmolLM2-135M in NF4, rank {options.rank}, {options.steps} steps of 8 word problems\n",
-        "Ratio: the median over the steps of the step time to PEFT's in the same step, the first left out. Memory: what the",
-        "factors take, those that train and the start that a method keeps, with gradients and AdamW's averages.\n",
+        "Ratio: the median over the steps of the step time to PEFT's in the same step, the first left out. MiB: what",
+        "the factors take, those that train and the start that a method keeps, with gradients and AdamW's averages.\n",
         "| candidate | rate | loss: first step | middle | last | ratio of step time (min to max) | median s | MiB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -100,10 +100,10 @@ def main() -> None:
     )
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, bitsandbytes))
     lines += [
-        f"\nThe base itself: {base:.0f} MiB and {scales:.0f} MiB of scales; in float32 it has {4 * 134.5e6 / 2**20:.0f} MiB.",
+        f"\nThe base itself: {base:.0f} MiB and {scales:.0f} MiB of scales; in float32 {4 * 134.5e6 / 2**20:.0f} MiB.",
         "A handful of steps is no training: the losses say that both train alike, and nothing of which is better.\n",
-        f"`python -m benchmarks.quantised_training --steps {options.steps}`; {torch.get_num_threads()} threads of a shared",
-        f"{platform.machine()} machine without a GPU; Python {platform.python_version()}, {versions}.",
+        f"`python -m benchmarks.quantised_training --steps {options.steps}`; {torch.get_num_threads()} threads of a",
+        f"shared {platform.machine()} machine without a GPU; Python {platform.python_version()}, {versions}.",
     ]
     OUT.write_text("\n".join(lines) + "\n")
 

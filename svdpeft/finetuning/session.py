@@ -95,13 +95,14 @@ class Session:
     def load(self) -> Loaded:
         """Load the base, with a new head of this seed where the task wants one."""
         setup = self.setup
+        stored: dict[str, Any] = {} if setup.quantize is None else {"quantize": setup.quantize}
         loaded = load(
             setup.model,
             num_classes=setup.task.num_classes,
             image_size=setup.image_size,
             dtype=getattr(torch, setup.dtype),
             seed=setup.seed,
-            **({} if setup.quantize is None else {"quantize": setup.quantize}),
+            **stored,
         )
         if torch.cuda.is_available():
             loaded.model.to("cuda")

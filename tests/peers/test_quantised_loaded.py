@@ -1,4 +1,4 @@
-"""Models that transformers has loaded quantised: adapted, trained by its own trainer, saved; and PEFT's LoRA on them."""
+"""Models that transformers has loaded quantised: adapted, trained by its own trainer, saved; PEFT's LoRA on them."""
 
 from __future__ import annotations
 
