@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from svdpeft.adapter.combining import combine
     from svdpeft.adapter.file import CheckpointError
     from svdpeft.adapter.loading import load
+    from svdpeft.adapter.quantising import QuantizeReport, quantize
     from svdpeft.calibration.calibrate import calibrate
     from svdpeft.calibration.calibration import Calibration
     from svdpeft.decomposition import svd_cache
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "MergeReport",
     "Method",
+    "QuantizeReport",
     "Schedule",
     "adapters",
     "attach",
@@ -46,6 +48,7 @@ __all__ = [
     "method",
     "methods",
     "only",
+    "quantize",
     "svd_cache",
 ]
 
@@ -59,6 +62,7 @@ _LATE = {
     "Diverged": "svdpeft.training.divergence",
     "MergeReport": "svdpeft.sites.weights",
     "Method": "svdpeft.methods.base",
+    "QuantizeReport": "svdpeft.adapter.quantising",
     "Schedule": "svdpeft.methods.base.schedules",
     "Trainer": "svdpeft.training.trainer",
     "adapters": "svdpeft.adapter.choosing",
@@ -73,6 +77,7 @@ _LATE = {
     "load": "svdpeft.adapter.loading",
     "only": "svdpeft.adapter.choosing",
     "push_to_hub": "svdpeft.interop.hub",
+    "quantize": "svdpeft.adapter.quantising",
     "save_pretrained": "svdpeft.interop.hub",
     "svd_cache": "svdpeft.decomposition",
 }

@@ -32,9 +32,9 @@ TIERS = [
     ("patterns",),
     ("atomic", "registry"),
 ]
-ARROWS = 102  # between parts: a new one is a decision, and docs/architecture.md says the number
+ARROWS = 103  # between parts: a new one is a decision, and docs/architecture.md says the number
 LONGEST = 350  # lines of a file
-LONGER = {"svdpeft.adapter.adapter": 490}  # half of it are the docstrings of what users call
+LONGER = {"svdpeft.adapter.adapter": 505}  # half of it are the docstrings of what users call
 
 
 def module(file: Path) -> str:

@@ -12,7 +12,7 @@ from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.building import build
 from svdpeft.adapter.file import free_of
-from svdpeft.adapter.pretrained import NAME, SavePretrained
+from svdpeft.adapter.pretrained import SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
 from svdpeft.decomposition import decomposing_on, processes
@@ -30,7 +30,7 @@ from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.chosen_rows import chosen_rows
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
-from svdpeft.targets.survey import STORED
+from svdpeft.targets.survey import QUANTISED
 from svdpeft.targets.whole import biases_of, trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
@@ -136,7 +136,7 @@ def _check_rows(rows: Sequence[Choice], others: Sequence[Choice]) -> None:
 
 def _warn_of_stored(skipped: Mapping[str, str]) -> None:
     """On a partly quantised model an adapter of all layers is one of the rest: usually the few that matter least."""
-    found = [name for name, why in skipped.items() if why.endswith(STORED)]
+    found = [name for name, why in skipped.items() if QUANTISED in why]
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         warnings.warn(
@@ -187,9 +187,8 @@ def install(
         parameter = place.module._parameters[place.parameter]
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         sites[choice.name] = site_of(choice, method, factors, weight)
-    setattr(model, ROSTER, roster)
-    if callable(getattr(type(model), NAME, None)):
-        vars(model)[NAME] = SavePretrained(model)
+    roster.enter()
+    SavePretrained.stand_in(model)
     adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
     roster.adapters[name] = adapter
     for site in sites.values():

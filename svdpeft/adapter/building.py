@@ -69,33 +69,26 @@ def given(
         position: of the site among those of its method.
     """
     place = choice.places[0]
-    raw = record(place.module, place.parameter).original
-    if raw.is_meta and hasattr(place.module, "_hf_hook"):
-        raise ValueError(
-            f"{choice.name} is offloaded by accelerate (device_map, cpu_offload, disk_offload): its weight is in the "
-            "layer while that is called, and at no other time, so that it cannot be decomposed, merged or known again. "
-            "Keep what is adapted on a device, and offload other layers; or shard the weights over processes (FSDP2)"
-        )
-    check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
-    *batch, m, n = place.kind.to_matrix(place.module, raw).shape
+    base = record(place.module, place.parameter)
+    w = base.original  # of a quantised one a copy, which does not stay
+    check_matrix(w, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
+    *batch, m, n = place.kind.to_matrix(place.module, w).shape
+    dtype, device = torch.promote_types(w.dtype, torch.float32), w.device
+    del w
 
     def weight() -> Tensor:
-        return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return place.kind.to_matrix(place.module, base.original.to(dtype))
 
     partner = None
     if (half := choice.half) is not None:
         module, parameter, _, kind = half.partner
-        other = record(module, parameter).original
-        check_matrix(other, f"the other weight of {choice.name}'s pair")
-        partner = Partner(
-            half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
-        )
+        other = record(module, parameter)
+        check_matrix(other.original, f"the other weight of {choice.name}'s pair")
+        partner = Partner(half.pair, lambda: kind.to_matrix(module, other.original.to(dtype)))
     site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
     shape = (math.prod(batch), m, n)
-    dtype, seen = torch.promote_types(raw.dtype, torch.float32), calibration.get(choice.name)
-    return Given(
-        choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, raw.device, partner
-    )
+    seen = calibration.get(choice.name)
+    return Given(choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, device, partner)
 
 
 def _check_seen(choice: Choice, site: Given, calibration: Mapping[str, Statistics]) -> None:

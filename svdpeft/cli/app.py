@@ -28,6 +28,9 @@ Warmup = Annotated[float | None, typer.Option(help="Share of the steps, or their
 WeightDecay = Annotated[float | None, typer.Option(help="Of AdamW: 0.")]
 Clip = Annotated[float | None, typer.Option(help="Norm that gradients are clipped to: 1; 0: none.")]
 MixedPrecision = Annotated[str | None, typer.Option(help="bf16 or fp16 autocast, or tf32 products.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="How the base is stored: nf4, fp4, int8, torchao-int8, torchao-int4.")
+]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 

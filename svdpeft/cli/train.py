@@ -14,6 +14,7 @@ from svdpeft.cli.app import (
     Clip,
     Json,
     MixedPrecision,
+    Quantize,
     Scheduler,
     TaskName,
     TaskOptions,
@@ -62,6 +63,7 @@ def train(
     clip: Clip = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation, batch order and dropout: 0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: float32; bfloat16, float16.")] = None,
+    quantize: Quantize = None,
     mixed_precision: MixedPrecision = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, one more forward.")

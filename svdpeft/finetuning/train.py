@@ -77,9 +77,10 @@ class Training:
         count, share = adapter.trainable_count, adapter.trainable_count / session.base
         forwards, steps = recipe.batches(len(data), devices)  # type: ignore[arg-type]
         passes = steps * recipe.accumulate / max(forwards, 1)
+        stored = "" if order.setup.quantize is None else f", its linear layers in {order.setup.quantize}"
         told = str(data) if type(data).__str__ is not object.__str__ else f"{len(data):,} examples"  # type: ignore[arg-type]
         return [
-            ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}"),
+            ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}{stored}"),
             ("method", f"{order.method} on {len(adapter.sites)} sites, attached in {self.attach_seconds:.1f} s"),
             ("trains", f"{count:,} values, {share:.3%} of the base"),
             ("data", told),
@@ -168,7 +169,11 @@ class Training:
     def _options(self) -> dict[str, Any]:
         """What the base was loaded with, beside its name."""
         setup = self.order.setup
-        options = {"num_classes": setup.task.num_classes, "image_size": setup.image_size}
+        options = {
+            "num_classes": setup.task.num_classes,
+            "image_size": setup.image_size,
+            "quantize": setup.quantize,
+        }
         dtype = {} if setup.dtype == "float32" else {"dtype": getattr(torch, setup.dtype)}
         return {name: value for name, value in options.items() if value is not None} | dtype
 
