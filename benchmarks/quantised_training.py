@@ -62,7 +62,7 @@ def main() -> None:
         for name, (model, _) in runs.items()
     }
     for step in range(options.steps):
-        batch = data.collate([data.train[i % len(data.train)] for i in range(8 * step, 8 * step + 8)])
+        batch = data.collate([data.train[i % len(data.train)] for i in range(2 * step, 2 * step + 2)])
         names = list(RATES)
         for name in names[step % 4 :] + names[: step % 4]:
             (model, adapter), optimizer = runs[name], optimizers[name]
@@ -79,7 +79,7 @@ def main() -> None:
             losses[name].append(float(loss.detach()))
         print(step, {name: round(each[-1], 4) for name, each in losses.items()}, flush=True)
     lines = [
-        f"# SmolLM2-135M in NF4, rank {options.rank}, {options.steps} steps of 8 word problems\n",
+        f"# SmolLM2-135M in NF4, rank {options.rank}, {options.steps} steps of 2 word problems\n",
         "Ratio: the median over the steps of the step time to PEFT's in the same step, the first left out. MiB: what",
         "the factors take, those that train and the start that a method keeps, with gradients and AdamW's averages.\n",
         "| candidate | rate | loss: first step | middle | last | ratio of step time (min to max) | median s | MiB |",
