@@ -121,7 +121,7 @@ def quantize(
         raise ValueError(f"iterations {iterations!r} is no whole number from 0")
     if adapter is None and adapters_in(model):
         raise ValueError("the model has an adapter, to which the weights that it was made for would be lost: name it")
-    layers = _layers(model) if adapter is None else _adapted(model, adapter, iterations)
+    layers = quantisable(model) if adapter is None else _adapted(model, adapter, iterations)
     left = _left(model, layers)
     if not layers:
         raise ValueError(f"the model has no nn.Linear to quantise: {'; '.join(f'{n}: {w}' for n, w in left.items())}")
@@ -145,8 +145,8 @@ def quantize(
 Layers = dict[str, tuple[nn.Module, Sequence[Site]]]  # by name, with the sites that its weight has
 
 
-def _layers(model: nn.Module) -> Layers:
-    """What is quantised of a model without an adapter."""
+def quantisable(model: nn.Module) -> Layers:
+    """What is quantised of a model without an adapter: every ``nn.Linear`` with a weight of its own, but the head."""
     weights = weights_of(model)
     users = by_identity(weights)
     plain = [w for w in weights if type(w.module) is nn.Linear and not w.head and w.scheme is None]

@@ -54,6 +54,11 @@ class Form(NamedTuple):
         return self._by.codes(self)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes, its scales among them."""
+        return sum(part.nbytes for part in self._by.parts(self))
+
+    @property
     def _by(self) -> Plain:
         return Plain() if self.scheme is None else _store(type(self.tensor))
 
@@ -76,6 +81,9 @@ class Plain:
     def codes(self, form: Form) -> Tensor:
         return form.tensor
 
+    def parts(self, form: Form) -> list[Tensor]:
+        return [form.tensor]
+
 
 class FourBit(Plain):
     """bitsandbytes' 4 bits, NF4 and FP4: two codes in a byte, and a scale for each 64 of them."""
@@ -97,6 +105,9 @@ class FourBit(Plain):
         packed, shape = _unpacked(form.tensor)[0].view(torch.uint8).flatten(), self.shape(form)
         return torch.stack([packed >> 4, packed & 15], -1).flatten()[: shape.numel()].view(shape)
 
+    def parts(self, form: Form) -> list[Tensor]:
+        return [form.tensor.data, form.tensor.quant_state.absmax]
+
 
 class EightBit(Plain):
     """bitsandbytes' LLM.int8(): a row of integers and its largest value."""
@@ -110,6 +121,9 @@ class EightBit(Plain):
         scale = form.tensor.SCB
         scale = form.own["state"].SCB if scale is None else scale  # where the first forward has put it
         return form.tensor.detach().to(torch.float32) * scale.float().unsqueeze(1).mul(1 / 127)
+
+    def parts(self, form: Form) -> list[Tensor]:
+        return [form.tensor.data, form.tensor.SCB]
 
 
 class TorchAO(Plain):
@@ -126,6 +140,9 @@ class TorchAO(Plain):
     def codes(self, form: Form) -> Tensor:
         codes = getattr(form.tensor, "qdata", None)
         return codes if isinstance(codes, Tensor) and codes.shape == form.tensor.shape else self.values(form)
+
+    def parts(self, form: Form) -> list[Tensor]:
+        return [getattr(form.tensor, name) for name in form.tensor.__tensor_flatten__()[0]]
 
 
 @functools.cache
