@@ -206,18 +206,21 @@ def test_a_quantised_base_is_planned_as_it_is_stored(scheme, tmp_path):
     assert planned.step == pytest.approx(allocated(model, adapter, tokens()), rel=0.15)
 
 
-def test_what_decomposes_takes_time(tmp_path):
-    """A PiSSA decomposes every weight, and a LoRA none: long beside nothing, on any machine."""
-    transformers.LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 256, "num_hidden_layers": 1}).save_pretrained(
-        tmp_path
-    )
-    lora, pissa = (
-        plan(str(tmp_path), method, Recipe(lr=1.0, batch_size=1), length=4).attach_seconds
-        for method in (svdpeft.LoRA(rank=8), svdpeft.PiSSA(rank=8))
-    )
-    assert lora is not None
-    assert pissa is not None
-    assert 0 < lora < pissa / 5
+def test_what_attaching_calls_is_counted_and_timed(tmp_path):
+    """A PiSSA decomposes every weight, and a LoRA none; of those of one shape one is timed."""
+    CONFIG.save_pretrained(tmp_path)
+    decompositions = []
+    for method in (svdpeft.LoRA(rank=4), svdpeft.PiSSA(rank=4)):
+        with shapes_only(), Calls() as calls:
+            model = llama("meta")
+            without_values(model)
+            adapter = svdpeft.attach(model, method)
+        decompositions.append([count for made, count in calls.counts.items() if "svd" in str(made.function)])
+        assert len(adapter.sites) == 14
+    assert [sum(counts) for counts in decompositions] == [0, 14]
+    assert len(decompositions[1]) == 4  # shapes: q and o, k and v, gate and up, down
+    planned = plan(str(tmp_path), svdpeft.PiSSA(rank=4), Recipe(lr=1.0, batch_size=1), length=4)
+    assert (planned.attach_seconds or 0) > 0
 
 
 def test_a_call_that_is_too_large_is_timed_by_smaller_ones():

@@ -54,7 +54,7 @@ def loftq(w: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("method", "oracle"),
     [(PiSSA(8), qpissa), (SORSA(8), qpissa), (LoRA(8), loftq), (LoRA(8, alpha=16), loftq)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_published_algorithms(method: Any, oracle: Any, iterations: int, tmp_path: Path):
     model, x = net(), torch.randn(4, 64)

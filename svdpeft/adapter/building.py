@@ -71,6 +71,12 @@ def given(
     place = choice.places[0]
     base = record(place.module, place.parameter)
     w = base.original  # of a quantised one a copy, which does not stay
+    if w.is_meta and hasattr(place.module, "_hf_hook"):
+        raise ValueError(
+            f"{choice.name} is offloaded by accelerate (device_map, cpu_offload, disk_offload): its weight is in the "
+            "layer while that is called, and at no other time, so that it cannot be decomposed, merged or known again. "
+            "Keep what is adapted on a device, and offload other layers; or shard the weights over processes (FSDP2)"
+        )
     check_matrix(w, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
     *batch, m, n = place.kind.to_matrix(place.module, w).shape
     dtype, device = torch.promote_types(w.dtype, torch.float32), w.device

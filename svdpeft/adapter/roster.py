@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from svdpeft.layers.quantised import may_lose_gradients, pass_gradients
+from svdpeft.layers.cpu_layout import may_lose_gradients, pass_gradients
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own, Versions

@@ -5,12 +5,13 @@ The one file that knows. Everybody else asks for ``weight``: the dequantised one
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from svdpeft.layers.cpu_layout import unpacked
 
 LINEARS = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")  # called as nn.Linear is
 OWN = (  # what these have beside an nn.Linear's attributes
@@ -99,10 +100,10 @@ class FourBit(Plain):
     def values(self, form: Form) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*_unpacked(form.tensor))
+        return dequantize_4bit(*unpacked(form.tensor))
 
     def codes(self, form: Form) -> Tensor:
-        packed, shape = _unpacked(form.tensor)[0].view(torch.uint8).flatten(), self.shape(form)
+        packed, shape = unpacked(form.tensor)[0].view(torch.uint8).flatten(), self.shape(form)
         return torch.stack([packed >> 4, packed & 15], -1).flatten()[: shape.numel()].view(shape)
 
     def parts(self, form: Form) -> list[Tensor]:
@@ -180,38 +181,3 @@ def weight(module: nn.Module, parameter: str) -> Tensor:
 def scheme(module: nn.Module, parameter: str) -> str | None:
     """Return what the weight of a layer is quantised by, or ``None``."""
     return form_of(module, parameter).scheme
-
-
-# -- bitsandbytes' layout for a CPU's kernel ------------------------------------------------------------------------
-
-
-def pass_gradients(model: nn.Module) -> None:
-    """Take back the layout that bitsandbytes gives 4-bit weights for a CPU's kernel, which has no gradient.
-
-    An evaluation without gradients makes it, with the scales rounded to bfloat16, and nothing else undoes it: the
-    training that follows would stop, or silently have no gradient in the layers below.
-    """
-    for module in model.modules():
-        tensor: Any = module._parameters.get("weight")
-        if getattr(getattr(tensor, "quant_state", None), "packing_format_for_cpu", False):
-            tensor.data, state = _unpacked(tensor)
-            vars(tensor.quant_state).update(vars(state))  # which others hold, too
-
-
-def may_lose_gradients(model: nn.Module) -> bool:
-    """Whether a layer of the model may come to have that layout."""
-    return any(vars(module).get("support_avx512bf16_for_cpu", False) for module in model.modules())
-
-
-def _unpacked(tensor: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight in the layout in which it is dequantised and saved, with its state."""
-    state = tensor.quant_state
-    if not getattr(state, "packing_format_for_cpu", False):
-        return tensor.data, state
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    scales, state = state.absmax, copy.copy(state)
-    state.original_nested = False  # the scales are no longer quantised themselves, and need not be again
-    data, state = _convert_weight_packed_for_cpu_inverse(tensor.data, state)
-    state.absmax = scales.T.reshape(-1).float()  # theirs leaves them transposed
-    return data, state
