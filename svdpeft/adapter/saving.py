@@ -88,7 +88,7 @@ def to_state(contents: Contents) -> State:
             **_describe(site, names),
             "method": site.method.to_json(),
             "shape": list(site.weight.size),
-            "dtype": str(site.weight.original.dtype),
+            "dtype": str(site.weight.dtype),
             "hash": base.hash,
             "sample": base.sample,
             "tensors": {role: list(shape_of(t)) for role, t in factors.items()},

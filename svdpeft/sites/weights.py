@@ -85,6 +85,11 @@ class BaseWeight:
             return self.tensor  # what a compiler can trace
         return self._form.values().detach()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's own value; of a sharded one nothing is gathered for it."""
+        return self.stored.dtype if self.quantised is None and self.scheme is None else self.original.dtype
+
     def check_size(self) -> None:
         """Refuse a weight that somebody has resized since: factors are of the size that it had.
 
