@@ -101,7 +101,7 @@ def main() -> None:
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, bitsandbytes))
     lines += [
         f"\nThe base itself: {base:.0f} MiB and {scales:.0f} MiB of scales; in float32 {4 * 134.5e6 / 2**20:.0f} MiB.",
-        "A handful of steps is no training: the losses say that both train alike, and nothing of which is better.\n",
+        "A handful of steps is no training: the rates differ, and the losses say nothing of which is better.\n",
         f"`python -m benchmarks.quantised_training --steps {options.steps}`; {torch.get_num_threads()} threads of a",
         f"shared {platform.machine()} machine without a GPU; Python {platform.python_version()}, {versions}.",
     ]

@@ -203,7 +203,7 @@ class BaseWeight:
         """How the base's own value is stored."""
         if self.quantised is not None:
             return self.quantised
-        form = form_of(self.owner, self.parameter)
+        form = form_of(self.owner, self.parameter)._replace(tensor=self.stored)  # which may be read from a file
         if self._original is None:
             return form
         self._original = self._original.to(form.tensor.device)  # the model may have moved since
