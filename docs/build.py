@@ -243,6 +243,8 @@ def _site(pen: _Pen, adapter: Adapter) -> None:
         rows, columns = (*parameter.shape[-2:],) if parameter.ndim > 1 else (parameter.shape[0], 1)
         largest = max(rows, columns)
         shape = [max(THIN / 2, HEIGHT * side / largest) for side in (columns, rows)]
+        if (rows, columns) == site.shape[-2:]:  # drawn as W0, whose sides are not to scale
+            shape = [WIDTH, HEIGHT]
         pen.box(name.replace("_", " "), *shape, parameter.requires_grad)
     pen.text(")")
 

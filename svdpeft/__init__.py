@@ -1,29 +1,32 @@
 """svdpeft: SVD-based parameter-efficient fine-tuning on any architecture.
 
-The public names are here; method classes (``svdpeft.SORSA``, …) come from the registry, and what needs transformers
-(``Trainer``, ``AdapterCallback``) is imported when it is first asked for.
+The public names are here; method classes (``svdpeft.SORSA``, …) come from the registry. Everything is imported when it
+is first asked for: what completes a word in a shell, or prints a help, does not wait for torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from svdpeft import methods
-from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.attach import attach
-from svdpeft.adapter.choosing import adapters, only
-from svdpeft.adapter.combining import combine
-from svdpeft.adapter.file import CheckpointError
-from svdpeft.adapter.loading import load
-from svdpeft.calibration.calibrate import calibrate
-from svdpeft.calibration.calibration import Calibration
-from svdpeft.decomposition import svd_cache
-from svdpeft.methods.base import Method
-from svdpeft.methods.base.allocation import Budget
-from svdpeft.methods.base.schedules import Adaptive, Schedule
 from svdpeft.registry import METHODS
-from svdpeft.sites.weights import MergeReport
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from svdpeft import methods
+    from svdpeft.adapter.adapter import Adapter
+    from svdpeft.adapter.attach import attach
+    from svdpeft.adapter.choosing import adapters, only
+    from svdpeft.adapter.combining import combine
+    from svdpeft.adapter.file import CheckpointError
+    from svdpeft.adapter.loading import load
+    from svdpeft.adapter.quantising import QuantizeReport, quantize
+    from svdpeft.calibration.calibrate import calibrate
+    from svdpeft.calibration.calibration import Calibration
+    from svdpeft.decomposition import svd_cache
+    from svdpeft.methods.base import Method
+    from svdpeft.methods.base.allocation import Budget
+    from svdpeft.methods.base.schedules import Adaptive, Schedule
+    from svdpeft.sites.weights import MergeReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "MergeReport",
     "Method",
+    "QuantizeReport",
     "Schedule",
     "adapters",
     "attach",
@@ -44,21 +48,43 @@ __all__ = [
     "method",
     "methods",
     "only",
+    "quantize",
     "svd_cache",
 ]
 
 _LATE = {
-    "Trainer": "svdpeft.training.trainer",
+    "Adapter": "svdpeft.adapter.adapter",
     "AdapterCallback": "svdpeft.training.callback",
+    "Adaptive": "svdpeft.methods.base.schedules",
+    "Budget": "svdpeft.methods.base.allocation",
+    "Calibration": "svdpeft.calibration.calibration",
+    "CheckpointError": "svdpeft.adapter.file",
     "Diverged": "svdpeft.training.divergence",
+    "MergeReport": "svdpeft.sites.weights",
+    "Method": "svdpeft.methods.base",
+    "QuantizeReport": "svdpeft.adapter.quantising",
+    "Schedule": "svdpeft.methods.base.schedules",
+    "Trainer": "svdpeft.training.trainer",
+    "adapters": "svdpeft.adapter.choosing",
+    "attach": "svdpeft.adapter.attach",
+    "calibrate": "svdpeft.calibration.calibrate",
+    "combine": "svdpeft.adapter.combining",
     "export_gguf": "svdpeft.interop.gguf",
     "export_lora": "svdpeft.interop.peft_export",
-    "import_peft": "svdpeft.interop.peft_import",
     "from_pretrained": "svdpeft.interop.hub",
+    "import_peft": "svdpeft.interop.peft_import",
+    "import_sorsa": "svdpeft.interop.sorsa_import",
+    "load": "svdpeft.adapter.loading",
+    "only": "svdpeft.adapter.choosing",
     "push_to_hub": "svdpeft.interop.hub",
+    "quantize": "svdpeft.adapter.quantising",
     "save_pretrained": "svdpeft.interop.hub",
+    "svd_cache": "svdpeft.decomposition",
 }
-_PACKAGES = ("analysis", "folders", "interop", "models", "tasks", "training", "zoo")  # imported when they are asked for
+_PACKAGES = (
+    *("adapter", "analysis", "calibration", "decomposition", "folders", "interop", "layers", "methods", "models"),
+    *("patterns", "sites", "targets", "tasks", "training", "zoo"),
+)
 
 
 def method(name: str) -> type[Method]:

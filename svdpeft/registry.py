@@ -11,12 +11,14 @@ The module is imported when the registry is first read; its ``@METHODS.register(
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -81,6 +83,17 @@ class Registry(Generic[T]):
                     f"loaded and is left out: {self._broken[point.name]}",
                     stacklevel=2,
                 )
+
+    def offered(self) -> list[str]:
+        """The names that the files and the entry points say, without importing either: for a shell that completes.
+
+        An entry point is to be called as what it registers; one that is not is completed by its own name.
+        """
+        spec = importlib.util.find_spec(self.package)
+        folders = map(Path, (spec and spec.submodule_search_locations) or ())
+        texts = (file.read_text(encoding="utf-8") for folder in folders for file in folder.glob("*.py"))
+        names = (name for text in texts for name in re.findall(r'^@\w+\.register\("([^"]+)"\)', text, re.MULTILINE))
+        return sorted({*names, *(point.name for point in entry_points(group=self.package))})
 
     def __getitem__(self, name: str) -> T:
         self._fill()

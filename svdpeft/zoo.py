@@ -13,6 +13,7 @@ from svdpeft.methods.lora import LoRA
 from svdpeft.registry import KINDS, METHODS
 
 SIDE = 4096  # of the square layer whose values the tables count
+QUANTISED = "a quantised base"
 SECTIONS = ("When to use", "Paper and code", "Args", "Returns", "Raises", "Example")
 
 
@@ -110,6 +111,15 @@ def card(name: str) -> Card:
     )
 
 
+def _quantised(cls: type[PerSite]) -> str:
+    """What becomes of it where the weights of linear layers are quantised."""
+    if cls.pairs or cls().why_not(KINDS["linear"]()):
+        return "it is not defined on a linear layer alone, the only one that is quantised"
+    if cls.needs == "gradients":
+        return "yes, calibrated before the model is quantised"
+    return "yes, on the dequantised weight" + (", which every forward makes" if not issubclass(cls, Factored) else "")
+
+
 def _count(method: PerSite) -> str:
     """The number of values as a formula: a method's own words, or what follows from the factors that train."""
     if type(method).count is not Factored.count:
@@ -158,7 +168,8 @@ def _combines(cls: type[PerSite]) -> dict[str, str]:
         return "yes"
 
     if "inner" in fields:
-        return {**dict.fromkeys(_combines(LoRA), "as its inner method"), "DoRA(…) on top": attempt(lambda: DoRA(cls()))}
+        own = {"DoRA(…) on top": attempt(lambda: DoRA(cls())), QUANTISED: _quantised(cls)}
+        return {**dict.fromkeys(_combines(LoRA), "as its inner method"), **own}
 
     ranked = "rank" in fields
     return {
@@ -168,6 +179,6 @@ def _combines(cls: type[PerSite]) -> dict[str, str]:
         "allocate=Budget(…)": attempt(lambda: cls(allocate=Budget(target_rank=2)))  # type: ignore[call-arg]
         if "allocate" in fields
         else "its update is not a sum of triplets that can be dropped one by one",
-        "a quantised base": "refused when attaching: the stored form of the weight is not known here",
+        QUANTISED: _quantised(cls),
         "weights tied in the model": "yes, one shared adapter where all users are named",
     }

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.layers.base import CalledKind, LayerKind
+from svdpeft.layers.quantised import weight
 from svdpeft.methods.base import Method, Statistics
 from svdpeft.registry import KINDS
 from svdpeft.sites.site import Site
-from svdpeft.sites.weights import stored
 from svdpeft.targets.select import select
 
 # The one bound of float64. No method and no layer kind has its own.
@@ -155,7 +155,7 @@ def seen_at(model: nn.Module, method: Any, targets: Any) -> dict[str, Statistics
         model, [(t, method) for t in ([targets] if isinstance(targets, str) else targets)], (), ()
     ).choices:
         module, kind = choice.places[0].module, choice.places[0].kind
-        w = kind.to_matrix(module, stored(module, choice.places[0].parameter))
+        w = kind.to_matrix(module, weight(module, choice.places[0].parameter))
         *batch, m, n = w.shape
         generator = torch.Generator().manual_seed(zlib.crc32(choice.name.encode()))
         x = torch.randn(*batch, n, 3 * n + 5, generator=generator, dtype=torch.float64) + 0.3
@@ -245,6 +245,8 @@ def bits(t: Tensor) -> bytes:
 
 def digest(t: Tensor) -> bytes:
     """Of a tensor's bits: a snapshot of a real model is not to be a second model."""
+    if hasattr(t, "__tensor_flatten__"):  # torchao's
+        return b"".join(digest(inner) for name in t.__tensor_flatten__()[0] if (inner := getattr(t, name)) is not None)
     return hashlib.blake2b(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
 
 

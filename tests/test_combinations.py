@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import adapt, close, differs, host, perturb, refused
+from helpers import Host, adapt, close, differs, host, perturb, refused
 from torch import nn
 
 from svdpeft import DoRA
+from svdpeft.layers.quantising import put, scheme_named
 from svdpeft.methods.base import Factored, PerSite, Scaled
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.registry import METHODS
@@ -115,7 +116,24 @@ def test_allocate_or_the_reason(cls: type[PerSite]):
 
 
 @every_class
-def test_a_quantised_base_is_refused(cls: type[PerSite]):
+def test_a_quantised_base_or_the_reason(cls: type[PerSite]):
+    says = card(cls.name).combines["a quantised base"]
+    assert says.startswith("yes") == defined(cls)
+    if not defined(cls):
+        return
+    model = Host(nn.Linear(64, 32), 32, torch.float32).eval()
+    put(model.layer, "weight", scheme_named("nf4")(model.layer.weight.detach()))
+    x = torch.randn(2, 64, requires_grad=True)
+    before = model(x)
+    adapter = adapt(model, small(cls))
+    if adapter.sites["layer"].method.exact_start:
+        assert torch.equal(model(x), before)
+    perturb(adapter)
+    assert differs(model(x), before)
+
+
+@every_class
+def test_a_base_that_is_stored_in_an_unknown_way_is_refused(cls: type[PerSite]):
     if not defined(cls):
         return
     model = nn.ModuleDict({"layer": nn.Linear(7, 5)})

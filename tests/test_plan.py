@@ -16,6 +16,7 @@ from svdpeft.finetuning.plan import plan
 from svdpeft.finetuning.replay import Calls, Shape
 from svdpeft.finetuning.session import call, loss
 from svdpeft.finetuning.tracing import Untraceable, shapes_only, trace_step, without_values
+from svdpeft.layers.quantised import form_of
 from svdpeft.registry import METHODS
 from svdpeft.training.recipe import Recipe
 
@@ -189,18 +190,37 @@ def test_checkpointed_activations_take_less(tmp_path):
     assert step[1] < step[0]
 
 
-def test_what_decomposes_takes_time(tmp_path):
-    """A PiSSA decomposes every weight, and a LoRA none: long beside nothing, on any machine."""
-    transformers.LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 256, "num_hidden_layers": 1}).save_pretrained(
-        tmp_path
-    )
-    lora, pissa = (
-        plan(str(tmp_path), method, Recipe(lr=1.0, batch_size=1), length=4).attach_seconds
-        for method in (svdpeft.LoRA(rank=8), svdpeft.PiSSA(rank=8))
-    )
-    assert lora is not None
-    assert pissa is not None
-    assert 0 < lora < pissa / 5
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "torchao-int8", "torchao-int4"])
+def test_a_quantised_base_is_planned_as_it_is_stored(scheme, tmp_path):
+    """Beside a real one: the bytes of its weights with their scales, and a step that the allocator counts."""
+    CONFIG.save_pretrained(tmp_path)
+    recipe = Recipe(lr=1.0, batch_size=4)
+    planned = plan(str(tmp_path), svdpeft.LoRA(rank=4), recipe, length=64, quantize=scheme, timed=False).memory
+    svdpeft.quantize(model := llama(), scheme=scheme, iterations=0, nuclear=False)
+    forms = [
+        form_of(module, key) for module in model.modules() for key, t in module._parameters.items() if t is not None
+    ]
+    weights = sum(form.nbytes for form in forms) + sum(buffer.nbytes for buffer in model.buffers())
+    assert planned.weights == pytest.approx(weights, rel=0.01)
+    adapter = svdpeft.attach(model, svdpeft.LoRA(rank=4))
+    assert planned.step == pytest.approx(allocated(model, adapter, tokens()), rel=0.15)
+
+
+def test_what_attaching_calls_is_counted_and_timed(tmp_path):
+    """A PiSSA decomposes every weight, and a LoRA none; of those of one shape one is timed."""
+    CONFIG.save_pretrained(tmp_path)
+    decompositions = []
+    for method in (svdpeft.LoRA(rank=4), svdpeft.PiSSA(rank=4)):
+        with shapes_only(), Calls() as calls:
+            model = llama("meta")
+            without_values(model)
+            adapter = svdpeft.attach(model, method)
+        decompositions.append([count for made, count in calls.counts.items() if "svd" in str(made.function)])
+        assert len(adapter.sites) == 14
+    assert [sum(counts) for counts in decompositions] == [0, 14]
+    assert len(decompositions[1]) == 4  # shapes: q and o, k and v, gate and up, down
+    planned = plan(str(tmp_path), svdpeft.PiSSA(rank=4), Recipe(lr=1.0, batch_size=1), length=4)
+    assert (planned.attach_seconds or 0) > 0
 
 
 def test_a_call_that_is_too_large_is_timed_by_smaller_ones():
@@ -221,6 +241,7 @@ def test_a_call_that_is_too_large_is_timed_by_smaller_ones():
         (["--method", "pisa"], "did you mean 'pissa'"),
         (["--method", "lora", "--optimizer", "adam"], "optimizer 'adam': did you mean 'adamw'"),
         (["--method", "lora", "--dtype", "bf16"], "dtype 'bf16'"),
+        (["--method", "lora", "--quantize", "nf5"], "scheme 'nf5': did you mean 'nf4'"),
         (["--method", "lora", "--devices", "0"], "devices 0 is not a whole number of at least 1"),
         (["--method", "lora", "--batch-size", "0"], "batch_size 0"),
         (["--method", "lora", "--model", "smollm2"], "did you mean 'smollm2-135m'"),

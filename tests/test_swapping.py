@@ -27,6 +27,15 @@ def x() -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 
 
+def test_a_state_goes_through_a_checkpoint_of_torch(x: Tensor, tmp_path: Path):
+    adapter = attach(net(), SORSA(rank=2), ["0", "2"], train=["4"])
+    perturb(adapter)
+    torch.save({"state_dict": adapter.state_dict()}, tmp_path / "last.ckpt")
+    other = attach(net(), SORSA(rank=2), ["0", "2"], train=["4"])
+    other.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(other.model(x), adapter.model(x))
+
+
 def test_a_compiled_model_is_not_compiled_again(x: Tensor):
     states, expected = [], []
     for i, method in enumerate((LoRA(rank=1), PiSSA(rank=3), SORSA(rank=2), LoRA(rank=6, alpha=2))):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import timm
 import torch
 from own_data import PAIRS, assert_equal_bits, command, jsonl, place, record, saved_models, training, weights, words
 from PIL import Image
+from test_launchers import launch
 from test_svd_cache import refuse
 from timm.models import save_for_hf
 from tiny_language import greedy
@@ -374,26 +373,10 @@ def test_a_task_in_the_place_of_data(place):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_write_one_adapter(place):
-    """As ``torchrun --nproc-per-node 2 --no-python svdpeft train`` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    code = "import torch; torch.set_num_threads(1); from svdpeft.cli import app; app()"
-    start = [sys.executable, "-c", code, "train", *words(batch_size=4, steps=3, lr=1e-3)]
-    runs = [
-        subprocess.Popen(
-            start,
-            env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    told = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    assert "3 of 8 examples" in told[0][0]
-    assert not told[1][0]  # the first one speaks for both
+    told = launch("ddp", "--no_python", "svdpeft", "train", *words(batch_size=4, steps=3, lr=1e-3), folder=place)
+    assert told.count("3 of 8 examples") == 1  # the first one speaks for both
+    assert told.count("the adapter is in out") == 1
+    assert not Path("out", "decompositions").exists()  # which they have shared
     command(batch_size=8, steps=3, lr=1e-3, out="one")
     one, two = weights("one"), weights()
     assert one.keys() == two.keys()

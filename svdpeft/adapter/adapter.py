@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter import steering
+from svdpeft.adapter.dequantising import dequantise, quantise_again, stay_plain
 from svdpeft.adapter.file import Source, State
-from svdpeft.adapter.pretrained import NAME, plain
+from svdpeft.adapter.pretrained import SavePretrained, plain
 from svdpeft.adapter.reach import run_once, unwatch
 from svdpeft.adapter.roster import LIVE, ROSTER, Roster, held_elsewhere
 from svdpeft.adapter.routing import by_example, must_be
@@ -28,6 +29,7 @@ from svdpeft.adapter.untying import Untied, check_not_shared, tie_again, untie
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Frozen, running_statistics
+from svdpeft.sites.shards import count
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
 from svdpeft.sites.weights import MergeReport, stored
@@ -62,6 +64,7 @@ class Adapter:
         self.batch_norm: BatchNorm = batch_norm
         self.frozen = Frozen(model) if batch_norm == "frozen" else None
         self._unties, self.untied = False, list[Untied]()
+        self._dtype: torch.dtype | None = None  # of the weights that merging puts in the place of quantised ones
         self._steps = Steps(sites.values())
         self._guard = guard_loading(model, self)
         LIVE.add(self)
@@ -101,7 +104,7 @@ class Adapter:
     @property
     def trainable_count(self) -> int:
         """Number of trained values, factors and whole parameters together."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(count(p) for p in self.parameters())
 
     def site(self, name: str) -> Site:
         """Return one site by name."""
@@ -254,7 +257,7 @@ class Adapter:
         with by_example(self.model, self._roster.adapters, names, flattened):
             yield
 
-    def merge(self, permanent: bool = False, untie: bool = False) -> MergeReport:
+    def merge(self, permanent: bool = False, untie: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
         """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
 
         A copy of each weight is kept for ``unmerge``.
@@ -264,12 +267,14 @@ class Adapter:
                 merged weights, and this adapter is spent.
             untie: give a layer whose weight others share, and which alone is adapted, a weight of its own. ``unmerge``
                 ties it again; merged for good it stays so, and a configuration of transformers says it.
+            dtype: of a quantised model, which is dequantised to it first, all of it; ``unmerge`` gives the quantised
+                one back. Into quantised weights nothing is merged: rounding would make another model.
 
         Returns:
             The share of each site's update that was lost in rounding to the weight's dtype.
         """
         self._must_be("attached", "folded", "disabled")
-        off, self._unties = self.state == "disabled", untie
+        off, self._unties, self._dtype = self.state == "disabled", untie, dtype
         if permanent:
             check_no_transform_beside(self.sites.values(), self._roster.sites())
         self.enable()
@@ -288,12 +293,15 @@ class Adapter:
         """Give the base weights back, bit for bit, and add the update in the forward pass again."""
         self._must_be("merged")
         self._to("attached")
-        self._unties = False
+        self._unties, self._dtype = False, None
 
-    def merged_state_dict(self) -> dict[str, Tensor]:
+    def merged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the ``state_dict`` of the plain model with W0 + ΔW, under the names that it had before the adapter.
 
         The model itself stays as it is. For a plain model in memory instead, call ``merge(permanent=True)``.
+
+        Args:
+            dtype: of a quantised model, as for ``merge``.
 
         Returns:
             Copies of all tensors of the model, those of other adapters left out.
@@ -312,11 +320,13 @@ class Adapter:
         if self.state == "merged":
             return {name: tensor.detach().clone() for name, tensor in plain(self.model.state_dict()).items()}
         with self.unwritten():
-            self._to("merged")
+            self._dtype = dtype
             try:
+                self._to("merged")
                 return self.merged_state_dict()
             finally:
                 self._to("attached")
+                self._dtype = None
 
     def fold(self) -> None:
         """Write W0 − [L C A]start into the base weights: the papers' layout, one low-rank path less per layer.
@@ -351,12 +361,15 @@ class Adapter:
             check_not_shared(self.model, list(self.sites.values()), state)
         self.state = "attached"  # which is true of all sites if this is interrupted
         try:
+            if state == "merged" and self._dtype is not None:
+                dequantise(self._roster, self._dtype)
             report = go(list(self.sites.values()), state)
             self.state = state
         finally:
             if self.state == "attached":
                 tie_again(self.untied)
                 self.untied = []
+                quantise_again(self._roster)
         return report
 
     def _activate(self, active: bool) -> None:
@@ -370,6 +383,8 @@ class Adapter:
             if not restore:
                 site.weight.keep(site)
             site.remove()
+        if not restore:
+            stay_plain(roster)
         self.own.leave(restore)
         if self.frozen:
             self.frozen.release()
@@ -380,7 +395,7 @@ class Adapter:
             roster.freeze()
             return
         unwatch(self.model)
-        vars(self.model).pop(NAME, None)
+        SavePretrained.leave(self.model)
         delattr(self.model, ROSTER)
         roster.release()
 
@@ -438,7 +453,7 @@ class Adapter:
         if self.state == "detached":
             raise RuntimeError(f"adapter {self.name!r} is detached: it cannot be saved now")
         check_there(self.model, self.sites.values(), self.whole)
-        values = {**self.own.changed(), **{name: self.own[name].detach() for name in self.whole}}
+        values = {**self.own.changed(), **{name: self.own[name] for name in self.whole}}
         rules = list(zip(self.patterns, self.methods, strict=True))
         return Contents(
             self.name, self.model, rules, self.sites, list(self.whole), values, self.skipped, self.batch_norm

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from svdpeft.adapter.adapter import Adapter, BatchNorm
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.pretrained import NAME, SavePretrained
+from svdpeft.adapter.building import build
+from svdpeft.adapter.file import free_of
+from svdpeft.adapter.pretrained import SavePretrained
 from svdpeft.adapter.reach import watch
-from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, records, untied
-from svdpeft.decomposition import check_matrix
+from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
+from svdpeft.decomposition import decomposing_on, processes
 from svdpeft.methods.base import (
     Factors,
-    Given,
     Method,
-    Partner,
     PerSite,
     Statistics,
-    check_patterns,
-    grouped,
-    share,
 )
-from svdpeft.registry import near_miss
 from svdpeft.sites.place import CHILD
+from svdpeft.sites.shards import check_whole
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import BaseWeight, stored
 from svdpeft.targets.choice import Choice, Selection
 from svdpeft.targets.chosen_rows import chosen_rows
 from svdpeft.targets.rules import Targets, default_targets, rules
 from svdpeft.targets.select import select
-from svdpeft.targets.survey import STORED
+from svdpeft.targets.survey import QUANTISED
 from svdpeft.targets.whole import biases_of, trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
@@ -54,6 +48,7 @@ def attach(
     batch_norm: BatchNorm = "train",
     calibration: Mapping[str, Statistics] | None = None,
     bias: bool = False,
+    decompose_on: str | torch.device | None = None,
 ) -> Adapter:
     """Adapt a model in place: freeze the base, and add to each target layer ΔW = s([L C A]now − [L C A]start).
 
@@ -80,12 +75,15 @@ def attach(
             changes are saved with the adapter. ``"frozen"``: they stay in evaluation mode.
         calibration: what ``svdpeft.calibrate`` saw, for methods that start from data.
         bias: the biases of the adapted layers are trained whole, too, as LoRA's code offers (``"lora_only"``).
+        decompose_on: device of the decompositions, such as ``"cuda"`` for a model on the CPU: one weight at a time is
+            there, and what is kept of it comes back. ``None``: the device of each weight.
 
     Returns:
         The adapter. The model's outputs are the base model's.
 
     Raises:
-        ValueError: nothing to train; no layer matches; a rank, weight or name that cannot be.
+        ValueError: nothing to train; no layer matches; a rank, weight, name or device that cannot be; a model that is
+            sharded over processes already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -94,6 +92,7 @@ def attach(
         30
     """
     model = unwrapped(model)
+    check_whole(model, "attach")
     roster = getattr(model, ROSTER, None) or Roster(model)
     _check_name(name, roster)
     if batch_norm not in ("train", "frozen"):
@@ -113,7 +112,8 @@ def attach(
     if bias:
         whole |= biases_of(model, (place.module for choice in selection.choices for place in choice.places))
         _check_whole(whole, roster)
-    built = _build([*selection.choices, *rows], seed, clip, calibration or {})
+    with decomposing_on(decompose_on):
+        built = build([*selection.choices, *rows], seed, clip, calibration or {})
     if not built and not whole:
         raise ValueError(f"{method} would train nothing: name the parameters to train with train=")
     _warn_of_stored(selection.skipped)
@@ -136,7 +136,7 @@ def _check_rows(rows: Sequence[Choice], others: Sequence[Choice]) -> None:
 
 def _warn_of_stored(skipped: Mapping[str, str]) -> None:
     """On a partly quantised model an adapter of all layers is one of the rest: usually the few that matter least."""
-    found = [name for name, why in skipped.items() if why.endswith(STORED)]
+    found = [name for name, why in skipped.items() if QUANTISED in why]
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         warnings.warn(
@@ -165,77 +165,6 @@ def _warn_of_half(whole: Mapping[str, tuple[nn.Module, str]]) -> None:
         )
 
 
-def _build(
-    choices: Sequence[Choice], seed: int, clip: bool, calibration: Mapping[str, Statistics]
-) -> list[tuple[Choice, PerSite, Factors]]:
-    """Make the factors of every site; nothing of the model changes."""
-    rules: dict[str, list[Given]] = {}  # the sites of each method: what else is adapted says nothing about them
-    known: dict[str, Given] = {}
-    record = records()
-    for choice in choices:
-        sites = rules.setdefault(repr(choice.method), [])
-        known[choice.name] = given(choice, seed, calibration, record, len(sites))
-        sites.append(known[choice.name])
-    for choice in choices:
-        _check_seen(choice, known[choice.name], calibration)
-    methods = {repr(choice.method): choice.method for choice in choices}
-    resolved: dict[str, PerSite] = {}
-    shared: dict[str, dict[str, Tensor]] = {}
-    for rule, sites in rules.items():
-        found = methods[rule].resolve(sites, clip)
-        check_patterns(methods[rule], [(site.name, site.roles) for site in sites])
-        resolved |= {site.name: method for site, method in zip(sites, found, strict=True)}
-        for one, group in grouped(found, sites).values():
-            tied = share(one.share(group), one.trains)
-            shared |= {site.name: tied for site in group}
-    built = []
-    for choice in tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
-        _check_dropout(choice)
-        site, method = known[choice.name], resolved[choice.name]
-        built.append((choice, method, method.factors(site.sharing(shared.get(choice.name, {})))))
-    return built
-
-
-def given(
-    choice: Choice,
-    seed: int,
-    calibration: Mapping[str, Statistics],
-    record: Callable[[nn.Module, str], BaseWeight] = BaseWeight,
-    position: int = 0,
-) -> Given:
-    """What a method may know of a site. The weight is looked at when it is asked for, one at a time.
-
-    Args:
-        choice: the site.
-        seed: of the attachment.
-        calibration: what was seen of all sites.
-        record: gives the record of a parameter, by its owner and its name there.
-        position: of the site among those of its method.
-    """
-    place = choice.places[0]
-    raw = record(place.module, place.parameter).original
-    check_matrix(raw, choice.name, zero=True)  # a method that starts from the weight refuses zeros itself
-    *batch, m, n = place.kind.to_matrix(place.module, raw).shape
-
-    def weight() -> Tensor:
-        return place.kind.to_matrix(place.module, raw.to(torch.promote_types(raw.dtype, torch.float32)))
-
-    partner = None
-    if (half := choice.half) is not None:
-        module, parameter, _, kind = half.partner
-        other = record(module, parameter).original
-        check_matrix(other, f"the other weight of {choice.name}'s pair")
-        partner = Partner(
-            half.pair, lambda: kind.to_matrix(module, other.to(torch.promote_types(other.dtype, torch.float32)))
-        )
-    site_seed = zlib.crc32(f"{seed}/{choice.name}".encode())
-    shape = (math.prod(batch), m, n)
-    dtype, seen = torch.promote_types(raw.dtype, torch.float32), calibration.get(choice.name)
-    return Given(
-        choice.name, shape, site_seed, weight, choice.roles, seen, {}, position, seed, dtype, raw.device, partner
-    )
-
-
 def install(
     model: nn.Module,
     pairs: Sequence[tuple[str, Method]],
@@ -258,13 +187,15 @@ def install(
         parameter = place.module._parameters[place.parameter]
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         sites[choice.name] = site_of(choice, method, factors, weight)
-    setattr(model, ROSTER, roster)
-    if callable(getattr(type(model), NAME, None)):
-        vars(model)[NAME] = SavePretrained(model)
+    roster.enter()
+    SavePretrained.stand_in(model)
     adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
     roster.adapters[name] = adapter
     for site in sites.values():
         site.install(name)
+    if processes()[1] > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
+        for weight, free in ((site.weight, free_of(sites.values())[id(site.weight)]) for site in sites.values()):
+            weight.identity(free)
     roster.freeze()
     if sites:
         watch(model, roster.sites)
@@ -297,26 +228,6 @@ def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> 
                     f"{choice.name} has an adapter named {name!r} already, attached to a part of this model or to a "
                     "larger one: give this one another name"
                 )
-
-
-def _check_seen(choice: Choice, site: Given, calibration: Mapping[str, Statistics]) -> None:
-    needs = choice.method.needs
-    if needs and calibration and site.statistics is None:
-        raise ValueError(
-            f"the calibration saw nothing of {site.name}, whose {needs} {type(choice.method).__name__} starts from: "
-            f"{near_miss(site.name, calibration)}; calibrate with the same targets, and exclude what is never called"
-        )
-    if needs:
-        site.check_seen(needs, type(choice.method).__name__)
-
-
-def _check_dropout(choice: Choice) -> None:
-    method, place = choice.method, next((p for p in choice.places if not p.kind.called(p.module)), None)
-    if method.dropout and place is not None:
-        raise ValueError(
-            f"dropout {method.dropout} at {choice.name}: the weight is read there and not called, and only in its "
-            "layer's own call can an adapter drop anything; set dropout=0, or leave it out"
-        )
 
 
 def _check_name(name: str, roster: Roster) -> None:

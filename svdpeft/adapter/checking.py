@@ -31,6 +31,7 @@ from svdpeft.adapter.roster import adapted, base_weight
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
+from svdpeft.layers.quantised import weight
 from svdpeft.methods.base import Factors, Method, PerSite, share
 from svdpeft.registry import KINDS, near_miss
 from svdpeft.sites.normalisation import running_statistics
@@ -232,7 +233,7 @@ def _place(
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
     kind = cls.from_json(entry)
     if part is not None:
-        rows = kind.to_matrix(module, stored(module, parameter)).shape[-2]
+        rows = kind.to_matrix(module, weight(module, parameter)).shape[-2]
         if part["of"] != rows:
             raise CheckpointError(f"{path}: {site} is a part of {part['of']} rows there, of {rows} here")
     for view, fields in ((Part, part), (Heads, entry.get(Heads.word))):

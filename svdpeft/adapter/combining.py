@@ -33,6 +33,7 @@ from svdpeft.methods.lora import LoRA
 from svdpeft.methods.whole import Whole
 from svdpeft.registry import near_miss
 from svdpeft.sites.place import Place, same_use
+from svdpeft.sites.shards import write
 from svdpeft.sites.site import Site
 from svdpeft.targets.choice import Choice
 
@@ -125,7 +126,7 @@ def combine(
     pairs = [(choice.name, method) for choice, method, _ in built]
     made = install(first.model, pairs, built, whole, {}, name, first.batch_norm)
     for tensor, value in made.own.holding(values):  # and nothing of an adapter that is on
-        tensor.copy_(value)
+        write(tensor, value)
     made.disable()
     return Combined(made, lost)
 

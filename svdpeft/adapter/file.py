@@ -81,7 +81,8 @@ def held(sites: Mapping[str, Site]) -> dict[str, tuple[dict[str, Tensor], dict[s
     for name, site in sites.items():
         factors = site.factors
         tied = {role: holders.setdefault(id(getattr(factors, role)), name) for role in factors.tied}
-        found[name] = ({role: t for role, t in factors.tensors().items() if tied.get(role, name) == name}, tied)
+        tensors = [*factors.named_parameters(), *factors.named_buffers()]  # themselves: a shard knows the others
+        found[name] = ({role: t for role, t in tensors if tied.get(role, name) == name}, tied)
     return found
 
 
@@ -161,6 +162,8 @@ class State(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
+
+torch.serialization.add_safe_globals([State])  # torch.load reads one with weights_only, its default
 
 Source = str | os.PathLike[str] | State
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from svdpeft.adapter.file import CheckpointError, method_in
 from svdpeft.adapter.roster import adapted, claimed
 from svdpeft.layers.part import ranges_in
 from svdpeft.methods.base import PerSite
+from svdpeft.sites.shards import shape_of
 
 SIZES = ("num_embeddings", "out_features")  # attributes of layers that say their number of tokens
 
@@ -153,9 +155,9 @@ def _given(
 
     What a file says of its size is believed as far as there are values for it: the model will have as many rows.
     """
-    width = here[0].numel()
+    width = math.prod(shape_of(here)[1:])
     if name in header["whole"]:
-        if tensors[name].shape[1:] != here.shape[1:]:
+        if tuple(tensors[name].shape[1:]) != shape_of(here)[1:]:
             return 0, set()  # refused where it is held against the model
         return len(tensors[name]), set(range(len(tensors[name])))
     size, rows = 0, set[int]()

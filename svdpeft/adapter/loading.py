@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
@@ -25,6 +24,7 @@ from svdpeft.adapter.file import (
 )
 from svdpeft.adapter.roster import ROSTER, held_elsewhere
 from svdpeft.sites.normalisation import running_statistics
+from svdpeft.sites.shards import check_whole, reshard, shape_of, write
 from svdpeft.sites.weights import stored
 from svdpeft.targets.wrappers import unwrapped
 
@@ -59,6 +59,7 @@ def load(
             tensor, a wrong shape, another digest.
     """
     model = unwrapped(model)
+    check_whole(model, "load")
     with checked(model, path, check_base, rename, verify=verify) as (header, parts):
         _check_statistics(model, parts)
         adapter = install(
@@ -71,7 +72,7 @@ def load(
             header["batch_norm"],
         )
     for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
-        tensor.copy_(value)
+        write(tensor, value)
     if not enabled:
         adapter.disable()
     return adapter
@@ -85,11 +86,12 @@ def restore(adapter: Adapter, path: Source) -> None:
         CheckpointError: the file has other methods, another base, other tensors or shapes; nothing was copied.
     """
     header, saved, path = read(path)
+    reshard(adapter.model.modules())
     with undamaged(path, "the header of "):
         targets = _targets(adapter, header, saved, path)
-    with adapter.unwritten(), torch.no_grad():
+    with adapter.unwritten():
         for tensor, value in targets:
-            tensor.copy_(value)
+            write(tensor, value)
     for site in adapter.sites.values():
         site.factors.settle()
 
@@ -118,8 +120,8 @@ def _targets(
         other = min(places.keys() ^ saved.keys())
         raise CheckpointError(f"{path} was saved from another adapter: only one of them has the tensor {other}")
     for name, tensor in places.items():
-        if tensor.shape != saved[name].shape:
-            raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(tensor.shape)} here")
+        if shape_of(tensor) != tuple(saved[name].shape):
+            raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(shape_of(tensor))} here")
     values = {name: saved[name].to(tensor.dtype) for name, tensor in places.items()}
     return [*((tensor, values[name]) for name, tensor in factors.items()), *adapter.own.holding(values)]
 

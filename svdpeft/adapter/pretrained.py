@@ -14,6 +14,7 @@ from svdpeft.adapter.roster import adapters_in
 from svdpeft.sites.place import is_factor
 
 NAME = "save_pretrained"
+ADAPTED = "_hf_peft_config_loaded"  # by it transformers' trainer knows that a quantised model has what trains
 README = """\
 # An adapter of svdpeft
 
@@ -44,6 +45,22 @@ class SavePretrained:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.told = getattr(model, "hf_quantizer", None) is not None and not getattr(model, ADAPTED, False)
+
+    @classmethod
+    def stand_in(cls, model: nn.Module) -> None:
+        """Come into the place of a model's own, where it has one."""
+        if callable(getattr(type(model), NAME, None)) and NAME not in vars(model):
+            vars(model)[NAME] = cls(model)
+            if vars(model)[NAME].told:
+                vars(model)[ADAPTED] = True
+
+    @staticmethod
+    def leave(model: nn.Module) -> None:
+        """Give the model its own back."""
+        found = vars(model).pop(NAME, None)
+        if found is not None and found.told:
+            vars(model).pop(ADAPTED, None)
 
     def __call__(
         self,
@@ -59,7 +76,12 @@ class SavePretrained:
             state = plain(self.model.state_dict() if state_dict is None else state_dict)
             own = getattr(type(self.model), NAME)
             named = {"is_main_process": is_main_process, "state_dict": state, "push_to_hub": push_to_hub}
-            return own(self.model, save_directory, **named, **kwargs)
+            flag = vars(self.model).pop(ADAPTED, None) if self.told else None  # by it the adapters of PEFT are written
+            try:
+                return own(self.model, save_directory, **named, **kwargs)
+            finally:
+                if flag is not None:
+                    vars(self.model)[ADAPTED] = flag
         if push_to_hub:
             raise ValueError(
                 f"adapter {acting[0].name!r} is attached: the hub would get the base without it. Call "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from svdpeft.layers.cpu_layout import may_lose_gradients, pass_gradients
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own, Versions
@@ -50,10 +53,24 @@ class Roster(Generic[M]):
         self.model = model
         self.adapters: dict[str, M] = {}
         self.versions = Versions(model)
+        self.dequantised: Any = None  # what is put back when nothing is merged into a quantised model any more
+        self._passing: RemovableHandle | None = None
         known = {id(p): other.required_grad[name] for other in rosters() for name, p in other.parameters()}
         # By all its names: a weight may be untied.
         base = ((name, p) for name, p in model.named_parameters(remove_duplicate=False) if not is_factor(name))
         self.required_grad = {name: known.get(id(p), p.requires_grad) for name, p in base}
+
+    def enter(self) -> None:
+        """Come into the model, before its first adapter, and see to its gradients."""
+        setattr(self.model, ROSTER, self)
+        if self._passing is None and may_lose_gradients(self.model):
+            self._passing = self.model.register_forward_pre_hook(_pass_gradients)
+
+    def replaced(self, layers: Iterable[nn.Module]) -> None:
+        """Some layers hold integers now, which can have no gradient when the adapters have gone."""
+        weights = {id(stored(layer, "weight")) for layer in layers}
+        self.required_grad |= {name: False for name, p in self.parameters() if id(p) in weights}
+        self.enter()
 
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
@@ -72,6 +89,8 @@ class Roster(Generic[M]):
 
     def release(self) -> None:
         """Give the flags back, but for parameters that the adapters of another model, or of a part of it, hold."""
+        if self._passing is not None:
+            self._passing.remove()
         others = [other for other in rosters() if other is not self]
         held = {id(p) for other in others for _, p in other.parameters()}
         for name, parameter in self.parameters():
@@ -79,6 +98,11 @@ class Roster(Generic[M]):
                 parameter.requires_grad_(self.required_grad[name])
         for other in others:
             other.freeze()
+
+
+def _pass_gradients(model: nn.Module, args: Any) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        pass_gradients(model)
 
 
 LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # all adapters of the program: parts of one model may share parameters

@@ -15,6 +15,7 @@ from svdpeft.adapter.file import DIGESTS, FORMAT, HEADER, TENSORS, State, check_
 from svdpeft.atomic import replacing
 from svdpeft.decomposition import digest
 from svdpeft.methods.base import Method
+from svdpeft.sites.shards import gathered, reshard, shape_of, write_once
 from svdpeft.sites.site import Site
 
 
@@ -48,6 +49,9 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     Each is written under a temporary name and moved. The tensors carry the header, and that is what is read: a crash in
     between leaves an adapter that is whole, the old one or the new one, and so do two processes that save at once.
 
+    Of a model that is sharded over processes all of them must call this: what is sharded of the adapter is gathered,
+    one of them writes, and the others wait for it.
+
     Args:
         contents: of the adapter.
         path: of the folder; it is made where it is missing.
@@ -58,11 +62,16 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_ours(path)
+    reshard(contents.model.modules())  # or, after an evaluation, some weights are whole and this looks like one process
     tensors, metadata = to_state(contents)
     header = json.loads(metadata[HEADER])
-    with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
-        save_file(tensors, tensors_file, metadata=metadata)
-        json_file.write_text(json.dumps(header, indent=1) + "\n")
+
+    def write_files() -> None:
+        with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
+            save_file(tensors, tensors_file, metadata=metadata)
+            json_file.write_text(json.dumps(header, indent=1) + "\n")
+
+    write_once(contents.model, write_files)
 
 
 def to_state(contents: Contents) -> State:
@@ -74,19 +83,19 @@ def to_state(contents: Contents) -> State:
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
     for (name, site), (factors, tied) in zip(contents.sites.items(), held(contents.sites).values(), strict=True):
-        tensors |= {f"{name}/{role}": t.contiguous().clone() for role, t in factors.items()}
+        tensors |= {f"{name}/{role}": _copy(t) for role, t in factors.items()}
         base = site.weight.identity(free[id(site.weight)])
         sites[name] = {
             **_describe(site, names),
             "method": site.method.to_json(),
-            "shape": list(site.weight.original.shape),
-            "dtype": str(site.weight.original.dtype),
+            "shape": list(site.weight.size),
+            "dtype": str(site.weight.dtype),
             "hash": base.hash,
             "sample": base.sample,
-            "tensors": {role: list(t.shape) for role, t in factors.items()},
+            "tensors": {role: list(shape_of(t)) for role, t in factors.items()},
             "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }
-    tensors |= {n: t.contiguous().clone() for n, t in contents.values.items()}
+    tensors |= {n: _copy(t) for n, t in contents.values.items()}
     if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise ValueError(
             f"{bad[0]} holds values that are not finite{f', and {len(bad) - 1} more do' if len(bad) > 1 else ''}: the "
@@ -104,6 +113,10 @@ def to_state(contents: Contents) -> State:
         DIGESTS: {name: digest(tensor) for name, tensor in tensors.items()},
     }
     return State(tensors, {HEADER: json.dumps(identified(header))})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return gathered(tensor).detach().contiguous().clone()
 
 
 def _describe(site: Site, names: Mapping[int, str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from svdpeft.adapter.assembling import assembled, in_place
 from svdpeft.methods.base import Factors, PerSite, Progress
 from svdpeft.sites.site import Site
 
@@ -29,7 +30,7 @@ class Steps:
 
     def penalty(self) -> Tensor | None:
         """Return what the methods add to the loss, or ``None``."""
-        terms = [term for method, factors in self.groups if (term := method.penalty(factors)) is not None]
+        terms = [t for method, factors in self.groups if (t := method.penalty(assembled(factors))) is not None]
         return torch.stack(terms).sum() if terms else None
 
     def before(self, peak_lr: float, total: int | None) -> None:
@@ -37,7 +38,8 @@ class Steps:
         self._total = total
         progress = Progress(self.taken + 1, total, peak_lr=peak_lr)
         for method, factors in self.groups:
-            method.before_step(factors, progress)
+            with in_place(factors, gradients=True) as whole:
+                method.before_step(whole, progress)
         self._begun = True
 
     def after(self, lr_scale: float, total: int | None) -> None:
@@ -46,7 +48,8 @@ class Steps:
         for method, factors in self.groups:
             if method.changes_gradients and not self._begun:
                 raise RuntimeError(f"{method} acts on the gradients: call adapter.before_step(peak_lr) before the step")
-            method.after_step(factors, progress)
+            with in_place(factors, gradients=method.keeps_state) as whole:  # of them a budget makes its averages
+                method.after_step(whole, progress)
             for f in factors:
                 f.settle()
         self.taken += 1

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from svdpeft.layers.quantising import values_in
 from svdpeft.methods.base import Method
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.site import Site
@@ -60,7 +61,7 @@ def summarise(
         tensor = stored(owner, attribute)
         total += tensor.numel()
         table.add_row(Text(name), "x".join(map(str, tensor.shape)), "whole", "", "", f"{tensor.numel():,}")
-    base = sum(p.numel() for n, p in model.named_parameters() if not is_factor(n))
+    base = values_in(model) - sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
     table.add_section()
     table.add_row("total", f"{total / base:.3%} of {base:,}", "", "", "", f"{total:,}", style="bold")
     lines = [title, _render(table)]

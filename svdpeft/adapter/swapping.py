@@ -20,6 +20,7 @@ from svdpeft.decomposition import EXACT, exact_rank, recompress
 from svdpeft.methods.base import Factors, PerSite
 from svdpeft.methods.lora import LoRA
 from svdpeft.sites.place import same_use
+from svdpeft.sites.shards import check_whole
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
 
@@ -46,6 +47,7 @@ def swap_in(
         CheckpointError: as ``load`` does; a site or a whole parameter that the adapter does not have; an update that
             it cannot hold.
     """
+    check_whole(model, "load the values")
     with checked(model, source, check_base, grows=False) as (_, parts):
         values = _plan(sites, parts)
     whole = own.places.keys() - set(own.statistics)

@@ -71,6 +71,11 @@ def check_foldable(sites: Iterable[Site]) -> None:
             )
         if len(site.places) > 1:
             raise ValueError(f"{site.name} shares its weight with other layers: folding is refused there")
+        if (how := site.weight.scheme) is not None:
+            raise ValueError(
+                f"{site.name} is quantised ({how}): W0 − [L C A]start would be rounded to that again. svdpeft.quantize "
+                "folds the start out of a model before it is quantised"
+            )
 
 
 def check_no_transform_beside(sites: Iterable[Site], all_sites: Iterable[Site]) -> None:

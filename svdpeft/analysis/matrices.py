@@ -12,12 +12,12 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.fused import parts_of
 from svdpeft.layers.part import Part
+from svdpeft.layers.quantised import weight as values_of
 from svdpeft.layers.raw import Raw
 from svdpeft.methods.base import Factored
 from svdpeft.patterns import BRACKETS, matches
 from svdpeft.registry import near_miss
 from svdpeft.sites.site import Site
-from svdpeft.sites.weights import stored
 from svdpeft.targets.inventory import Weight, weights_of
 
 Patterns = str | Sequence[str]
@@ -118,19 +118,21 @@ def _in_model(model: nn.Module, patterns: Sequence[str], only: set[int] | None =
     found, seen = [], set()
     for weight in weights_of(model):
         w, kind = weight.tensor, weight.kind or Raw(_axes(patterns, weight))
-        plain = type(w) is nn.Parameter and w.is_floating_point() and w.layout is torch.strided and not w.is_meta
+        plain = weight.scheme is not None or (
+            type(w) is nn.Parameter and w.is_floating_point() and w.layout is torch.strided and not w.is_meta
+        )
         if not plain or id(w) in seen or (only is not None and id(w) not in only):
             continue
         seen.add(id(w))
         if isinstance(kind, Raw):
-            kind.check_axes(w, weight.name)
+            kind.check_axes(weight.values, weight.name)
         names = (*weight.names, *_with_axes(weight.name, kind))
         above, _, leaf = weight.name.rpartition(".")
         parts = parts_of(kind, weight.module, weight.parameter, leaf, model.get_submodule(above))
         broad = weight.kind is not None and not weight.head
         if not (kind.split and parts):
             found.append(_stored(weight.name, names, broad, kind, weight.module, weight.parameter))
-        total = kind.to_matrix(weight.module, w).shape[-2]
+        total = kind.to_matrix(weight.module, weight.values).shape[-2]
         for part, rows in parts.items():
             name = f"{weight.name}[{part}]"
             part_of, called = Part(kind, rows, total), (name, *names) if kind.split else (name,)
@@ -142,7 +144,7 @@ def _stored(
     name: str, names: tuple[str, ...], broad: bool, kind: LayerKind, module: nn.Module, parameter: str
 ) -> Matrix:
     def read() -> Tensor:
-        w = stored(module, parameter).detach()
+        w = values_of(module, parameter).detach()
         return kind.to_matrix(module, w.to(torch.promote_types(w.dtype, torch.float32)))
 
     return Matrix(name, names, broad, kind.linear, read)

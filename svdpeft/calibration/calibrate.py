@@ -22,6 +22,7 @@ from svdpeft.adapter.reach import WATCH, unwatch, watch
 from svdpeft.adapter.roster import adapters_in
 from svdpeft.calibration.calibration import Calibration
 from svdpeft.layers.base import CalledKind
+from svdpeft.layers.quantised import scheme, weight
 from svdpeft.methods.base import PerSite, Statistics
 from svdpeft.methods.lora import LoRA
 from svdpeft.sites.place import PLACES, Place
@@ -86,6 +87,13 @@ def calibrate(
         if isinstance(m, PerSite)
     ]
     choices = select(model, pairs, exclude, ()).choices
+    for place in (choice.places[0] for choice in choices if gradients):
+        if (how := scheme(place.module, place.parameter)) is not None:
+            name = next(name for name, module in model.named_modules() if module is place.module)
+            raise ValueError(
+                f"the weight of {name} is quantised ({how}), and integers have no gradient: calibrate the model before "
+                "it is quantised, and attach with what was seen there"
+            )
     watched: dict[int, _Watched] = {}
     for choice in choices:
         watched.setdefault(id(_parameter(choice.places[0])), _Watched(choice))
@@ -120,7 +128,7 @@ class _Watched:
     def __init__(self, choice: Choice) -> None:
         self.places, self.parameter = choice.places, _parameter(choice.places[0])
         place = choice.places[0]
-        self.batch = place.kind.to_matrix(place.module, self.parameter.detach()).ndim - 2  # leading axes
+        self.batch = place.kind.to_matrix(place.module, weight(place.module, place.parameter)).ndim - 2  # leading axes
         self.count = 0
         self.second: Tensor | None = None
         self.total: Tensor | None = None

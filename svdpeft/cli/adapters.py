@@ -9,10 +9,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from svdpeft.cli.app import console
+from svdpeft.cli.completion import model_names
 
 Base = Annotated[
     str | None,
-    typer.Option(help="Model that it is for: embedded, hf:NAME, timm:NAME, a folder; else what its training wrote."),
+    typer.Option(
+        help="Model that it is for: embedded, hf:NAME, timm:NAME, a folder; else what its training wrote.",
+        autocompletion=model_names,
+    ),
 ]
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the model's weights.")]
 Weighted = Annotated[list[str], typer.Argument(help="Folders of adapters; ADAPTER:WEIGHT multiplies its update.")]

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 import svdpeft
+from svdpeft.cli.completion import task_names
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -17,7 +18,8 @@ TaskName = Annotated[
     str | None,
     typer.Option(
         help="Of the model's modality: mnist5k, images, cifar100, food101, flowers102, resisc45; wordproblems, gsm8k, "
-        "math, humaneval, text, classification."
+        "math, humaneval, text, classification.",
+        autocompletion=task_names,
     ),
 ]
 Accumulate = Annotated[int | None, typer.Option(help="Forwards per optimizer step: 1.", min=1)]
@@ -26,6 +28,9 @@ Warmup = Annotated[float | None, typer.Option(help="Share of the steps, or their
 WeightDecay = Annotated[float | None, typer.Option(help="Of AdamW: 0.")]
 Clip = Annotated[float | None, typer.Option(help="Norm that gradients are clipped to: 1; 0: none.")]
 MixedPrecision = Annotated[str | None, typer.Option(help="bf16 or fp16 autocast, or tf32 products.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="How the base is stored: nf4, fp4, int8, torchao-int8, torchao-int4.")
+]
 TaskOptions = Annotated[list[str] | None, typer.Option(help="Of the task: name=value; as often as needed.")]
 
 

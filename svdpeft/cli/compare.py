@@ -23,18 +23,24 @@ from svdpeft.cli.app import (
     fail,
     quiet,
 )
+from svdpeft.cli.completion import method_lists, model_names
 
 
 @app.command()
 def compare(
     spec: Annotated[Path | None, typer.Argument(help="TOML file; what it leaves out has defaults.")] = None,
-    model: Annotated[str | None, typer.Option(help="Embedded name, timm:NAME, hf:NAME or a local folder.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Embedded name, timm:NAME, hf:NAME or a local folder.", autocompletion=model_names),
+    ] = None,
     task: TaskName = None,
     option: TaskOptions = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers that factored methods adapt: all-linear; as often as needed.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="lora,sorsa:gamma=0,svft:pattern=banded")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="lora,sorsa:gamma=0,svft:pattern=banded", autocompletion=method_lists)
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Label that the others are tested against.")] = None,
     seeds: Annotated[str | None, typer.Option(help="0,1,2")] = None,
     confidence: Annotated[float | None, typer.Option(help="Of the intervals over seeds: 0.95.")] = None,

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from svdpeft.cli.app import Json, TaskName, TaskOptions, app, console, fail, quiet
+from svdpeft.cli.app import Json, Quantize, TaskName, TaskOptions, app, console, fail, quiet
+from svdpeft.cli.completion import model_names
 
 Split = Literal["train", "validation", "test"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,7 +20,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.", autocompletion=model_names
+        ),
+    ],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved adapter.")] = None,
     task: TaskName = None,
     option: TaskOptions = None,
@@ -38,6 +44,7 @@ def evaluate(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights; an adapter needs the one it was trained in.")
     ] = "float32",
+    quantize: Quantize = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Evaluate with the adapter merged into the weights.")
     ] = False,
@@ -53,6 +60,7 @@ def evaluate(
     """Evaluate a model, with or without an adapter, on one of svdpeft's tasks or those of lm-evaluation-harness."""
     quiet()
     about = {"model": model, "adapter": str(adapter) if adapter else None, "merged": merged, "dtype": dtype}
+    about |= {} if quantize is None else {"quantize": quantize}
     try:
         if (task is None) == (harness is None):
             raise ValueError("give one of --task and --harness")
@@ -70,7 +78,7 @@ def evaluate(
         if harness is not None:
             from svdpeft.interop.harness import harness as run
 
-            loaded = _load(model, adapter, merged, None, image_size, dtype)
+            loaded = _load(model, adapter, merged, None, image_size, dtype, quantize)
             found = run(
                 loaded,
                 [name.strip() for name in harness.split(",")],
@@ -92,7 +100,7 @@ def evaluate(
                     "which only an adapter has trained: give its folder with --adapter"
                 )
             part = split or "test"
-            loaded = _load(model, adapter, merged, chosen.num_classes, image_size, dtype)
+            loaded = _load(model, adapter, merged, chosen.num_classes, image_size, dtype, quantize)
             data = chosen.prepare(loaded, splits=(part,))
             items = data.evaluate(loaded.model, getattr(data, part))
             _print_task({**about, "task": {"name": task, **options}, "split": part}, items, as_json)
@@ -130,7 +138,13 @@ def bounds(values: Sequence[float], confidence: float = 0.95) -> tuple[float, fl
 
 
 def _load(
-    model: str, adapter: Path | None, merged: bool, num_classes: int | None, image_size: int | None, dtype: Dtype
+    model: str,
+    adapter: Path | None,
+    merged: bool,
+    num_classes: int | None,
+    image_size: int | None,
+    dtype: Dtype,
+    quantize: str | None,
 ) -> Any:
     import torch
 
@@ -138,7 +152,8 @@ def _load(
     from svdpeft.adapter.file import CheckpointError
     from svdpeft.models import load
 
-    loaded: Any = load(model, num_classes=num_classes, image_size=image_size, dtype=getattr(torch, dtype))
+    precision = getattr(torch, dtype)
+    loaded: Any = load(model, num_classes=num_classes, image_size=image_size, dtype=precision, quantize=quantize)
     if adapter is not None:
         try:
             attached = svdpeft.load(loaded.model, adapter)
@@ -154,7 +169,7 @@ def _load(
         }:
             raise ValueError(f"{adapter} has not trained {loaded.head!r}, the new head of {num_classes} classes")
         if merged:
-            attached.merge()
+            attached.merge(dtype=None if quantize is None else precision)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return loaded
 

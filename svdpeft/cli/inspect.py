@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdpeft.cli.app import Json, app, console, fail, quiet
+from svdpeft.cli.completion import model_names
 
 if TYPE_CHECKING:
     from svdpeft.adapter.adapter import Adapter
@@ -28,7 +29,12 @@ ADAPTED = ("site", "ΔΣ", "ΔD", "ΔD\nassigned", "‖ΔW‖\n/ ‖W‖", "intr
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded name, timm:NAME, hf:NAME, a local folder or an RWKV file.", autocompletion=model_names
+        ),
+    ],
     targets: Annotated[
         str, typer.Option(help='Weights to look at, as attach() takes them: "q_proj|v_proj", "all-linear".')
     ] = "all",

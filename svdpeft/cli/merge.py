@@ -9,13 +9,19 @@ import typer
 
 from svdpeft.cli.adapters import Weighted, tell, weighted
 from svdpeft.cli.app import Json, app, fail, quiet
+from svdpeft.cli.completion import model_names
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Argument(help="Folder of a model of transformers or timm, embedded name, hf:NAME.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a model of transformers or timm, embedded name, hf:NAME.", autocompletion=model_names
+        ),
+    ],
     adapters: Weighted,
     out: Annotated[Path, typer.Argument(help="New folder.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the base's unless said.")] = None,

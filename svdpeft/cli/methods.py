@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 
 from svdpeft.cli.app import Json, app, console, fail
+from svdpeft.cli.completion import method_names
 
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, for its card.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, for its card.", autocompletion=method_names)] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or print one method's card."""
@@ -57,7 +58,9 @@ def methods(
 
 
 @app.command()
-def cite(names: Annotated[list[str], typer.Argument(help="Methods, such as sorsa pissa.")]) -> None:
+def cite(
+    names: Annotated[list[str], typer.Argument(help="Methods, such as sorsa pissa.", autocompletion=method_names)],
+) -> None:
     """Print the BibTeX entries of methods."""
     import svdpeft
 

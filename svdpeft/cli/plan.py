@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from svdpeft.cli.app import Accumulate, Json, MixedPrecision, app, console, fail, quiet
+from svdpeft.cli.app import Accumulate, Json, MixedPrecision, Quantize, app, console, fail, quiet
+from svdpeft.cli.completion import method_names, model_names
 
 
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Option(help="Embedded, timm:NAME, hf:NAME, a folder or its config.json, an RWKV file.")
+        str,
+        typer.Option(
+            help="Embedded, timm:NAME, hf:NAME, a folder or its config.json, an RWKV file.",
+            autocompletion=model_names,
+        ),
     ],
-    method: Annotated[str, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.")],
+    method: Annotated[
+        str, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.", autocompletion=method_names)
+    ],
     targets: Annotated[list[str] | None, typer.Option(help="Layers to adapt: all-linear; as often as needed.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers that are left alone.")] = None,
     train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,
@@ -29,6 +36,7 @@ def plan(
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Less memory, one more forward.")
     ] = False,
+    quantize: Quantize = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
     devices: Annotated[int, typer.Option(help="That share the work.")] = 1,
     timed: Annotated[
@@ -66,6 +74,7 @@ def plan(
             dtype=dtype,
             optimizer=optimizer,
             devices=devices,
+            quantize=quantize,
             timed=timed,
         )
     except (ImportError, ValueError, OSError, RuntimeError) as error:
@@ -74,8 +83,9 @@ def plan(
         print(json.dumps(found.to_json()))
         return
     attach = "" if found.attach_seconds is None else f", {found.attach_seconds:.2g} s of computing to attach, here"
+    stored = "" if quantize is None else f", its linear layers in {quantize}"
     lines = [
-        ("model", f"{found.model}, {found.parameters:,} values in {dtype}"),
+        ("model", f"{found.model}, {found.parameters:,} values in {dtype}{stored}"),
         ("method", f"{found.method} on {found.sites} sites{attach}"),
         (
             "trains",

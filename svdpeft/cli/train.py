@@ -14,6 +14,7 @@ from svdpeft.cli.app import (
     Clip,
     Json,
     MixedPrecision,
+    Quantize,
     Scheduler,
     TaskName,
     TaskOptions,
@@ -24,6 +25,7 @@ from svdpeft.cli.app import (
     fail,
     quiet,
 )
+from svdpeft.cli.completion import method_names, model_names
 
 OURS = ("spec", "resume", "dry_run", "as_json")  # of the command, and no options of a training
 
@@ -31,14 +33,20 @@ OURS = ("spec", "resume", "dry_run", "as_json")  # of the command, and no option
 @app.command()
 def train(
     spec: Annotated[Path | None, typer.Argument(help="TOML file with any of the options; flags override it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Embedded, timm:NAME, hf:NAME, a folder, an RWKV file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Embedded, timm:NAME, hf:NAME, a folder, an RWKV file.", autocompletion=model_names),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="JSONL, CSV, Parquet or text file, a folder of these or of pictures, or hf:NAME."),
     ] = None,
     task: TaskName = None,
     option: TaskOptions = None,
-    method: Annotated[str | None, typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.", autocompletion=method_names),
+    ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Layers to adapt: all-linear; as often as needed.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers that are left alone.")] = None,
     train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,
@@ -55,6 +63,7 @@ def train(
     clip: Clip = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation, batch order and dropout: 0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: float32; bfloat16, float16.")] = None,
+    quantize: Quantize = None,
     mixed_precision: MixedPrecision = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, one more forward.")

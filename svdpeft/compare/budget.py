@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from svdpeft.adapter.attach import given
+from svdpeft.adapter.building import given
 from svdpeft.methods.base import Given, PerSite
 from svdpeft.targets.select import select
 

@@ -1,8 +1,9 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
-from svdpeft.decomposition.cache import digest, svd_cache, uncached
+from svdpeft.decomposition.cache import digest, svd_cache, svd_cache_until_attached, uncached
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.decomposition.processes import own_share_first, processes
 from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
     cayley,
@@ -18,6 +19,7 @@ from svdpeft.decomposition.svd import (
     canonical_signs,
     check_matrix,
     check_rank,
+    decomposing_on,
     minor_svd,
     truncated_svd,
 )
@@ -36,17 +38,21 @@ __all__ = [
     "cayley_offset",
     "check_matrix",
     "check_rank",
+    "decomposing_on",
     "difference",
     "digest",
     "exact_rank",
     "kmeans",
     "minor_svd",
+    "own_share_first",
+    "processes",
     "random_index",
     "recompress",
     "scatter_core",
     "skew",
     "skew_count",
     "svd_cache",
+    "svd_cache_until_attached",
     "top_index",
     "truncated",
     "truncated_svd",

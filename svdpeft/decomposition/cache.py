@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdpeft.atomic import replacing
+from svdpeft.decomposition.processes import one_at_a_time, processes
 
 CHECKSUM = "crc32"  # in a file's metadata
 _FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
@@ -34,7 +36,8 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Attaching then costs a hash of each weight and the reading of its factors, where it cost an SVD. On the disk a
     matrix (m, n) takes min(m, n) (m + n + 1) numbers where the exact driver decomposed it, r (m + n + 1) where the
-    randomized one did. Several processes may share a folder; nothing is ever deleted from it.
+    randomized one did. Several processes may share a folder; nothing is ever deleted from it. Processes that a launcher
+    has started together decompose no weight twice: each begins with another share, and reads what others have.
 
     Args:
         folder: made if need be.
@@ -53,6 +56,23 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield path
     finally:
         _FOLDER.reset(token)
+
+
+@contextmanager
+def svd_cache_until_attached(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """``svd_cache`` for processes that were started together and all attach the same: the last one deletes it.
+
+    Args:
+        folder: that all of them can reach, and that nobody else has.
+    """
+    me, together = processes()
+    with svd_cache(folder) as path:
+        try:
+            yield
+        finally:
+            (path / f"{me}.done").touch()
+            if len(list(path.glob("*.done"))) == together:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -94,26 +114,32 @@ def remembered(
         return _first(rank, *compute())
     # Another kind of device or another torch rounds differently: it has its own file.
     file = folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
-    try:
-        return _read(file, rank, w.device)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        if file.exists():  # and was not deleted by another process while safe_open, which opens it twice, was at it
-            warnings.warn(f"{file} is damaged, and is computed again: {error}", RuntimeWarning, stacklevel=2)
+    if (known := _read(file, rank, w.device)) is not None:
+        return known
+    with one_at_a_time(file):
+        if (known := _read(file, rank, w.device)) is not None:  # by now, from the process that was at it
+            return known
         found = compute()
         _write(file, *found)
-        return _first(rank, *found)
+    return _first(rank, *found)
 
 
 def _first(rank: int, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 
-def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    with safe_open(file, "pt") as held:
-        found = [held.get_tensor(name) for name in ("u", "s", "vh")]
-        known = (held.metadata() or {}).get(CHECKSUM)  # earlier revisions wrote none
-    if known is not None and known != _checksum(found):
-        raise RuntimeError("its checksum differs")
+def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The first triplets of a file; ``None`` where it is not there or, with a warning, damaged: it is written again."""
+    try:
+        with safe_open(file, "pt") as held:
+            found = [held.get_tensor(name) for name in ("u", "s", "vh")]
+            known = (held.metadata() or {}).get(CHECKSUM)  # earlier revisions wrote none
+        if known is not None and known != _checksum(found):
+            raise RuntimeError("its checksum differs")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if file.exists():  # and was not deleted by another process while safe_open, which opens it twice, was at it
+            warnings.warn(f"{file} is damaged, and is computed again: {error}", RuntimeWarning, stacklevel=3)
+        return None
     # Copies: a view would keep all of the file.
     u, s, vh = (t.clone(memory_format=torch.contiguous_format).to(device) for t in _first(rank, *found))
     return u, s, vh
@@ -123,8 +149,7 @@ def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
     try:
         with replacing(file) as new:  # a reader finds a whole file or none
             found = [t.contiguous().cpu() for t in (u, s, vh)]
-            tensors = dict(zip(("u", "s", "vh"), found, strict=True))
-            save_file(tensors, new, metadata={CHECKSUM: _checksum(found)})
+            save_file({"u": found[0], "s": found[1], "vh": found[2]}, new, metadata={CHECKSUM: _checksum(found)})
     except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
         warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)
 

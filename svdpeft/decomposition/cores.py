@@ -55,8 +55,8 @@ def band_index(rank: int, off_diagonals: int) -> Int[Tensor, " k"]:
         >>> band_index(3, 0)
         tensor([0, 4, 8])
     """
-    d = min(off_diagonals, rank - 1)
-    diagonals = [torch.arange(max(0, -k), rank - max(0, k)) * (rank + 1) + k for k in range(-d, d + 1)]  # k = j − i
+    offsets = range(max(-off_diagonals, 1 - rank), min(off_diagonals, rank - 1) + 1)  # j − i
+    diagonals = [torch.arange(max(0, -k), rank - max(0, k)) * (rank + 1) + k for k in offsets]
     return torch.cat(diagonals).sort().values
 
 

@@ -8,6 +8,9 @@ Sources: Eckart & Young 1936 (the best rank-r approximation); Halko, Martinsson 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +23,32 @@ Driver = Literal["auto", "exact", "randomized"]
 DRIVERS = ("auto", "exact", "randomized")
 OVERSAMPLING = 16  # extra columns of the sketch
 POWER_ITERATIONS = 8  # each multiplies the spectral gap by a square; 8 leaves ~1e-3 relative error on flat spectra
+
+
+_DEVICE: ContextVar[torch.device | None] = ContextVar("decompose_on", default=None)
+
+
+@contextmanager
+def decomposing_on(device: str | torch.device | None) -> Iterator[None]:
+    """Within the block every matrix is decomposed on another device than its own, and the triplets come back.
+
+    Args:
+        device: such as ``"cuda"``; one matrix at a time is there. ``None``: that of each matrix.
+
+    Raises:
+        ValueError: there is no such device here, or it holds no values.
+    """
+    try:
+        found = None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # what torch says differs by kind
+        raise ValueError(f"decompose_on={device!r} is no device here: {str(error).splitlines()[0]}") from error
+    if found is not None and found.type == "meta":
+        raise ValueError(f"decompose_on={device!r}: nothing can be computed there")
+    token = _DEVICE.set(found)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 class SVD(NamedTuple):
@@ -54,8 +83,8 @@ def truncated_svd(
         where: name of the site, for the error messages.
 
     Returns:
-        The triplets in the compute dtype, on ``w``'s device. The largest-magnitude entry of each column of ``u`` is
-        positive, so equal weights give equal factors unless singular values coincide.
+        The triplets in the compute dtype, on ``w``'s device, wherever they were computed. The largest-magnitude entry
+        of each column of ``u`` is positive, so equal weights give equal factors unless singular values coincide.
 
     Raises:
         ValueError: ``w`` is empty, not floating point, all zero, or holds a NaN or an infinity; ``rank`` or
@@ -71,7 +100,8 @@ def truncated_svd(
     rank = check_rank(min(m, n) if rank is None else rank, m, n, where)
     if driver not in DRIVERS:
         raise ValueError(f"driver {driver!r} is not one of {', '.join(DRIVERS)}")
-    w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    home = w.device
+    w = w.detach().to(_DEVICE.get() or home, torch.promote_types(w.dtype, torch.float32))
     if driver == "auto":
         driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
     if driver == "exact":
@@ -79,7 +109,7 @@ def truncated_svd(
     else:
         u, s, vh = remembered(w, f"rank{rank}-seed{seed}", rank, lambda: _randomized(w, rank, seed, where))
     u, vh = canonical_signs(u, vh)
-    return SVD(u.contiguous(), s.clone(), vh.contiguous())  # no view that keeps all of s alive
+    return SVD(u.contiguous().to(home), s.clone().to(home), vh.contiguous().to(home))  # no view that keeps s alive
 
 
 def minor_svd(w: Tensor, rank: int, *, where: str = "the weight") -> SVD:

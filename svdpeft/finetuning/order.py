@@ -17,7 +17,7 @@ from svdpeft.registry import METHODS, TASKS, near_miss
 from svdpeft.tasks.base import whole
 from svdpeft.training.recipe import Recipe
 
-SETUP = ("image_size", "dtype", "seed", "head_lr")  # fields that go by their own names
+SETUP = ("image_size", "dtype", "seed", "head_lr", "quantize")  # fields that go by their own names
 PATTERNS = {"targets": "targets", "exclude": "exclude", "train": "whole"}
 RECIPE = tuple(name for name in Recipe.__dataclass_fields__ if name != "lr")
 ORDER = ("eval_every", "save_every", "tracker")

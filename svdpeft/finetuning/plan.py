@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.adapter.file import held
+from svdpeft.adapter.quantising import quantisable
 from svdpeft.calibration.calibrate import calibrate
 from svdpeft.finetuning.replay import Calls
 from svdpeft.finetuning.session import call, loss, recompute
 from svdpeft.finetuning.tracing import STATES, StepMemory, shapes_only, trace_step, without_values
+from svdpeft.layers.quantising import scheme_named
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
 from svdpeft.registry import near_miss
@@ -73,6 +75,7 @@ def plan(
     dtype: str = "float32",
     optimizer: str = "adamw",
     devices: int = 1,
+    quantize: str | None = None,
     timed: bool = True,
 ) -> Plan:
     """Return what a training would take; nothing is loaded, computed or written.
@@ -93,6 +96,8 @@ def plan(
         dtype: of the base.
         optimizer: ``"adamw"``, ``"adamw-8bit"`` or ``"sgd"``.
         devices: that share the work, each with batches of its own.
+        quantize: a scheme of ``svdpeft.quantize`` by which the base is stored. A step is then taken to hold one weight
+            dequantised, the largest, beside what it holds on the plain base.
         timed: whether the time to attach is estimated, which costs seconds.
 
     Raises:
@@ -117,6 +122,7 @@ def plan(
         recompute(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     new = (*loaded.fresh, *([loaded.head] if loaded.head and num_classes is not None else []))
+    saved, largest = _quantised(base, quantize)
     calls = Calls()
     with shapes_only() as mode:
         without_values(base)
@@ -128,6 +134,7 @@ def plan(
         with calls:
             adapter = attach(base, method, targets, exclude, [*new, *train], clip_rank=True, calibration=seen)
         memory = trace_step(mode, adapter, batch, recipe.accumulate, recipe.mixed_precision, optimizer)
+    memory = replace(memory, weights=memory.weights - saved, step=memory.step + largest)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return Plan(
@@ -143,6 +150,19 @@ def plan(
         replicated=memory.total + (gradients if devices > 1 else 0),  # DDP's buckets
         sharded=memory.total if devices == 1 else _sharded(base, memory, gradients, devices),
     )
+
+
+def _quantised(model: nn.Module, scheme: str | None) -> tuple[int, int]:
+    """Bytes that a scheme saves of a model's weights, and those of the largest of these when it is dequantised."""
+    if scheme is None:
+        return 0, 0
+    make, saved, largest = scheme_named(scheme), 0.0, 0
+    for module, _ in quantisable(model).values():
+        weight, some = cast(Tensor, module.weight), 64  # rows
+        share = make(torch.zeros(some, weight.shape[1], dtype=weight.dtype)).nbytes / (some * weight.shape[1])
+        saved += weight.nbytes - share * weight.numel()
+        largest = max(largest, weight.nbytes)
+    return int(saved), largest
 
 
 def _batch(loaded: Loaded, size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:

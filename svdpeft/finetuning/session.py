@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.calibration.calibrate import calibrate
 from svdpeft.calibration.calibration import Calibration
+from svdpeft.layers.quantising import scheme_named, values_in
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
 from svdpeft.registry import near_miss
@@ -42,9 +44,11 @@ class Setup:
         dtype: of the base.
         seed: of initialisation, batch order and dropout.
         head_lr: learning rate of a new head, where the method has factors; ``None`` is the method's.
+        quantize: a scheme of ``svdpeft.quantize`` by which the base is stored.
 
     Raises:
-        ValueError: a seed, a dtype or a rate that does not exist.
+        ValueError: a seed, a dtype, a rate or a scheme that does not exist.
+        ImportError: the scheme's library is not installed.
     """
 
     model: str
@@ -56,6 +60,7 @@ class Setup:
     dtype: str = "float32"
     seed: int = 0
     head_lr: float | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,6 +69,8 @@ class Setup:
             raise ValueError(f"seed {self.seed!r} is no whole number in [0, 2^32)")
         if self.head_lr is not None and not (isinstance(self.head_lr, int | float) and self.head_lr > 0):
             raise ValueError(f"head_lr {self.head_lr!r} is not above 0")
+        if self.quantize is not None:
+            scheme_named(self.quantize)
 
 
 class Session:
@@ -82,22 +89,25 @@ class Session:
         self.targets = setup.targets or (default_targets(self.model),)
         new = setup.task.num_classes is not None and self.loaded.head is not None
         self.head: tuple[str, ...] = (*self.loaded.fresh, str(self.loaded.head)) if new else ()
-        self.base = sum(p.numel() for p in self.model.parameters())
+        self.base = values_in(self.model)
         some = {} if splits is SPLITS else {"splits": splits}  # a task of the user's may know no other
         self.data: TaskData = setup.task.prepare(self.loaded, setup.seed, **some)
 
     def load(self) -> Loaded:
         """Load the base, with a new head of this seed where the task wants one."""
         setup = self.setup
+        stored: dict[str, Any] = {} if setup.quantize is None else {"quantize": setup.quantize}
         loaded = load(
             setup.model,
             num_classes=setup.task.num_classes,
             image_size=setup.image_size,
             dtype=getattr(torch, setup.dtype),
             seed=setup.seed,
+            **stored,
         )
         if torch.cuda.is_available():
-            loaded.model.to("cuda")
+            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # of several processes each its own
+            loaded.model.to(f"cuda:{mine}")
         elif loaded.modality == "vision":  # a CPU's convolutions take half the time so; timm's models all allow it
             loaded.model.to(memory_format=torch.channels_last)
         return loaded

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import HEADER, TENSORS
 from svdpeft.atomic import replacing
-from svdpeft.decomposition import svd_cache
+from svdpeft.decomposition import processes, svd_cache, svd_cache_until_attached
 from svdpeft.finetuning.order import Order
 from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
@@ -47,7 +47,7 @@ class Training:
 
     @classmethod
     def of(cls, order: Order, resume: bool = False) -> Training:
-        """Load, read and attach; nothing is written.
+        """Load, read and attach; nothing is written that stays.
 
         Args:
             order: what is asked for.
@@ -60,23 +60,27 @@ class Training:
         check_tracker(order.tracker)
         splits = ("train", "validation") if order.eval_every else ("train",)
         session = Session(order.setup, splits)  # type: ignore[arg-type]
-        if order.svd_cache is None:
-            adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
+        if order.svd_cache is not None:
+            shared: Any = svd_cache(order.svd_cache)
+        elif processes()[1] > 1:
+            shared = svd_cache_until_attached(order.out / "decompositions")
         else:
-            with svd_cache(order.svd_cache):
-                adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
+            shared = nullcontext()
+        with shared:
+            adapter, seconds = session.attach(session.model, order.method, order.recipe.batch_size)
         return cls(order, session, adapter, seconds)
 
     def plan(self) -> list[tuple[str, str]]:
         """What will happen, as (what, how much) lines."""
         order, session, adapter = self.order, self.session, self.adapter
-        recipe, data, devices = order.recipe, session.data.train, int(os.environ.get("WORLD_SIZE", 1))
+        recipe, data, devices = order.recipe, session.data.train, processes()[1]
         count, share = adapter.trainable_count, adapter.trainable_count / session.base
         forwards, steps = recipe.batches(len(data), devices)  # type: ignore[arg-type]
         passes = steps * recipe.accumulate / max(forwards, 1)
+        stored = "" if order.setup.quantize is None else f", its linear layers in {order.setup.quantize}"
         told = str(data) if type(data).__str__ is not object.__str__ else f"{len(data):,} examples"  # type: ignore[arg-type]
         return [
-            ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}"),
+            ("model", f"{session.loaded.name}, {session.base:,} values in {order.setup.dtype}{stored}"),
             ("method", f"{order.method} on {len(adapter.sites)} sites, attached in {self.attach_seconds:.1f} s"),
             ("trains", f"{count:,} values, {share:.3%} of the base"),
             ("data", told),
@@ -151,8 +155,9 @@ class Training:
             "attach_seconds": self.attach_seconds,
             "log": (logs := trainer.state.log_history),
         }
-        if trainer.is_world_process_zero():
+        if trainer.shards or trainer.is_world_process_zero():
             self.adapter.save(out)
+        if trainer.is_world_process_zero():
             _write(out / RECORD, record)
             told = {name: rows[-1][name] for name in ("loss", "eval_loss") if (rows := [r for r in logs if name in r])}
             with replacing(out / CARD) as new:
@@ -164,7 +169,11 @@ class Training:
     def _options(self) -> dict[str, Any]:
         """What the base was loaded with, beside its name."""
         setup = self.order.setup
-        options = {"num_classes": setup.task.num_classes, "image_size": setup.image_size}
+        options = {
+            "num_classes": setup.task.num_classes,
+            "image_size": setup.image_size,
+            "quantize": setup.quantize,
+        }
         dtype = {} if setup.dtype == "float32" else {"dtype": getattr(torch, setup.dtype)}
         return {name: value for name, value in options.items() if value is not None} | dtype
 

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.attach import given
+from svdpeft.adapter.building import given
 from svdpeft.decomposition import svd_cache
 from svdpeft.folders.folder import Folder
 from svdpeft.folders.skeleton import Skeleton

@@ -31,6 +31,11 @@ class Filed(BaseWeight):
         """The weight, read now."""
         return self._read()
 
+    @property
+    def original(self) -> Tensor:
+        """The same: nothing is written into it here."""
+        return self._read()
+
 
 class Skeleton:
     """A model on the meta device, whose weights are in a folder.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.attach import given, install
+from svdpeft.adapter.attach import install
+from svdpeft.adapter.building import given
 from svdpeft.adapter.file import undamaged
 from svdpeft.adapter.roster import records
 from svdpeft.interop.peft_folder import TENSORS, Folder, parameter_of, plain, read
@@ -26,6 +27,7 @@ from svdpeft.methods.ln_tuning import LNTuning
 from svdpeft.methods.whole import Whole
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.place import Place
+from svdpeft.sites.shards import write
 from svdpeft.targets.choice import Choice
 from svdpeft.targets.chosen_rows import chosen_rows
 from svdpeft.targets.inventory import Weight, users_of_parameters
@@ -63,7 +65,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
         pairs, built, whole, values = _plan(read(path), model)
     adapter = install(model, pairs, built, whole, {}, name, "train")
     for tensor, value in adapter.own.holding(values):
-        tensor.copy_(value)
+        write(tensor, value)
     return adapter
 
 

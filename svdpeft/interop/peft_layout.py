@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from svdpeft.layers.part import Part
+from svdpeft.layers.quantised import weight as values_of
 from svdpeft.sites.place import Place
-from svdpeft.sites.weights import stored
 
 
 def flipped(place: Place) -> bool | None:
@@ -15,7 +15,7 @@ def flipped(place: Place) -> bool | None:
     It goes by a word of the module, ``is_transposed``, and else takes a parameter for (experts, out, in), or (out, in).
     """
     kind = place.kind.whole if isinstance(place.kind, Part) else place.kind
-    weight = stored(place.module, place.parameter)
+    weight = values_of(place.module, place.parameter)
     if weight.ndim > 3:
         return None
     theirs = weight.mT if weight.ndim == 3 and getattr(place.module, "is_transposed", False) else weight
@@ -27,7 +27,7 @@ def flipped(place: Place) -> bool | None:
 
 def from_peft(place: Place, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """L and A of a parameter from ``lora_A``, (experts · r, in), and ``lora_B``, (out, r · experts)."""
-    if (weight := stored(place.module, place.parameter)).ndim == 3:
+    if (weight := values_of(place.module, place.parameter)).ndim == 3:
         b = b.unflatten(1, (-1, len(weight))).permute(2, 0, 1)  # (experts, out, r)
         a = a.unflatten(0, (len(weight), -1))  # (experts, r, in)
     return (a.mT, b.mT) if flipped(place) else (b, a)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from svdpeft.layers.base import LayerKind, Ranges, dotted
+from svdpeft.layers.quantised import weight
 
 STACKED = {  # name of the layer -> its parts, equally large and one after the other
     "qkv": ("q", "k", "v"),
@@ -46,7 +47,7 @@ def parts_of(kind: LayerKind, module: nn.Module, parameter: str, leaf: str, pare
     known = kind.parts(module, parameter)
     if known or leaf not in STACKED:
         return known
-    *batch, m, n = kind.to_matrix(module, module._parameters[parameter]).shape  # type: ignore[arg-type]
+    *batch, m, n = kind.to_matrix(module, weight(module, parameter)).shape
     names = STACKED[leaf]
     if batch and batch != [1]:
         return {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
+from svdpeft.layers import quantised
 from svdpeft.layers.base import CalledKind, Example
 from svdpeft.registry import KINDS
 
@@ -22,6 +23,7 @@ class Linear(CalledKind):
         # Subclasses with another way to write the same product.
         "rwkv7_hf.modeling_rwkv7.RWKV7Linear",
         "transformers.models.falcon.modeling_falcon.FalconLinear",
+        *quantised.LINEARS,
     )
     linear: bool = True
     sees: bool = True

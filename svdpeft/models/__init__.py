@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from svdpeft.adapter import quantising
 from svdpeft.models import language, rwkv, vision
 from svdpeft.models.own import architecture_of, build, is_factory
 from svdpeft.registry import near_miss
@@ -48,6 +49,7 @@ def load(
     seed: int = 0,
     weights: bool = True,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Loaded:
     """Load a pretrained model by name, on the CPU and in evaluation mode.
 
@@ -68,9 +70,11 @@ def load(
             ``.json`` file, will do. An RWKV file and a function are read as they are.
         trust_remote_code: whether Python files that lie beside a transformers model are run; a model that needs them
             is refused without.
+        quantize: a scheme of ``svdpeft.quantize``, by which every ``nn.Linear`` but the head is stored.
 
     Raises:
-        ValueError: unknown name, a size that is no multiple of the patch, or an option that the model does not have.
+        ValueError: unknown name or scheme, a size that is no multiple of the patch, or an option that the model does
+            not have.
         AssetError: an embedded model cannot be fetched.
         ImportError: the package that runs this version of RWKV, or has its vocabulary, is not installed.
 
@@ -78,6 +82,21 @@ def load(
         >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
         'head'
     """
+    loaded = _load(name, num_classes, image_size, dtype, seed, weights, trust_remote_code)
+    if quantize is not None:
+        quantising.quantize(loaded.model, scheme=quantize, iterations=0, nuclear=False)
+    return loaded
+
+
+def _load(
+    name: str,
+    num_classes: int | None,
+    image_size: int | None,
+    dtype: torch.dtype,
+    seed: int,
+    weights: bool,
+    trust_remote_code: bool,
+) -> Loaded:
     if is_factory(name):
         return _of_factory(name, num_classes=num_classes, image_size=image_size, dtype=dtype)
     if architecture_of(Path(name)) is not None:

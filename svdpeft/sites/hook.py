@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdpeft.layers.quantised import of_library
 from svdpeft.sites.place import PLACES
 
 HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
@@ -25,6 +26,8 @@ def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             if torch.compiler.is_compiling():
                 out = add(place, _first(args, kwargs), out, own)
             else:
+                if out is own and not site.keeps_output and of_library(type(module)):
+                    out = out.clone()
                 try:
                     out = add(place, _first(args, kwargs), out, own)
                 except (IndexError, RuntimeError):

@@ -22,6 +22,7 @@ MACHINERY = (
     "torch.nn.init",
     "torch.nn.utils.",  # weight_norm, pruning
     "transformers.modeling_utils",  # resizes and ties embeddings
+    "bitsandbytes.",  # its layers know what is in their weights
 )
 TRACED_BY_FX = "<eval_with_key>"  # its code holds the additions of ΔW already
 ASKS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta", "layout", "itemsize"}

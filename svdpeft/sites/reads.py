@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdpeft.layers.quantised import Form
 from svdpeft.sites.place import PLACES, Place
 from svdpeft.sites.readers import means_parameter
 
@@ -74,6 +75,11 @@ def _read(module: Any, parameter: str) -> Tensor | None:
         return weight
     if not eager:  # a compiler finds the repeated computation itself
         return adapted(weight, places)
+    if (how := Form(type(module), weight, {}).scheme) is not None:
+        raise RuntimeError(
+            f"the weight of {places[0].site.name} is quantised ({how}) and is read here, not called: W0 + ΔW cannot be "
+            "given in the place of integers; leave the layer out with exclude="
+        )
     # Experts read their weights once per expert: computed once per call. Under no_grad it has no graph.
     now = calls[-1] if calls else {}
     key = (parameter, torch.is_grad_enabled(), *((id(place), place.site.folded) for place in places))
@@ -89,11 +95,16 @@ def _read(module: Any, parameter: str) -> Tensor | None:
 # -- the class of an adapted layer ------------------------------------------------------------------------------------
 
 
+def undressed(module: Any) -> Any:
+    """The layer's own class."""
+    # In its own dictionary: a class that somebody derived from ours (FSDP does) is not ours to take away.
+    return vars(type(module)).get(BASE, type(module))
+
+
 def dress(module: Any) -> None:
     """Give the layer the class that answers for its adapted parameters, or its own if there are none."""
-    # In its own dictionary: a class that somebody derived from ours (FSDP does) is not ours to take away.
-    base = vars(type(module)).get(BASE, type(module))
-    parameters = tuple(sorted({place.parameter for place in getattr(module, PLACES)}))
+    base = undressed(module)
+    parameters = tuple(sorted({place.parameter for place in getattr(module, PLACES, ())}))
     module.__class__ = _dressed(base, parameters) if parameters else base
 
 

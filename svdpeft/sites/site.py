@@ -216,8 +216,8 @@ class Site:
         found = next(self.factors.parameters()).device
         if found != device:
             raise RuntimeError(
-                f"the factors of {self.name} are on {found} and the layer computes on {device}: offload or dispatch "
-                "the model before attaching, or keep the factors with their layer"
+                f"the factors of {self.name} are on {found} and the layer computes on {device}: keep "
+                "them with their layer; an adapted layer cannot be offloaded (accelerate's cpu_offload, disk_offload)"
             )
 
     def replace(self, place: Place, x: Tensor) -> Tensor:
@@ -276,6 +276,7 @@ class Site:
         lost = 0.0
         if state != "attached":
             self.check_size()
+            self.weight.check_whole()
         if state == "attached":
             self.skip_base(False)
             if self.weight.written(self):

@@ -172,7 +172,7 @@ class Own:
 
     def holding(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Each of its tensors with what it is to hold: a value, or where there is none what the base holds."""
-        return [(self[name].detach(), values.get(name, self.base(name).detach())) for name in self.places]
+        return [(self[name], values.get(name, self.base(name).detach())) for name in self.places]
 
     def changed(self) -> dict[str, Tensor]:
         """The statistics that differ from the base's."""

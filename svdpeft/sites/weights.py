@@ -1,7 +1,8 @@
 """Reading and writing a base weight: the one place where a parameter of the base changes.
 
 A weight is its original plus what adapters have written into it. The original is kept while anything is written, and
-is copied back when nothing is: it is never reached by subtracting, so every bit returns.
+is copied back when nothing is: it is never reached by subtracting, so every bit returns. A quantised one is only read:
+its values are the dequantised ones, and nothing is written before a plain weight has taken its place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from svdpeft.decomposition import digest
 from svdpeft.layers.base import LayerKind
+from svdpeft.layers.quantised import Form, form_of, scheme
+from svdpeft.sites.shards import gathered, shape_of, sharded
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
@@ -36,7 +39,8 @@ def sample(w: Tensor) -> list[float]:
 
 
 class Identity(NamedTuple):
-    """What a weight is known by: its hash, and values by which the same weight in another precision is known."""
+    """What a weight is known by: its hash, of a quantised one that of its integers, and values by which the same weight
+    in another precision is known."""
 
     hash: str
     sample: list[float]
@@ -53,7 +57,8 @@ class BaseWeight:
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         self.owner = owner
         self.parameter = parameter
-        self.size = tuple(self.stored.shape)  # when it was first adapted
+        self.size = self._size()  # when it was first adapted
+        self.quantised: Form | None = None  # what a plain weight stands in the place of
         self._original: Tensor | None = None
         self._identities: dict[str, tuple[tuple[Any, ...], Identity]] = {}
         self._written: dict[Hashable, Callable[[], Tensor]] = {}  # by the site that has written it
@@ -69,12 +74,21 @@ class BaseWeight:
         return self.stored.detach()
 
     @property
+    def scheme(self) -> str | None:
+        """By what scheme it is quantised now; ``None``: it is not."""
+        return scheme(self.owner, self.parameter)
+
+    @property
     def original(self) -> Tensor:
-        """The base's own value, whatever is written at present."""
-        if self._original is None:
-            return self.tensor
-        self._original = self._original.to(self.stored.device)  # the model may have moved since
-        return self._original
+        """The base's own value, dequantised, whatever is written at present."""
+        if self._original is None and self.quantised is None and type(self.stored) is nn.Parameter:
+            return self.tensor  # what a compiler can trace
+        return self._form.values().detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's own value; of a sharded one nothing is gathered for it."""
+        return self.stored.dtype if self.quantised is None and self.scheme is None else self.original.dtype
 
     def check_size(self) -> None:
         """Refuse a weight that somebody has resized since: factors are of the size that it had.
@@ -82,10 +96,21 @@ class BaseWeight:
         Raises:
             RuntimeError: it is of another size now.
         """
-        if (now := tuple(self.stored.shape)) != self.size:
+        if (now := self._size()) != self.size:
             raise RuntimeError(
                 f"its weight was {list(self.size)} when it was adapted and is {list(now)} now: resize a model (its "
                 "embeddings, say) before an adapter is attached or loaded"
+            )
+
+    def check_whole(self) -> None:
+        """Refuse to write into a shard.
+
+        Raises:
+            ValueError: the weight is sharded over processes.
+        """
+        if sharded(self.stored):
+            raise ValueError(
+                "its weight is sharded over processes: save() the adapter, and load it to a model that is whole"
             )
 
     def write(self, key: Hashable, part: Callable[[], Tensor]) -> float:
@@ -97,15 +122,21 @@ class BaseWeight:
             The share of the part that rounding lost, ‖W_stored − W_exact‖_F / ‖part‖_F; 0 for a part of zeros.
 
         Raises:
-            ValueError: the sum is not finite, or not in the weight's dtype; nothing is written then.
+            ValueError: the sum is not finite, or not in the weight's dtype; the weight is quantised. Nothing is
+                written then.
         """
+        if (how := self.scheme) is not None:
+            raise ValueError(
+                f"its weight is quantised ({how}), and rounding W0 + ΔW to that again would be another model: "
+                "merge(dtype=torch.bfloat16) dequantises the model first"
+            )
         before, added = self._exact(), part()
         exact = before + added.to(before.dtype)
         rounded = exact.to(self.stored.dtype)
         if not torch.isfinite(rounded).all():
             why = f"it overflows {rounded.dtype}" if torch.isfinite(exact).all() else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
-        if self._original is None:
+        if self._original is None and self.quantised is None:
             self._original = self.tensor.clone()
         self._written[key] = part
         self.tensor.copy_(rounded)
@@ -126,10 +157,11 @@ class BaseWeight:
         part = self._written.pop(key)
         if self._written:
             exact = self.original.to(torch.promote_types(self.original.dtype, torch.float32))
-            self._original = (exact + part().to(exact.dtype)).to(self.original.dtype)
+            self._original = (exact + part().to(exact.dtype)).to(self.stored.dtype)
             self.tensor.copy_(self._exact())
         else:
             self._original = None
+        self.quantised = None
 
     def identity(self, free: Sequence[LayerKind] = ()) -> Identity:
         """What the base is known by, found once for a value: saving twice does not read the base twice.
@@ -137,15 +169,25 @@ class BaseWeight:
         Args:
             free: parts of it that do not matter, since an adapter has values of its own for them.
         """
-        w = self.original
-        version = None if w.is_inference() else w._version  # which .data does not raise
-        seen, parts = (w.data_ptr(), version, tuple(sample(w))), str([kind.to_json() for kind in free])
+        parts = str([kind.to_json() for kind in free])
+        if sharded(self.stored):  # as it was before: nothing can be written into it, and no weight is gathered for it
+            if parts not in self._identities:
+                whole = gathered(self.stored).detach()
+                self._identities[parts] = (), self._identify(whole, whole, free)
+            return self._identities[parts][1]
+        form = self._form
+        w, raw = form.values().detach(), form.tensor
+        version = None if raw.is_inference() else raw._version  # which .data does not raise
+        seen = (raw.data_ptr(), version, tuple(sample(w)))
         if parts not in self._identities or self._identities[parts][0] != seen:
-            for kind in free:
-                chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w)))
-                w = w.masked_fill(chosen.bool(), 0)  # and not subtracted: a value may be no number
-            self._identities[parts] = seen, Identity(digest(w), sample(w))
+            self._identities[parts] = seen, self._identify(w, form.codes().detach(), free)
         return self._identities[parts][1]
+
+    def _identify(self, w: Tensor, codes: Tensor, free: Sequence[LayerKind]) -> Identity:
+        for kind in free:
+            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w))).bool()
+            w, codes = (each.masked_fill(chosen, 0) for each in (w, codes))  # not subtracted: it may be no number
+        return Identity(digest(codes), sample(w))
 
     @property
     def overwritten(self) -> bool:
@@ -155,6 +197,21 @@ class BaseWeight:
     def written(self, key: Hashable) -> bool:
         """Whether something is written under ``key``."""
         return key in self._written
+
+    @property
+    def _form(self) -> Form:
+        """How the base's own value is stored."""
+        if self.quantised is not None:
+            return self.quantised
+        form = form_of(self.owner, self.parameter)._replace(tensor=self.stored)  # which may be read from a file
+        if self._original is None:
+            return form
+        self._original = self._original.to(form.tensor.device)  # the model may have moved since
+        return form._replace(tensor=self._original)
+
+    def _size(self) -> tuple[int, ...]:
+        form = form_of(self.owner, self.parameter)
+        return shape_of(self.stored) if form.scheme is None else tuple(form.shape)
 
     def _exact(self, written: Mapping[Hashable, Callable[[], Tensor]] | None = None) -> Tensor:
         total = self.original.to(torch.promote_types(self.original.dtype, torch.float32))

@@ -78,7 +78,7 @@ def _choice(survey: Survey, first: Weight, rows: Sequence[int], where: str) -> C
     for use in survey.users[id(first.tensor)]:
         if use.kind is None or not same_matrix(use, first):
             raise ValueError(f"{where}: {use.name} has the same weight and sees no such rows in it")
-        matrix = use.kind.to_matrix(use.module, use.tensor)
+        matrix = use.kind.to_matrix(use.module, use.values)
         if matrix.ndim != 2:
             raise ValueError(f"{where}: the weight of {use.name} is a batch of matrices, whose rows have no numbers")
         if rows[-1] >= (total := matrix.shape[0]):

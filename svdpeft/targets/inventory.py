@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from svdpeft.layers import quantised
 from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Factors
 from svdpeft.registry import KINDS
@@ -43,6 +44,21 @@ class Weight:
         found = self.module._parameters[self.parameter]
         assert found is not None
         return found
+
+    @property
+    def scheme(self) -> str | None:
+        """By what scheme it is quantised; ``None``: it is not, or in a way that is not known."""
+        return quantised.scheme(self.module, self.parameter)
+
+    @property
+    def values(self) -> Tensor:
+        """What it stands for: the dequantised weight, or the parameter itself."""
+        return quantised.weight(self.module, self.parameter)
+
+    @property
+    def count(self) -> int:
+        """Number of its values, however they are stored."""
+        return quantised.form_of(self.module, self.parameter).shape.numel()
 
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> LayerKind | None:

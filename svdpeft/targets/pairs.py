@@ -17,6 +17,7 @@ from svdpeft.layers.base import LayerKind
 from svdpeft.layers.fused import parts_of
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
+from svdpeft.layers.quantised import weight
 
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
@@ -40,7 +41,7 @@ class Projection(NamedTuple):
     @property
     def size(self) -> torch.Size:
         """(rows, columns) of its matrix."""
-        return self.kind.to_matrix(self.module, self.module._parameters[self.parameter]).shape  # type: ignore[arg-type]
+        return self.kind.to_matrix(self.module, weight(self.module, self.parameter)).shape
 
 
 class Half(NamedTuple):

@@ -62,8 +62,8 @@ class Rule:
 def default_targets(model: nn.Module) -> str:
     """What is adapted where nobody says it: ``"all"`` of a model that is mostly convolutions, else ``"all-linear"``."""
     weights = [weight for weight in weights_of(model) if weight.kind is not None and not weight.head]
-    linear = sum(w.tensor.numel() for w in weights if w.kind is not None and w.kind.linear)
-    convolutions = sum(w.tensor.numel() for w in weights if w.kind is not None and w.kind.name.startswith("conv"))
+    linear = sum(w.count for w in weights if w.kind is not None and w.kind.linear)
+    convolutions = sum(w.count for w in weights if w.kind is not None and w.kind.name.startswith("conv"))
     return "all" if convolutions > linear else "all-linear"
 
 

@@ -113,7 +113,7 @@ def _by_parts(survey: Survey, weight: Weight, wanting: Sequence[Rule]) -> _Verdi
     first, users = wanting[0], [weight, *([] if survey.alone(weight) else survey.others(weight))]
     kind = weight.kind or Raw(first.axes)
     if isinstance(kind, Raw):
-        kind.check_axes(weight.tensor, weight.name)
+        kind.check_axes(weight.values, weight.name)
     rows = rows_of_parts(survey.model, weight, kind)
     excluded = {part: survey.excluded(f"{weight.name}[{part}]") for part in rows}
     always = kind.split or first.method.pairs
@@ -138,7 +138,7 @@ def _by_parts(survey: Survey, weight: Weight, wanting: Sequence[Rule]) -> _Verdi
         places = []
         for user in users:
             of = user.kind or kind
-            total = of.to_matrix(user.module, user.tensor).shape[-2]
+            total = of.to_matrix(user.module, user.values).shape[-2]
             places.append(Place(user.module, user.parameter, Part(of, ranges, total)))
         verdict.chosen.append((rule, Choice(name, places, rule.method, part, weight.roles)))
     return verdict

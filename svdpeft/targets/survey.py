@@ -21,7 +21,8 @@ from svdpeft.targets.inventory import Weight, by_identity, computes_without_grad
 from svdpeft.targets.pairs import Half, Key, halves
 from svdpeft.targets.rules import BROAD, Rule
 
-STORED = "stored, or quantised, in a way that is not known here"
+QUANTISED = "quantised"
+STORED = f"stored, or {QUANTISED}, in a way that is not known here"
 KEEPS = "{} keeps references of its own to its weights"
 
 
@@ -145,6 +146,8 @@ class Survey:
         tensor, layer = weight.tensor, type(weight.module).__name__
         if tensor.is_complex():
             return f"it is {tensor.dtype}: keep real and imaginary part as one real parameter (view_as_complex)"
+        if (how := weight.scheme) is not None:
+            return self._why_not_quantised(weight, how)
         plain = type(tensor) in (nn.Parameter, FakeTensor) and tensor.is_floating_point() and tensor.element_size() > 1
         if not plain or tensor.layout is not torch.strided:
             what = f"{type(tensor).__name__} of {tensor.dtype}"
@@ -154,6 +157,16 @@ class Survey:
         if computes_without_gradient(weight.module):
             return f"{layer} computes under no_grad: nothing would train there"
         return KEEPS.format(layer) if isinstance(weight.module, nn.RNNBase) else None
+
+    def _why_not_quantised(self, weight: Weight, scheme: str) -> str | None:
+        """Why an update cannot go beside a quantised weight, or ``None``."""
+        if weight.kind is None or not weight.kind.called(weight.module):
+            return (
+                f"its weight is {QUANTISED} ({scheme}), and a {type(weight.module).__name__} is not called in a way "
+                "that is known here: W0 + ΔW cannot be given in the place of integers"
+            )
+        others = self.others(weight)
+        return f"its {QUANTISED} weight ({scheme}) is shared with {others[0].name}" if others else None
 
 
 def rows_of_parts(model: nn.Module, weight: Weight, kind: LayerKind) -> dict[str, Ranges]:
@@ -195,7 +208,7 @@ def same_matrix(one: Weight, other: Weight) -> bool:
     """Whether two uses of a parameter see the same matrix in it."""
 
     def view(weight: Weight) -> tuple[Any, ...]:
-        matrix = (weight.kind or Raw()).to_matrix(weight.module, weight.tensor)
+        matrix = (weight.kind or Raw()).to_matrix(weight.module, weight.values)
         return matrix.shape, matrix.stride(), matrix.data_ptr()
 
     return view(one) == view(other)

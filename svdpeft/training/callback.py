@@ -18,6 +18,7 @@ from svdpeft.adapter.file import FOLDER
 from svdpeft.adapter.pretrained import NAME
 from svdpeft.atomic import replacing
 from svdpeft.sites.place import is_factor
+from svdpeft.sites.shards import sharded
 from svdpeft.training.divergence import check_gradients, check_skipped
 from svdpeft.training.resume import load_checkpoint, load_training_state, save_checkpoint
 from svdpeft.training.trained import check_trains
@@ -88,6 +89,11 @@ class AdapterCallback(StepCallback):
             raise ValueError(
                 f"{shared} shares tensors between sites or layers, which a stock trainer cannot save with its model: "
                 "use svdpeft.Trainer, or save_strategy='no' and adapter.save()"
+            )
+        if args.save_strategy != "no" and any(map(sharded, self.adapter.model.parameters())):
+            raise ValueError(
+                "a stock trainer gathers a sharded model whole at every checkpoint, and writes it: use "
+                "svdpeft.Trainer, or save_strategy='no' and adapter.save() in all processes"
             )
         if state.global_step:  # resumed: the trainer has loaded the same values, and asked nothing about the base
             folder = self._folder(args, state)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.sites.shards import gathered
 
 # A scaler for float16 halves its factor at every overflow, from 65,536: after so many in a row it is 2^-16, and it is
 # not the factor that overflows.
@@ -28,9 +29,9 @@ def check_gradients(adapter: Adapter, step: int) -> None:
         Diverged: a gradient is not finite; the message names its site.
     """
     gradients = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
-    if torch.isfinite(get_total_norm(gradients.values())):
+    if torch.isfinite(gathered(get_total_norm(gradients.values()))):  # the same answer in all processes
         return
-    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gathered(gradient)).all()]
     if bad:  # and not only their norm, which may overflow where no gradient does
         others = f" and of {len(bad) - 1} others" if len(bad) > 1 else ""
         raise Diverged(

@@ -15,6 +15,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER, CheckpointError, read_tensors, undamaged
 from svdpeft.adapter.loading import restore
 from svdpeft.atomic import replacing
+from svdpeft.sites.shards import write_once
 
 FILE = "training.safetensors"  # beside the folder of the adapter
 
@@ -49,8 +50,12 @@ def save_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> Non
     if keeps_state(adapter):
         sites = adapter.sites.items()
         tensors = {f"{name}/{key}": t.contiguous().clone() for name, s in sites for key, t in s.factors.memory.items()}
-        with replacing(Path(folder) / FILE) as new:
-            save_file(tensors, new, metadata={"steps": str(adapter.steps)})
+
+        def write_file() -> None:
+            with replacing(Path(folder) / FILE) as new:
+                save_file(tensors, new, metadata={"steps": str(adapter.steps)})
+
+        write_once(adapter.model, write_file)
 
 
 def load_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import can_return_loss, find_labels
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.registry import near_miss
+from svdpeft.sites.shards import reshard
 from svdpeft.targets.wrappers import unwrapped
 from svdpeft.training.callback import StepCallback, release
+from svdpeft.training.distribution import prepare
 from svdpeft.training.divergence import check_gradients
 from svdpeft.training.memory import peak_memory
 from svdpeft.training.resume import load_checkpoint, save_checkpoint
@@ -67,7 +71,7 @@ class Pairs:
         return cls(next(iter(inspect.signature(unwrapped(model).forward).parameters)))
 
 
-ASKED = ("_save", "_load_from_checkpoint", "_load_best_model")
+ASKED = ("_save", "_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_best_model")
 
 
 class Trainer(transformers.Trainer):
@@ -216,7 +220,8 @@ class Trainer(transformers.Trainer):
 
         Raises:
             RuntimeError: the adapter is merged, disabled or detached.
-            ValueError: the adapter is of another model; the model or the optimizer has something else to train.
+            ValueError: the adapter is of another model; the model or the optimizer has something else to train; a
+                sharding that the method cannot be trained with.
             Diverged: a gradient is not finite; the adapter holds what the last good step left.
         """
         model: Any = self.model
@@ -224,18 +229,44 @@ class Trainer(transformers.Trainer):
         # A step callback of its own says of another adapter that it trains beside this one.
         training = [each.adapter for each in self.callback_handler.callbacks if isinstance(each, StepCallback)]
         release(self.adapter)
+        reshard(model.modules())
         check_trains(self.adapter, model, optimizer)
+        prepare(self.accelerator, self.adapter)
         self._logged_at = (time.perf_counter(), self.state.global_step)
         with alone(training, model):
             return super().train(*args, **kwargs)
 
-    # Adapter-only checkpoints: transformers asks these three (``ASKED``) where a whole model would be written or read.
+    @property
+    def shards(self) -> bool:
+        """Whether the model is sharded over processes, which gather together what is saved."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    # Adapter-only checkpoints: transformers asks these (``ASKED``) where a whole model would be written or read.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """``transformers.Trainer``'s, which would gather the whole model where it is sharded."""
+        if self.shards:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self.args.should_save:
+        if self.args.should_save or self.shards:
             folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.adapter, folder)
+        if self.args.should_save:
             torch.save(self.args, folder / "training_args.bin")
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(os.fspath(folder))

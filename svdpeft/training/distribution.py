@@ -1,0 +1,73 @@
+"""A training whose model accelerate shards over processes, by FSDP2 or DeepSpeed: what it needs, and what it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.roster import adapters_in
+
+
+def prepare(accelerator: Any, adapter: Adapter) -> None:
+    """Make ready for the sharding that the accelerator will do, or refuse it while nothing has changed.
+
+    Args:
+        accelerator: of the trainer.
+        adapter: that is to be trained.
+
+    Raises:
+        ValueError: FSDP1; weights that are in one process alone; trained tensors that sites share, with FSDP; a method
+            that acts on gradients or keeps a state, with DeepSpeed.
+    """
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        _prepare_fsdp(plugin, accelerator.device, adapter)
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        _check_deepspeed(adapter)
+
+
+def _prepare_fsdp(plugin: Any, device: torch.device, adapter: Adapter) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 makes one flat parameter of all that a block has, frozen or not, and factors are no matrices any "
+            "more: set fsdp_version: 2"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights, and then takes the rest of "
+            "the model apart on the meta device: set it to false"
+        )
+    tied: dict[int, nn.Parameter] = {}
+    for other in adapters_in(adapter.model):
+        for name, site in other.sites.items():
+            for role, parameter in site.factors.named_parameters():
+                if role not in site.factors.tied:
+                    continue
+                if parameter.requires_grad:
+                    raise ValueError(
+                        f"{site.method} trains {role} of {name} for several sites at once, and FSDP2 has no parameter "
+                        "in two of its groups: train with several whole copies of the model (DDP)"
+                    )
+                tied[id(parameter)] = parameter
+    if not tied:
+        return
+    if isinstance(plugin.ignored_modules, str):
+        raise ValueError(
+            f"ignored_modules {plugin.ignored_modules!r} of FSDP is a pattern, and tensors that sites share have to be "
+            "left out as well, which have no module of their own: name the modules themselves"
+        )
+    # Frozen and small beside the base: each process keeps them whole, and FSDP does not move what it leaves out.
+    for parameter in tied.values():
+        parameter.data = parameter.data.to(device)
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(tied.values())]
+
+
+def _check_deepspeed(adapter: Adapter) -> None:
+    for method in (site.method for site in adapter.sites.values()):
+        if method.changes_gradients or method.keeps_state:
+            raise ValueError(
+                f"{method} acts on gradients, or keeps something from step to step, and DeepSpeed takes its step "
+                "within backward and gives neither away: train with DDP or FSDP2"
+            )

@@ -1,0 +1,111 @@
+"""Processes that accelerate's launcher starts with the files in examples/launch train to what one process trains to."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from launched import KEEP_STATE, METHODS, train
+from safetensors.torch import load_file
+
+import svdpeft
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def launch(scheme: str, *command: object, folder: Path = ROOT) -> str:
+    """Run a command in a folder as ``accelerate launch`` starts it, and return what it says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / f"examples/launch/{scheme}.yaml",
+    ]
+    before = {"PYTHONPATH": ROOT, "PATH": Path(sys.executable).parent}  # where this svdpeft and its command are
+    more = {name: os.pathsep.join([str(path), os.environ.get(name, "")]) for name, path in before.items()}
+    more["OMP_NUM_THREADS"] = "1"
+    if scheme == "zero3" and not torch.cuda.is_available():
+        more["DS_ACCELERATOR"] = "cpu"
+    run = subprocess.run(
+        [*start, "--main_process_port", str(port), *map(str, command)],
+        cwd=folder,
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-10_000:]
+    return run.stdout
+
+
+@cache
+def alone(folder: Path, name: str, dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What one process trains to, without an interruption."""
+    losses = train(folder, name, dtype)
+    return losses, load_file(folder / "final" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "bound"),
+    [
+        ("ddp", "float64", 1e-13),
+        ("fsdp2", "float64", 1e-13),
+        pytest.param(
+            "zero3",
+            "float32",  # DeepSpeed knows no float64
+            2e-6,
+            marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
+        ),
+    ],
+)
+def test_two_processes_train_every_method_to_what_one_does(tmp_path, tmp_path_factory, scheme, dtype, bound):
+    launch(scheme, ROOT / "tests" / "launched.py", tmp_path, dtype)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["losses"] == second["losses"]
+    one = tmp_path_factory.getbasetemp() / f"one-{dtype}"
+    left_out = KEEP_STATE if scheme == "zero3" else set()
+    assert first["losses"].keys() == METHODS.keys() - left_out
+    for name in first["losses"]:
+        losses, tensors = alone(one / name, name, getattr(torch, dtype))
+        assert first["losses"][name] == pytest.approx(losses, abs=5e-6), name  # transformers forms them in float32
+        found = load_file(tmp_path / name / "final" / "adapter.safetensors")
+        assert found.keys() == tensors.keys()
+        for key, value in tensors.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=bound, msg=f"{name}: {key}")
+        assert not list((tmp_path / name).glob("**/*model*.safetensors"))  # the base is in no file
+    assert first["refused"].keys() == left_out
+    assert all("DeepSpeed takes its step within backward" in why for why in first["refused"].values())
+    # Every weight was decomposed once, by one of the two, for all methods and both trainings of each.
+    decomposed = Counter(first["decomposed"]) + Counter(second["decomposed"])
+    assert len(decomposed) == 6
+    assert set(decomposed.values()) == {1}
+    if scheme == "fsdp2":
+        check_collectives(first["collectives"], tmp_path / "gathered")
+
+
+def check_collectives(found: dict, folder: Path) -> None:
+    groups, factors = Counter(found["groups"]), Counter(found["factors"])
+    # Forward and backward gather what FSDP gathers by itself: block by block, and the blocks once more on the way back.
+    assert Counter(found["training"]) == groups + Counter(found["groups"][:-1])
+    # The method's own step and a save gather factors, none twice, and nothing as large as a weight of the base.
+    for what in ("step", "saving"):
+        assert found[what], what
+        assert Counter(found[what]) <= factors, what
+        assert max(found[what]) < found["smallest"], what
+    assert Counter(found["saving"]) == factors
+    assert "weight is sharded over processes" in found["merge"]
+    assert "is sharded over processes: attach before fully_shard" in found["attach"]
+    base = train.__globals__["model"](torch.float64)
+    assert svdpeft.load(base, folder).trainable_count > 0  # the file knows its base, which it did not gather
