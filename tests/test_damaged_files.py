@@ -152,6 +152,18 @@ def test_a_scale_that_the_factors_cannot_have(tmp_path: Path):
         load(model, tmp_path, check_base=False)
 
 
+@pytest.mark.parametrize(
+    ("rotating", "field"),
+    [(svdpeft.OFT(block_size=2, neumann=3), "neumann"), (svdpeft.PSOFT(rank=2, rotation="neumann"), "terms")],
+)
+def test_a_series_without_an_end(tmp_path: Path, rotating: Any, field: str):
+    model = nn.Sequential(nn.Linear(4, 4))
+    svdpeft.attach(model, rotating, ["0"]).save(tmp_path)
+    rewrite(tmp_path, lambda header: header["sites"]["0"]["method"].update({field: 2**62}))
+    with refused(model, f"{field} {2**62} is above 1000", error=CheckpointError):
+        load(model, tmp_path)
+
+
 class Growing(nn.Module):
     """An embedding that is resized as transformers' are."""
 

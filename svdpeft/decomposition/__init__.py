@@ -6,6 +6,7 @@ from svdpeft.decomposition.cores import band_count, band_index, random_index, sc
 from svdpeft.decomposition.processes import own_share_first, processes
 from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
+    TERMS,
     cayley,
     cayley_neumann,
     cayley_neumann_offset,
@@ -27,6 +28,7 @@ from svdpeft.decomposition.svd import (
 __all__ = [
     "EXACT",
     "SVD",
+    "TERMS",
     "Driver",
     "Product",
     "band_count",

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+TERMS = 1000  # of a Neumann series, at most: each is a product, and a solve is cheaper long before
+
 
 def skew_count(size: int) -> int:
     """Number of free values of a skew-symmetric matrix, size(size − 1)/2.

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import cayley_neumann_offset, cayley_offset, check_matrix, skew, skew_count
+from svdpeft.decomposition import TERMS, cayley_neumann_offset, cayley_offset, check_matrix, skew, skew_count
 from svdpeft.methods.base import Call, Factors, Given, Progress, Reference, Tensors, Transform, by_shape
 from svdpeft.registry import METHODS
 
@@ -88,6 +88,8 @@ class OFT(Transform):
             raise ValueError(f"eps {self.eps} is not positive; None does not constrain the rotations")
         if self.neumann is not None and self.neumann < 1:
             raise ValueError(f"neumann {self.neumann} is below 1, the first power of Q; None solves exactly")
+        if self.neumann is not None and self.neumann > TERMS:  # one that a file says could take for ever
+            raise ValueError(f"neumann {self.neumann} is above {TERMS}; None solves exactly")
 
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> OFT:
         return dataclasses.replace(self, block_size=fitting(self.block_size, n, site, clip))

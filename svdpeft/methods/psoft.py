@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import Product, cayley_neumann_offset, cayley_offset, skew, skew_count
+from svdpeft.decomposition import TERMS, Product, cayley_neumann_offset, cayley_offset, skew, skew_count
 from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
@@ -88,6 +88,8 @@ class PSOFT(Decomposed, Unscaled):
             raise ValueError(f"vectors {self.vectors!r} is not one of {', '.join(VECTORS)}")
         if self.terms < 1:
             raise ValueError(f"terms {self.terms} is less than 1, the first power of the series")
+        if self.terms > TERMS:  # one that a file says could take for ever
+            raise ValueError(f"terms {self.terms} is above {TERMS}; rotation='cayley' solves exactly")
         if self.bound is not None and not self.bound > 0:
             raise ValueError(f"bound {self.bound} is not positive; None is no bound")
 
