@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+STALE = 24 * 3600.0  # seconds without a write, after which nobody is at work in a folder any more
 
 
 @contextmanager
@@ -15,7 +18,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write a file or a folder at; after the block it stands at ``path``, and replaces a file there.
 
     An error within the block leaves what was there. Whoever could read a file that the program opens itself can read
-    this one: safetensors and ``mkstemp`` write for the owner alone.
+    this one: safetensors and ``mkstemp`` write for the owner alone. A link at ``path`` stays: what it leads to is
+    replaced. When the block has ended, the file is on the disk and not only in the system's memory.
 
     Args:
         path: its folder is made where it is missing.
@@ -28,18 +32,48 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['words.txt']
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
+        _sweep(path, beside)
         new = beside / path.name
         yield new
         (beside / "mode").touch()
         mode = (beside / "mode").stat().st_mode
-        for file in [f for f in new.rglob("*") if f.is_file()] if new.is_dir() else [new]:
-            file.chmod(mode)
-            with file.open("rb") as handle:  # a rename may reach the disk before the data does
-                os.fsync(handle.fileno())
+        for file in [new, *new.rglob("*")]:
+            if file.is_file():
+                file.chmod(mode)
+            sync(file)  # a rename may reach the disk before the data does
         os.replace(new, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk; on Windows a folder cannot be."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path, beside: Path) -> None:
+    """Delete what writers of ``path`` that were killed have left beside it.
+
+    A folder in which anything has changed within a day is taken for that of a writer who is at work: a process cannot
+    be asked, it may be another machine's. Both times are of one file system, so that no clock is compared with another.
+    """
+    now = beside.stat().st_mtime
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp calls them
+    for left in path.parent.iterdir():
+        if ours.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            try:
+                if now - max(each.lstat().st_mtime for each in (left, *left.rglob("*"))) > STALE:
+                    shutil.rmtree(left, ignore_errors=True)
+            except FileNotFoundError:  # its writer is done
+                continue

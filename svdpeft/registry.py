@@ -33,7 +33,7 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     spelled = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    close = difflib.get_close_matches(str(name).lower(), spelled, n=1)  # what a file says may be no text
     hint = f"did you mean {spelled[close[0]]!r}? " if close else ""
     shown = ", ".join(known[:40]) + (f", … ({len(known)} in all)" if len(known) > 40 else "")
     return f"{hint}Known: {shown or 'none'}"
@@ -107,7 +107,7 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: no entry, or none of its options, has the name, with the near miss; an option without a default
-                is not given.
+                is not given, or one has a value of another type.
         """
         cls = self[name]
         known = inspect.signature(cls).parameters
@@ -117,7 +117,10 @@ class Registry(Generic[T]):
         needed = [option for option in known if known[option].default is inspect.Parameter.empty]
         if missing := [option for option in needed if option not in options]:
             raise ValueError(f"{self.what} {name!r} needs {', '.join(missing)}")
-        return cls(**options)
+        try:
+            return cls(**options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a text that is compared, say
+            raise ValueError(f"{self.what} {name!r} cannot have {dict(options)}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         self._fill()

@@ -560,7 +560,7 @@ def test_other_files_are_refused_by_name(tmp_path: Any):
         with pytest.raises(ValueError, match=words) as caught:
             Calibration.load(path)
         assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         Calibration.load(tmp_path / "none")
     path.write_bytes(b"words")
     with pytest.raises(FileExistsError, match="not overwritten"):

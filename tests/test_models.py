@@ -247,6 +247,24 @@ def test_local_folder(tiny_folder: Path) -> None:
     assert loaded.processor("b").input_ids == [1]
 
 
+def test_python_files_beside_the_weights_are_run_where_that_is_asked_for_alone(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal."""
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    (tiny_folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Mine(LlamaConfig):\n    model_type = 'mine'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Mine\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(str(tiny_folder))
+    assert type(load(str(tiny_folder), trust_remote_code=True).model).__name__ == "Model"
+
+
 def test_local_folder_of_an_encoder(tiny_folder: Path) -> None:
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))

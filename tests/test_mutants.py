@@ -26,7 +26,7 @@ def test_every_mutant_still_applies(mutant: Mutant):
 
 def test_the_list_covers_every_room():
     assert len({mutant.name for mutant in EVERY}) == len(EVERY) >= 60
-    assert {mutant.room for mutant in EVERY} == ROOMS
+    assert {mutant.room for mutant in EVERY} >= ROOMS  # and some of a file beside them
     assert min(Counter(mutant.room for mutant in EVERY).values()) >= 2
 
 

@@ -30,7 +30,7 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
     assert not torch.allclose(model(x), base)
     adapter.save(tmp_path / name)
     before, after = (json.loads((folder / name / "adapter.json").read_text()) for folder in (FIXTURES, tmp_path))
-    del after["id"]  # by which the two files know each other, since then
+    del after["id"], after["digests"]  # by which damage is found, since then
     for entry in after["sites"].values():
         del entry["sample"]  # by which a weight is known in another precision
     assert without_neutral(before) == without_neutral(after)

@@ -378,6 +378,20 @@ def test_the_csv_has_every_run_with_its_numbers():
         assert float(line["forgetting_after"]) == run["forgetting"]["after"]
 
 
+def test_no_cell_of_the_csv_is_a_formula():
+    """Labels and errors are texts of users; a number may begin with a minus."""
+    found = results(_one_fails)
+    (failed,) = [record for record in found.records if "error" in record]
+    run = found.records[-1]
+    for text in ('=HYPERLINK("http://x")', "+1", "-1+2", "@SUM(A1)", "\t=1", "\r=1"):
+        failed["error"], run["label"], run["metric"]["value"] = text, text, -0.5
+        lines = list(csv.DictReader(io.StringIO(report.table_csv(found), newline="")))
+        assert len(lines) == 12
+        told = "'" + text.replace("\r", " ")
+        assert (lines[0]["error"], lines[-1]["label"]) == (told, told)
+        assert lines[-1]["value"] == "-0.5"
+
+
 @pytest.mark.parametrize("trials", [True, False])
 @pytest.mark.parametrize("budgets", [["0.5%", 9000], ["none", 9000], ["none"]], ids=str)
 def test_the_specification_reads_back_as_it_was(trials, budgets, tmp_path):

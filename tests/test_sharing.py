@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from damage import header_of, put
 from helpers import equal_bits, perturb, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -261,7 +262,7 @@ def test_training_goes_on_from_a_file(method: Method, tmp_path: Path):
 def test_a_file_with_a_wrong_tie_is_refused(tmp_path: Path):
     adapter = attach(net(), PiCa(rank=2))
     adapter.save(tmp_path / "a")
-    header = json.loads((tmp_path / "a" / "adapter.json").read_text())
+    header = header_of(tmp_path / "a")
     good = json.dumps(header)
     for site, holder, words in (
         ("1.up", "9.up", ["damaged"]),  # no such site
@@ -270,11 +271,11 @@ def test_a_file_with_a_wrong_tie_is_refused(tmp_path: Path):
     ):
         header = json.loads(good)
         header["sites"][site]["tied"]["L"] = holder
-        (tmp_path / "a" / "adapter.json").write_text(json.dumps(header))
+        put(tmp_path / "a", json.dumps(header))
         model = net()
         with refused(model, *words, error=CheckpointError):
             load(model, tmp_path / "a")
-    (tmp_path / "a" / "adapter.json").write_text(good)
+    put(tmp_path / "a", good)
     tensors = load_file(tmp_path / "a" / "adapter.safetensors")
     del tensors["0.up/L"]
     save_file(tensors, tmp_path / "a" / "adapter.safetensors")

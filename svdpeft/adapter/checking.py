@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter.file import (
-    HEADER,
     PLACE_KEYS,
     SITE_KEYS,
     TENSORS,
@@ -25,6 +24,7 @@ from svdpeft.adapter.file import (
     read,
     renamed,
     rounded,
+    undamaged,
 )
 from svdpeft.adapter.growing import Growth
 from svdpeft.adapter.roster import adapted, base_weight
@@ -48,6 +48,7 @@ def checked(
     check_base: bool,
     rename: Mapping[str, str] = MappingProxyType({}),
     grows: bool = True,
+    verify: bool = False,
 ) -> Iterator[tuple[dict[str, Any], Parts]]:
     """Read an adapter and hold it against the model: the header, and what ``install`` wants.
 
@@ -60,30 +61,20 @@ def checked(
         check_base: whether it must be the base of the adapter.
         rename: beginnings of the names in the source -> those of the model.
         grows: whether embeddings may get rows.
+        verify: whether the source must be as it was written, bit for bit.
 
     Raises:
         CheckpointError: as ``load`` does.
     """
-    header, tensors, path = read(source)
-    with _undamaged(path):
+    header, tensors, path = read(source, verify)
+    with undamaged(path, "the header of "):
         if rename:
             header, tensors = renamed(header, tensors, rename)
         growth = Growth.of(model, header, tensors, path) if grows else None
     with nullcontext() if growth is None else growth:
-        with _undamaged(path):
+        with undamaged(path, "the header of "):
             parts = _parts(model, header, tensors, path, check_base)
         yield header, parts
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """What goes wrong within the block is the header's fault: it is not as we write it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path / HEADER} is damaged: {type(error).__name__}: {error}") from error
 
 
 class Parts(NamedTuple):
@@ -96,8 +87,8 @@ class Parts(NamedTuple):
 
 
 def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path, check_base: bool) -> Parts:
-    if not isinstance(header["name"], str):
-        raise TypeError(f"the name is {header['name']!r}")
+    if not isinstance(header["name"], str) or not header["name"] or "." in header["name"]:
+        raise ValueError(f"the name is {header['name']!r}")
     if not isinstance(header["skipped"], dict) or header["batch_norm"] not in ("train", "frozen"):
         raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
     pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
@@ -110,7 +101,8 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
         method = method_in(entry["method"], path)
-        assert isinstance(method, PerSite)
+        if not isinstance(method, PerSite):
+            raise ValueError(f"{site} has the method {method}, which adapts no site")
         places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
         found[site] = places, method
     free = free_parts(
@@ -142,8 +134,13 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
-    warn_of_precision(path, other, stacklevel=6)
     whole = {name: place for name, place in places.items() if name in header["whole"]}
+    if both := [name for name, place in whole.items() if id(stored(*place)) in checked]:
+        raise CheckpointError(f"{path} trains {both[0]} whole, and adapts it as well")
+    keys = [(id(place.module), place.key_for("", choice.part)) for choice, *_ in built for place in choice.places]
+    if len(set(keys)) < len(keys):
+        raise CheckpointError(f"{path} has two sites at one place")
+    warn_of_precision(path, other, stacklevel=6)
     return Parts(pairs, built, whole, values)
 
 
@@ -191,6 +188,8 @@ def _tied(
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
     *batch, m, n = shape
+    if any(isinstance(getattr(method, name), Mapping) for name in method.resolved) or method.at(site, m, n) != method:
+        raise CheckpointError(f"the header of {path}: {method} at {site} says a rank of other sites as well")
     for name in method.tensor_names():
         if name not in factors._parameters:
             raise CheckpointError(f"{path / TENSORS}: tensor {site}/{name} is missing, or not of floating point")
@@ -201,6 +200,8 @@ def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, 
             if (found := method.delta(factors, torch.zeros(shape, dtype=dtype)).shape) != shape:
                 raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
             return
+        if not abs(product.scale) <= torch.finfo(product.L.dtype).max:
+            raise CheckpointError(f"the header of {path}: {site} has the scale {product.scale:g}, which is no number")
         for role, tensor, want in (("L", product.L, [*batch, m]), ("A", product.A.mT, [*batch, n])):
             if list(tensor.shape[:-1]) != want:
                 raise CheckpointError(f"{path / TENSORS}: {site}/{role} does not fit the {m}x{n} weight of {site}")
@@ -227,7 +228,7 @@ def _place(
     try:
         cls = KINDS[entry["kind"]]
     except ValueError as error:
-        raise CheckpointError(f"{path / HEADER}: {error}") from error
+        raise CheckpointError(f"the header of {path}: {error}") from error
     if not cls.fits(module, parameter):
         raise CheckpointError(f"{path}: {site} is a {type(module).__name__} here, not of kind {entry['kind']!r}")
     kind = cls.from_json(entry)
@@ -296,8 +297,8 @@ def _whole_tensors(
     if missing := set(header["whole"]) - values.keys():
         raise CheckpointError(f"{path / TENSORS}: tensor {min(missing)} is missing")
     for name, value in values.items():
-        owner, attribute = places[name]
-        shape = stored(owner, attribute).shape
-        if value.shape != shape:
-            raise CheckpointError(f"{path}: {name} is {list(value.shape)} there, {list(shape)} in this model")
+        here = stored(*places[name])
+        if value.shape != here.shape:
+            raise CheckpointError(f"{path}: {name} is {list(value.shape)} there, {list(here.shape)} in this model")
+        values[name] = value.to(here.dtype)
     return places, values

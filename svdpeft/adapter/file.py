@@ -3,8 +3,9 @@
 A file is complete: it holds frozen factors and start values too, so loading decomposes nothing and depends on no random
 state. It names the base it was made for by a hash of every adapted weight, and refuses another.
 
-The tensors' file carries the header as well. Two files cannot be replaced in one step: where a crash, or another
-process, has left two of different adapters, the one in the tensors' file is theirs.
+The tensors' file carries the header as well, and is all that is read: two files cannot be replaced in one step, so that
+a crash, or another process, may leave one of another save, or none, beside it. ``adapter.json`` is for people, and for
+files of earlier revisions, whose tensors carry no header.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from svdpeft.decomposition import digest
 from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Method, PerSite, Transform
 from svdpeft.registry import METHODS
@@ -33,6 +37,14 @@ KEYS = {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"
 SITE_KEYS = {"places", "part", "method", "shape", "dtype", "hash", "tensors", "tied"}
 NEUTRAL = {"alpha": None, "rs": False, "allocate": None}  # what earlier revisions wrote of methods that have none
 PLACE_KEYS = {"layer", "parameter", "kind", "axes"}
+DIGESTS = "digests"  # of the tensors by name, in the header; earlier revisions wrote none
+# What contents can bring about in Python, torch, safetensors and the constructors of methods and kinds. No check in
+# front of these could say it all again; and it is not Exception, so that a name of ours that does not exist, or a
+# warning that is an error, is not taken for a damaged file. Whatever it was is the error's cause.
+DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, re.error, SafetensorError),
+)
 
 
 class CheckpointError(ValueError):
@@ -127,13 +139,13 @@ def _is_header(found: Any) -> bool:
 def _holds_header(file: Path) -> bool:
     try:
         return _is_header(json.loads(file.read_text()))
-    except ValueError:  # no JSON, or no text
+    except (RecursionError, ValueError):  # no JSON, or no text
         return False
 
 
 def _carries_header(file: Path) -> bool:
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "numpy") as opened:  # opens the file once
             return HEADER in (opened.metadata() or {})
     except SafetensorError:
         return False
@@ -156,61 +168,111 @@ torch.serialization.add_safe_globals([State])  # torch.load reads one with weigh
 Source = str | os.PathLike[str] | State
 
 
-def read(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+@contextmanager
+def undamaged(path: Path, part: str = "", kind: type[ValueError] = CheckpointError) -> Iterator[None]:
+    """What goes wrong within the block is the fault of what was read, and is told with its name.
+
+    Args:
+        path: of what was read.
+        part: words in front of it, such as ``"the header of "``.
+        kind: of the error; one that is raised in the block passes as it is if it names the path.
+    """
+    try:
+        yield
+    except kind as error:
+        if str(path) in str(error):
+            raise
+        raise kind(f"{part}{path}: {error}") from error
+    except DAMAGE as error:
+        raise kind(f"{part}{path} is damaged or cut off: {type(error).__name__}: {error}") from error
+
+
+def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     """Return header and tensors of an adapter, and what to call it in messages.
 
     Args:
         source: its folder, or one with a folder ``adapter`` in it, as a training leaves it; its file of tensors; or its
             state.
+        verify: compare everything with the digests that were written with it.
 
     Raises:
-        CheckpointError: no adapter there, a cut-off file, another format version.
+        CheckpointError: no adapter there, a cut-off file, another format version, another digest.
     """
-    if isinstance(source, State):
-        where, tensors = Path("the state"), dict(source.tensors)
-        header = _parsed(where, source.metadata.get(HEADER, ""))
-    else:
-        where = Path(source)
-        inner = where / FOLDER
-        where = inner if not (where / HEADER).is_file() and (inner / HEADER).is_file() else where
-        header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
+    where = Path("the state") if isinstance(source, State) else Path(source)
+    with undamaged(where):
+        if isinstance(source, State):
+            header, tensors = _parsed(source.metadata.get(HEADER, "")), dict(source.tensors)
+        else:
+            inner = where / FOLDER
+            where = inner if not (where / TENSORS).is_file() and (inner / TENSORS).is_file() else where
+            header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         version = header.get("format") if isinstance(header, dict) else None
-        raise CheckpointError(f"{where / HEADER} has format {version}; this version of svdpeft reads format {FORMAT}")
+        raise CheckpointError(
+            f"the header of {where} has format {version}; this version of svdpeft reads format {FORMAT}"
+        )
     if missing := KEYS - header.keys():
-        raise CheckpointError(f"{where / HEADER} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
+    if verify:
+        with undamaged(where, "the header of "):
+            _verify(header, tensors, where)
     return header, tensors, where
 
 
+def _verify(header: dict[str, Any], tensors: dict[str, Tensor], where: Path) -> None:
+    if DIGESTS not in header:
+        raise CheckpointError(f"{where} cannot be verified: it was written before digests were; save it again")
+    if identified({key: value for key, value in header.items() if key != "id"}) != header:
+        raise CheckpointError(f"the header of {where} is not as it was written")
+    if other := header[DIGESTS].keys() ^ tensors.keys():
+        raise CheckpointError(f"{where} is not as it was written: {min(other)} is missing, or was added")
+    if bad := [name for name, tensor in tensors.items() if digest(tensor) != header[DIGESTS][name]]:
+        raise CheckpointError(f"{where} is not as it was written: the values of {', '.join(sorted(bad)[:3])} differ")
+
+
 def _of_folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    if not (path / HEADER).is_file() or not (path / TENSORS).is_file():
-        raise CheckpointError(f"{path} is not an adapter folder: it must hold {HEADER} and {TENSORS}")
-    try:
-        header = _parsed(path, (path / HEADER).read_text())
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
-    inside, tensors = _of_file(path / TENSORS, path)
-    if inside and _is_header(header) and inside["id"] != header.get("id"):
-        header = inside  # the other file is of another save
+    if not (path / TENSORS).is_file():
+        raise CheckpointError(f"{path} is not an adapter folder: it must hold {TENSORS}")
+    header, tensors = _of_file(path / TENSORS)
+    if header is None:  # of an earlier revision
+        if not (path / HEADER).is_file():
+            raise CheckpointError(f"{path} is not an adapter folder: {TENSORS} has no header, and there is no {HEADER}")
+        header = _parsed((path / HEADER).read_text())
     return header, tensors
 
 
-def _of_file(file: Path, where: Path | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """What the file of tensors has; where it carries no header, as one of another tool, an empty one."""
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
-            text = (opened.metadata() or {}).get(HEADER, "{}")
-    except SafetensorError as error:
-        raise CheckpointError(f"{where or file} is damaged or cut off: {error}") from error
-    return _parsed(where or file, text), tensors
+def _of_file(file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The header, ``None`` where the file has none, and the tensors."""
+    metadata, tensors = read_tensors(file)
+    return _parsed(metadata[HEADER]) if HEADER in metadata else None, tensors
 
 
-def _parsed(where: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is damaged or cut off: {error}") from error
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a file of safetensors, both of the same one.
+
+    safetensors opens a file twice, for the header and for the tensors, and another process may replace it in between:
+    then it is read again. The file that is held open cannot lend its number on the disk to a new one.
+    """
+    while True:
+        with file.open("rb") as held:
+            try:
+                with safe_open(file, "pt") as opened:
+                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
+                    metadata = opened.metadata() or {}
+            except (OSError, RuntimeError, SafetensorError):
+                if os.path.samestat(os.fstat(held.fileno()), os.stat(file)):
+                    raise
+                continue
+            if os.path.samestat(os.fstat(held.fileno()), os.stat(file)):
+                return metadata, tensors
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_constant=_refused)
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def renamed(
@@ -272,7 +334,7 @@ def method_in(entry: Mapping[str, Any], path: Path) -> Method:
         fields = _without_neutral(entry)
         return METHODS[fields.pop("name")](**fields)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / HEADER}: {error}") from error
+        raise CheckpointError(f"the header of {path}: {error}") from error
 
 
 def _without_neutral(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.file import CheckpointError, method_in
 from svdpeft.adapter.roster import adapted, claimed
+from svdpeft.layers.part import ranges_in
 from svdpeft.methods.base import PerSite
+from svdpeft.sites.shards import shape_of
 
 SIZES = ("num_embeddings", "out_features")  # attributes of layers that say their number of tokens
 
@@ -58,7 +61,7 @@ class Growth:
                 if parameter is None:
                     continue
                 name = f"{names[id(end)]}.{key}"
-                size, given = _given(name, header, tensors, path)
+                size, given = _given(name, parameter, header, tensors, path)
                 found.setdefault(id(parameter), (name, parameter, set()))[2].update(given)
                 old, new = max(old, len(parameter)), max(new, size if given else 0)
         if not new or new == old:
@@ -145,15 +148,27 @@ def _ends(model: Any) -> list[nn.Module]:
     return found
 
 
-def _given(name: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> tuple[int, set[int]]:
-    """How many rows a parameter had, as far as an adapter knows it, and of which of them the adapter has values."""
+def _given(
+    name: str, here: Tensor, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[int, set[int]]:
+    """How many rows a parameter had, as far as an adapter knows it, and of which of them the adapter has values.
+
+    What a file says of its size is believed as far as there are values for it: the model will have as many rows.
+    """
+    width = math.prod(shape_of(here)[1:])
     if name in header["whole"]:
+        if tuple(tensors[name].shape[1:]) != shape_of(here)[1:]:
+            return 0, set()  # refused where it is held against the model
         return len(tensors[name]), set(range(len(tensors[name])))
     size, rows = 0, set[int]()
-    for entry in header["sites"].values():
+    for site, entry in header["sites"].items():
         if any(f"{place['layer']}.{place['parameter']}" == name for place in entry["places"]):
             size, method = entry["shape"][0], method_in(entry["method"], path)
             if isinstance(method, PerSite) and not method.depends_on_base:
-                ranges = [(0, size, 1)] if entry["part"] is None else entry["part"]["ranges"]
-                rows |= {row for each in ranges for row in range(*each)}
+                whole = {"of": size, "ranges": [[0, size, 1]]}
+                ranges = [range(*each) for each in ranges_in(whole if entry["part"] is None else entry["part"])]
+                values = sum(t.numel() for key, t in tensors.items() if key.rpartition("/")[0] == site)
+                if sum(map(len, ranges)) * width > values:
+                    raise CheckpointError(f"{path} has {values} values at {site}, too few for rows of {width}")
+                rows |= {row for each in ranges for row in each}
     return size, rows

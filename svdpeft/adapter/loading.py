@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
@@ -18,6 +20,7 @@ from svdpeft.adapter.file import (
     held,
     method_in,
     read,
+    undamaged,
 )
 from svdpeft.adapter.roster import ROSTER, held_elsewhere
 from svdpeft.sites.normalisation import running_statistics
@@ -34,6 +37,7 @@ def load(
     check_base: bool = True,
     enabled: bool = True,
     rename: Mapping[str, str] = MappingProxyType({}),
+    verify: bool = False,
 ) -> Adapter:
     """Attach a saved adapter to the base it was made for. Nothing is decomposed.
 
@@ -47,14 +51,16 @@ def load(
         enabled: ``False`` leaves it off, so that the model goes on computing what it did: with another adapter, say.
         rename: where the modules of this model have other names than those that it was saved from: beginnings of the
             names there -> here, ``{"model.": "backbone."}``.
+        verify: compare every tensor, and the header, with the digests that were written with them: finds a bit that
+            the disk or the network has turned.
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
-            tensor, a wrong shape.
+            tensor, a wrong shape, another digest.
     """
     model = unwrapped(model)
     check_whole(model, "load")
-    with checked(model, path, check_base, rename) as (header, parts):
+    with checked(model, path, check_base, rename, verify=verify) as (header, parts):
         _check_statistics(model, parts)
         adapter = install(
             model,
@@ -81,6 +87,19 @@ def restore(adapter: Adapter, path: Source) -> None:
     """
     header, saved, path = read(path)
     reshard(adapter.model.modules())
+    with undamaged(path, "the header of "):
+        targets = _targets(adapter, header, saved, path)
+    with adapter.unwritten():
+        for tensor, value in targets:
+            write(tensor, value)
+    for site in adapter.sites.values():
+        site.factors.settle()
+
+
+def _targets(
+    adapter: Adapter, header: Mapping[str, Any], saved: Mapping[str, Tensor], path: Path
+) -> list[tuple[Tensor, Tensor]]:
+    """The adapter's tensors, each with what it will hold; everything is checked."""
     free = free_of(adapter.sites.values())
     for name, site in adapter.sites.items():
         there = header["sites"].get(name, {})
@@ -103,11 +122,8 @@ def restore(adapter: Adapter, path: Source) -> None:
     for name, tensor in places.items():
         if shape_of(tensor) != tuple(saved[name].shape):
             raise CheckpointError(f"{path}: {name} is {list(saved[name].shape)} there, {list(shape_of(tensor))} here")
-    with adapter.unwritten():
-        for tensor, value in [*((t, saved[n]) for n, t in factors.items()), *adapter.own.holding(saved)]:
-            write(tensor, value)
-    for site in adapter.sites.values():
-        site.factors.settle()
+    values = {name: saved[name].to(tensor.dtype) for name, tensor in places.items()}
+    return [*((tensor, values[name]) for name, tensor in factors.items()), *adapter.own.holding(values)]
 
 
 def _check_statistics(model: nn.Module, parts: Parts) -> None:

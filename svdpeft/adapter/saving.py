@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.file import FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
+from svdpeft.adapter.file import DIGESTS, FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
 from svdpeft.atomic import replacing
+from svdpeft.decomposition import digest
 from svdpeft.methods.base import Method
 from svdpeft.sites.shards import gathered, reshard, shape_of, write_once
 from svdpeft.sites.site import Site
@@ -45,8 +46,8 @@ class Contents(NamedTuple):
 def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     """Write an adapter into the folder ``path``: two files, beside whatever else is in it.
 
-    Each is written under a temporary name and moved. The tensors carry the header, too, so that a crash in between
-    leaves an adapter that is whole: the old one or the new one.
+    Each is written under a temporary name and moved. The tensors carry the header, and that is what is read: a crash in
+    between leaves an adapter that is whole, the old one or the new one, and so do two processes that save at once.
 
     Of a model that is sharded over processes all of them must call this: what is sharded of the adapter is gathered,
     one of them writes, and the others wait for it.
@@ -109,6 +110,7 @@ def to_state(contents: Contents) -> State:
         "whole": list(contents.whole),
         "skipped": dict(contents.skipped),
         "batch_norm": contents.batch_norm,
+        DIGESTS: {name: digest(tensor) for name, tensor in tensors.items()},
     }
     return State(tensors, {HEADER: json.dumps(identified(header))})
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdpeft.adapter.file import read_tensors, undamaged
 from svdpeft.atomic import replacing
 from svdpeft.methods.base import Statistics
 
@@ -51,7 +52,8 @@ class Calibration(Mapping[str, Statistics]):
         path = Path(path)
         if path.exists():
             try:
-                _header(path)
+                with undamaged(path, kind=ValueError), safe_open(path, "numpy") as file:
+                    _check_format(file.metadata() or {}, path)
             except ValueError as error:
                 raise FileExistsError(f"{path} exists and is not a calibration file: it is not overwritten") from error
         tensors: dict[str, Tensor] = {}
@@ -75,32 +77,29 @@ class Calibration(Mapping[str, Statistics]):
             ValueError: no calibration file, another format, or tensors that do not fit together.
         """
         path = Path(path)
-        listed = _header(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        sites = {}
-        for name, entry in listed.items():
-            try:
-                count, found = int(entry["count"]), {field: tensors[entry[field]] for field in FIELDS if field in entry}
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} is damaged: {name} lacks {error}") from error
-            second, summed = found.get("second"), found.get("total")
-            if second is not None and (summed is None or second.shape != (*summed.shape, summed.shape[-1])):
-                raise ValueError(f"{path} is damaged: at {name} Σxxᵀ has shape {list(second.shape)}")
-            sites[name] = Statistics(count, **found)
-        return cls(sites)
+        with undamaged(path, kind=ValueError):
+            metadata, tensors = read_tensors(path)
+            _check_format(metadata, path)
+            return cls(
+                {name: _statistics(name, entry, tensors) for name, entry in json.loads(metadata["sites"]).items()}
+            )
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Return what a calibration file says of its sites."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a calibration file: there is no such file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a calibration file, or is damaged or cut off: {error}") from error
+def _statistics(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+    """What a file says of a site."""
+    names = {field: entry[field] for field in FIELDS if field in entry}
+    if lost := [key for key in names.values() if key not in tensors]:
+        raise ValueError(f"{name} lacks {lost[0]!r}")
+    found = {field: tensors[key] for field, key in names.items()}
+    second, total = found.get("second"), found.get("total")
+    if second is not None and (total is None or second.shape != (*total.shape, total.shape[-1])):
+        raise ValueError(f"at {name} Σxxᵀ has shape {list(second.shape)}, which does not fit Σx")
+    if type(entry["count"]) is not int or entry["count"] < 0:
+        raise ValueError(f"at {name} {entry['count']!r} is no number of vectors")
+    return Statistics(entry["count"], **found)
+
+
+def _check_format(metadata: Mapping[str, str], path: Path) -> None:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
         raise ValueError(f"{path} has format {found!r}; this version of svdpeft reads {FORMAT!r}")
-    return json.loads(metadata["sites"])

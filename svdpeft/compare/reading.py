@@ -34,8 +34,8 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
         >>> [entry.label for entry in spec.methods]
         ['LoRA', 'SVFT banded']
     """
-    defaults = parse(files("svdpeft.compare").joinpath("defaults.toml").read_text(), "defaults.toml")
-    given = parse(path.read_text(), str(path)) if path else {}
+    defaults = parse(files("svdpeft.compare").joinpath("defaults.toml").read_bytes(), "defaults.toml")
+    given = parse(path.read_bytes(), str(path)) if path else {}
     if isinstance(options.get("search"), Mapping):
         written = given.get("search") or {}
         written = {"kind": written} if isinstance(written, str) else written

@@ -12,7 +12,8 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from svdpeft.atomic import replacing
 from svdpeft.decomposition.processes import one_at_a_time, processes
 
+CHECKSUM = "crc32"  # in a file's metadata
 _FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
 
 
@@ -127,19 +129,34 @@ def _first(rank: int, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The first triplets of a file; ``None`` where it is not there or, with a warning, damaged: it is written again."""
     try:
-        with safe_open(file, "pt", device=str(device)) as held:
-            u, s, vh = (held.get_slice(name) for name in ("u", "s", "vh"))
-            return u[..., :rank], s[..., :rank], vh[..., :rank, :]
-    except (OSError, SafetensorError, RuntimeError):
-        # Not there, damaged, or deleted by another process while safe_open, which opens it twice, was at it (torch's
-        # RuntimeError): it is written again.
+        with safe_open(file, "pt") as held:
+            found = [held.get_tensor(name) for name in ("u", "s", "vh")]
+            known = (held.metadata() or {}).get(CHECKSUM)  # earlier revisions wrote none
+        if known is not None and known != _checksum(found):
+            raise RuntimeError("its checksum differs")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if file.exists():  # and was not deleted by another process while safe_open, which opens it twice, was at it
+            warnings.warn(f"{file} is damaged, and is computed again: {error}", RuntimeWarning, stacklevel=3)
         return None
+    # Copies: a view would keep all of the file.
+    u, s, vh = (t.clone(memory_format=torch.contiguous_format).to(device) for t in _first(rank, *found))
+    return u, s, vh
 
 
 def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
     try:
         with replacing(file) as new:  # a reader finds a whole file or none
-            save_file({"u": u.contiguous(), "s": s.contiguous(), "vh": vh.contiguous()}, new)
+            found = [t.contiguous().cpu() for t in (u, s, vh)]
+            save_file({"u": found[0], "s": found[1], "vh": found[2]}, new, metadata={CHECKSUM: _checksum(found)})
     except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
         warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _checksum(tensors: Sequence[Tensor]) -> str:
+    """CRC-32 of all bytes: always compared, since it costs less than the hash of the weight that names the file."""
+    found = 0
+    for t in tensors:
+        found = zlib.crc32(t.flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"

@@ -81,7 +81,7 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
         >>> str(order.method), order.recipe.lr, order.setup.task.name
         ('PiSSA(rank=4)', 0.0002, 'wordproblems')
     """
-    given = parse(file.read_text(), str(file)) if file else {}
+    given = parse(file.read_bytes(), str(file)) if file else {}
     if unknown := [name for name in given if name not in OPTIONS]:
         raise ValueError(f"{file}: a training has no option {unknown[0]!r}: {near_miss(unknown[0], OPTIONS)}")
     given = {**given, **flags, "option": _options(given) | _options(flags)}

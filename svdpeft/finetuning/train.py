@@ -16,7 +16,7 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.file import HEADER
+from svdpeft.adapter.file import HEADER, TENSORS
 from svdpeft.atomic import replacing
 from svdpeft.decomposition import processes, svd_cache, svd_cache_until_attached
 from svdpeft.finetuning.order import Order
@@ -184,7 +184,7 @@ def _check_folder(order: Order, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: the training needs a folder")
     if not resume:
-        if record.exists() or (out / HEADER).exists():
+        if any((out / name).exists() for name in (RECORD, HEADER, TENSORS)):
             raise ValueError(f"{out} holds a training already: resume goes on with it, or choose another folder")
         if (out / CARD).exists():
             raise ValueError(f"{out} has a {CARD}, where the adapter's is to be: choose another folder")

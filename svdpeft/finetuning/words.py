@@ -26,11 +26,11 @@ def read_values(words: Sequence[str]) -> dict[str, Any]:
     """
     table: dict[str, Any] = {}
     for word in words:
-        key, equals, value = word.partition("=")
+        key, equals, value = str(word).partition("=")
         if not equals:
             raise ValueError(f"{word!r}: write an option as key=value")
         if re.fullmatch(r"true|false|\[.*\]", value):
-            table[key] = parse(f"v = {value}", word)["v"]
+            table[key] = parse(f"v = {value}".encode(), word)["v"]
         else:
             table[key] = as_number(value)
     return table
@@ -44,11 +44,11 @@ def as_number(text: str) -> int | float | str:
     return text
 
 
-def parse(text: str, where: str) -> dict[str, Any]:
+def parse(data: bytes, where: str) -> dict[str, Any]:
     """Read TOML; ``where`` it is from, for the message."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # no text, no TOML, or more levels than tomllib calls itself for
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from svdpeft.adapter.file import read_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -125,9 +125,10 @@ def read(path: Path) -> Folder:
             "PeftModel.save_pretrained writes"
         )
     try:
-        config, tensors = json.loads((path / CONFIG).read_text()), load_file(path / TENSORS)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+        config = json.loads((path / CONFIG).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path / CONFIG} is damaged or cut off: {error}") from error
+    _, tensors = read_tensors(path / TENSORS)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in READ:
         raise ValueError(f"{path / CONFIG} has peft_type {kind!r}; known are {', '.join(READ)}; {MERGE}")

@@ -17,6 +17,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
 from svdpeft.adapter.building import given
+from svdpeft.adapter.file import undamaged
 from svdpeft.adapter.roster import records
 from svdpeft.interop.peft_folder import TENSORS, Folder, parameter_of, plain, read
 from svdpeft.interop.peft_methods import Found, build
@@ -59,7 +60,19 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
         >>> import_peft(nn.Sequential(nn.Linear(6, 4)), folder).patterns
         ['0']
     """
-    model, found = unwrapped(model), read(Path(folder))
+    model, path = unwrapped(model), Path(folder)
+    with undamaged(path, kind=ValueError):
+        pairs, built, whole, values = _plan(read(path), model)
+    adapter = install(model, pairs, built, whole, {}, name, "train")
+    for tensor, value in adapter.own.holding(values):
+        write(tensor, value)
+    return adapter
+
+
+def _plan(
+    found: Folder, model: nn.Module
+) -> tuple[list[tuple[str, Method]], list[Built], dict[str, tuple[nn.Module, str]], dict[str, Tensor]]:
+    """The patterns, each with its method, the sites, what is trained whole, and values of the base's own tensors."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     statistics, buffers = running_statistics(model), dict(model.named_buffers())
     survey = Survey.of(model, [], (), ())
@@ -90,10 +103,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
         raise ValueError(f"{found.path} holds no tensors that adapt anything")
     pairs: list[tuple[str, Method]] = [(choice.name, method) for choice, method, _ in built]
     pairs += [(key, LNTuning()) for key in whole if found.kind == "LN_TUNING"]
-    adapter = install(model, pairs, built, whole, {}, name, "train")
-    for tensor, value in adapter.own.holding(values):
-        write(tensor, value)
-    return adapter
+    return pairs, built, whole, values
 
 
 def _sites(found: Folder, model: nn.Module, weights: dict[tuple[int, str], Weight], survey: Survey) -> list[Built]:

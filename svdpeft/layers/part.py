@@ -39,7 +39,7 @@ class Part(View):
 
     @classmethod
     def of(cls, whole: LayerKind, fields: Mapping[str, Any]) -> Part:
-        return cls(whole, fields["ranges"], fields["of"])
+        return cls(whole, ranges_in(fields), fields["of"])
 
     def to_matrix(self, module: nn.Module, w: Tensor) -> Tensor:
         w = self.whole.to_matrix(module, w)
@@ -100,3 +100,28 @@ class Part(View):
         if not torch.compiler.is_compiling() and type(found) is Tensor:  # and no stand-in of a tracing mode
             self._known[device] = found
         return found
+
+
+def ranges_in(fields: Mapping[str, Any]) -> Ranges:
+    """The rows that a file says, checked before anything is made of them.
+
+    Args:
+        fields: as ``Part.fields`` gives them.
+
+    Raises:
+        ValueError: they are not (start, stop, step) ranges in ascending order, one after the other, within the matrix.
+
+    Example:
+        >>> ranges_in({"of": 6, "ranges": [[0, 2, 1], [4, 6, 1]]})
+        ((0, 2, 1), (4, 6, 1))
+    """
+    total, found, last = fields["of"], [], 0
+    for each in fields["ranges"]:
+        if not isinstance(each, list) or [type(number) for number in each] != [int] * 3:
+            raise ValueError(f"a part has the range {each!r}, which is not start, stop and step")
+        start, stop, step = each
+        if not (last <= start < stop <= total and step > 0):
+            raise ValueError(f"a part has the range {each}, of {total} rows after row {last}")
+        found.append((start, stop, step))
+        last = stop
+    return tuple(found)

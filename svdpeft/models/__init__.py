@@ -48,6 +48,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     weights: bool = True,
+    trust_remote_code: bool = False,
     quantize: str | None = None,
 ) -> Loaded:
     """Load a pretrained model by name, on the CPU and in evaluation mode.
@@ -67,6 +68,8 @@ def load(
         weights: ``False`` makes the architecture alone, on the meta device and without a tokenizer: of a hub's model
             the configuration is fetched and nothing else, and the name of a configuration of transformers', a
             ``.json`` file, will do. An RWKV file and a function are read as they are.
+        trust_remote_code: whether Python files that lie beside a transformers model are run; a model that needs them
+            is refused without.
         quantize: a scheme of ``svdpeft.quantize``, by which every ``nn.Linear`` but the head is stored.
 
     Raises:
@@ -79,14 +82,20 @@ def load(
         >>> load("dinov2-vits14", num_classes=10, image_size=98).head  # doctest: +SKIP
         'head'
     """
-    loaded = _load(name, num_classes, image_size, dtype, seed, weights)
+    loaded = _load(name, num_classes, image_size, dtype, seed, weights, trust_remote_code)
     if quantize is not None:
         quantising.quantize(loaded.model, scheme=quantize, iterations=0, nuclear=False)
     return loaded
 
 
 def _load(
-    name: str, num_classes: int | None, image_size: int | None, dtype: torch.dtype, seed: int, weights: bool
+    name: str,
+    num_classes: int | None,
+    image_size: int | None,
+    dtype: torch.dtype,
+    seed: int,
+    weights: bool,
+    trust_remote_code: bool,
 ) -> Loaded:
     if is_factory(name):
         return _of_factory(name, num_classes=num_classes, image_size=image_size, dtype=dtype)
@@ -121,7 +130,13 @@ def _load(
                 model: Any = rwkv.build(name).to(dtype)
                 return Loaded(model, name, tokenizer(model.config.vocab_size), "language", None)
             model, tokenizer, new = language.build(
-                hub or name, hub=bool(hub), dtype=dtype, num_classes=num_classes, seed=seed, weights=weights
+                hub or name,
+                hub=bool(hub),
+                dtype=dtype,
+                num_classes=num_classes,
+                seed=seed,
+                weights=weights,
+                trust_remote_code=trust_remote_code,
             )
             return Loaded(model.eval(), name, tokenizer, "language", new[-1] if new else None, new[:-1])
     if Path(name).is_dir():

@@ -36,7 +36,14 @@ def folder_of(name: str) -> Path:
 
 
 def build(
-    name: str, *, hub: bool, dtype: torch.dtype, num_classes: int | None = None, seed: int = 0, weights: bool = True
+    name: str,
+    *,
+    hub: bool,
+    dtype: torch.dtype,
+    num_classes: int | None = None,
+    seed: int = 0,
+    weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any, tuple[str, ...]]:
     """Build a pretrained transformers model and its tokenizer; see ``svdpeft.models.load``.
 
@@ -48,6 +55,8 @@ def build(
         num_classes: size of a fresh classifier of texts; ``None``: none.
         seed: of the classifier.
         weights: ``False``: on the meta device, without a tokenizer.
+        trust_remote_code: run Python files that lie beside the weights; left out, transformers would ask on the
+            terminal.
 
     Returns:
         The model, its tokenizer, the names of what is new on it: the classifier last, none without one.
@@ -64,7 +73,8 @@ def build(
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes {num_classes} is below 2")
     more = {} if num_classes is None else {"num_labels": num_classes}
-    config: Any = AutoConfig.from_pretrained(place, **more)
+    trust = {"trust_remote_code": trust_remote_code}
+    config: Any = AutoConfig.from_pretrained(place, **trust, **more)
     architectures = None if hub else config.architectures
     causal = architectures is None or architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
     kind = AutoModelForCausalLM if causal else AutoModel
@@ -73,11 +83,11 @@ def build(
         torch.default_generator.manual_seed(seed)  # the classifier depends on its shape and the seed alone
     if not weights:
         with torch.device("meta"):
-            model: Any = kind.from_config(config, dtype=dtype)
+            model: Any = kind.from_config(config, dtype=dtype, **trust)
         tokenizer: Any = None
     else:
-        model = kind.from_pretrained(place, dtype=dtype, **more)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = kind.from_pretrained(place, dtype=dtype, **trust, **more)
+        tokenizer = AutoTokenizer.from_pretrained(place, **trust)
     if num_classes is None:
         return model, tokenizer, ()
     if model.config.pad_token_id is None:  # a decoder finds the last token of a text by it

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from svdpeft.adapter.file import undamaged
 from svdpeft.adapter.roster import adapters_in
 from svdpeft.atomic import replacing
 from svdpeft.models import rwkv_layout
@@ -54,6 +53,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         ValueError: another suffix, a damaged file, or no RWKV checkpoint.
+        OSError: it cannot be read.
     """
     path = _checked(path)
     try:
@@ -61,12 +61,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler, which is not ours, says no less of what it may raise
         raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} is no RWKV checkpoint: it is not a mapping from names to tensors")
+    if large := [name for name, value in state.items() if value.nbytes > value.untyped_storage().nbytes()]:
+        raise ValueError(f"{path} is damaged: {large[0]} is larger than what the file holds of it")
     try:
-        describe(state)
+        with undamaged(path, kind=ValueError):
+            describe(state)
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from error
     return dict(state)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.adapter.file import FOLDER, CheckpointError
+from svdpeft.adapter.file import FOLDER, CheckpointError, read_tensors, undamaged
 from svdpeft.adapter.loading import restore
 from svdpeft.atomic import replacing
 from svdpeft.sites.shards import write_once
@@ -35,10 +35,11 @@ def load_checkpoint(adapter: Adapter, folder: Path) -> None:
     """Let an attached adapter be what it was where ``save_checkpoint`` was called.
 
     Raises:
-        CheckpointError: a file is missing, or of another adapter or base.
+        CheckpointError: a file is missing, damaged, or of another adapter or base. Nothing has changed then.
     """
+    remembered = _remembered(adapter, folder)
     restore(adapter, folder / FOLDER)
-    load_training_state(adapter, folder)
+    _remember(adapter, *remembered)
 
 
 def save_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
@@ -61,23 +62,35 @@ def load_training_state(adapter: Adapter, folder: str | os.PathLike[str]) -> Non
     """Let a training go on where ``save_training_state`` was called; the weights are restored by themselves.
 
     Raises:
-        CheckpointError: the file is missing or of another adapter.
+        CheckpointError: the file is missing, damaged or of another adapter. Nothing has changed then.
     """
+    _remember(adapter, *_remembered(adapter, Path(folder)))
+
+
+def _remembered(adapter: Adapter, folder: Path) -> tuple[int | None, dict[tuple[str, str], Tensor]]:
+    """The number of the step, ``None`` where nothing is remembered, and (site, key) -> what was, checked."""
     if not keeps_state(adapter):
-        return
-    path = Path(folder) / FILE
+        return None, {}
+    path = folder / FILE
     if not path.is_file():
         method = next(site.method for site in adapter.sites.values() if site.method.keeps_state)
         raise CheckpointError(f"{path} is missing: {method} cannot go on without what it remembers of the training")
-    with safe_open(path, "pt") as file:
-        steps = (file.metadata() or {}).get("steps", "")
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    split = {name: tuple(name.rsplit("/", 1)) for name in found}
-    if not steps.isdigit() or (unknown := [name for name, (site, *_) in split.items() if site not in adapter.sites]):
-        what = f"names {unknown[0]}, which is no site" if steps.isdigit() else "does not say the step"
+    with undamaged(path):
+        metadata, found = read_tensors(path)
+    split = {(name.rpartition("/")[0], name.rpartition("/")[2]): tensor for name, tensor in found.items()}
+    steps = metadata.get("steps", "")
+    counted = steps.isdecimal() and len(steps) < 20
+    if not counted or (unknown := [site for site, _ in split if site not in adapter.sites]):
+        what = f"names {unknown[0]!r}, which is no site" if counted else "does not say the step"
         raise CheckpointError(f"{path} is of another adapter, or damaged: it {what}")
+    return int(steps), split
+
+
+def _remember(adapter: Adapter, steps: int | None, remembered: dict[tuple[str, str], Tensor]) -> None:
+    if steps is None:
+        return
     for site in adapter.sites.values():
         site.factors.memory.clear()
-    for name, (site, key) in split.items():
-        adapter.sites[site].factors.memory[key] = found[name]
-    adapter.steps = int(steps)
+    for (site, key), tensor in remembered.items():
+        adapter.sites[site].factors.memory[key] = tensor
+    adapter.steps = steps

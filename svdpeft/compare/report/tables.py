@@ -47,8 +47,16 @@ def table_csv(results: Results) -> str:
     text = io.StringIO()
     writer: csv.DictWriter[str] = csv.DictWriter(text, FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_flat(record) for record in results.records)
+    writer.writerows({key: _inert(cell) for key, cell in _flat(record).items()} for record in results.records)
     return text.getvalue()
+
+
+def _inert(cell: object) -> object:
+    """A text that a spreadsheet would run as a formula, behind the apostrophe that marks a text there."""
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", " ")  # which ends a line, and csv does not quote
+    return f"'{cell}" if cell.lstrip().startswith(("=", "+", "-", "@")) else cell
 
 
 def _flat(record: Record) -> Record:
