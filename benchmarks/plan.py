@@ -23,14 +23,14 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "plan.md"
 CASES = [
     ("smollm2-135m", "lora:rank=16", {"batch_size": 4, "length": 128}),
-    ("smollm2-135m", "pissa:rank=16", {"batch_size": 8, "length": 256}),
+    ("smollm2-135m", "pissa:rank=16", {"batch_size": 4, "length": 256}),
     ("smollm2-135m", "sorsa:rank=16", {"batch_size": 4, "length": 128, "dtype": "bfloat16"}),
     ("smollm2-135m", "svft:pattern=banded", {"batch_size": 4, "length": 128}),
-    ("smollm2-135m", "lora:rank=16", {"batch_size": 8, "length": 256, "checkpoint_activations": True}),
+    ("smollm2-135m", "lora:rank=16", {"batch_size": 4, "length": 256, "checkpoint_activations": True}),
     ("minilm-l6", "lora:rank=16", {"batch_size": 16, "length": 128, "num_classes": 3}),
-    ("dinov2-vits14", "pissa:rank=16", {"batch_size": 16, "image_size": 224, "num_classes": 10}),
+    ("dinov2-vits14", "pissa:rank=16", {"batch_size": 8, "image_size": 224, "num_classes": 10}),
     ("dinov2-vits14", "oft", {"batch_size": 16, "image_size": 98, "num_classes": 10}),
-    ("efficientnet-lite0", "pissa:rank=8", {"batch_size": 16, "image_size": 224, "num_classes": 10}),
+    ("efficientnet-lite0", "pissa:rank=8", {"batch_size": 8, "image_size": 224, "num_classes": 10}),
 ]
 RECIPE = ("batch_size", "checkpoint_activations")
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -70,7 +70,9 @@ def measure(model: str, method: str, options: dict[str, Any], threads: int) -> d
     def step() -> None:
         value, penalty = loss(call(base, batch), batch), adapter.penalty()
         (value if penalty is None else value + penalty).backward()
+        adapter.before_step(recipe.lr, 10)
         optimizer.step()
+        adapter.after_step(1.0)
         optimizer.zero_grad()
 
     step()
