@@ -160,7 +160,7 @@ def test_a_series_without_an_end(tmp_path: Path, rotating: Any, field: str):
     model = nn.Sequential(nn.Linear(4, 4))
     svdpeft.attach(model, rotating, ["0"]).save(tmp_path)
     rewrite(tmp_path, lambda header: header["sites"]["0"]["method"].update({field: 2**62}))
-    with refused(model, f"{field} {2**62} is above 1000", error=CheckpointError):
+    with refused(model, f"{field} {2**62} is outside [1, 1000]", error=CheckpointError):
         load(model, tmp_path)
 
 

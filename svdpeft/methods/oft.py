@@ -86,10 +86,8 @@ class OFT(Transform):
         check_block_size(self.block_size)
         if self.eps is not None and self.eps <= 0:
             raise ValueError(f"eps {self.eps} is not positive; None does not constrain the rotations")
-        if self.neumann is not None and self.neumann < 1:
-            raise ValueError(f"neumann {self.neumann} is below 1, the first power of Q; None solves exactly")
-        if self.neumann is not None and self.neumann > TERMS:  # one that a file says could take for ever
-            raise ValueError(f"neumann {self.neumann} is above {TERMS}; None solves exactly")
+        if self.neumann is not None and not 1 <= self.neumann <= TERMS:
+            raise ValueError(f"neumann {self.neumann} is outside [1, {TERMS}], the powers of Q; None solves exactly")
 
     def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> OFT:
         return dataclasses.replace(self, block_size=fitting(self.block_size, n, site, clip))

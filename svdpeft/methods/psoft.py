@@ -86,10 +86,8 @@ class PSOFT(Decomposed, Unscaled):
             raise ValueError(f"rotation {self.rotation!r} is not one of {', '.join(ROTATIONS)}")
         if self.vectors not in VECTORS:
             raise ValueError(f"vectors {self.vectors!r} is not one of {', '.join(VECTORS)}")
-        if self.terms < 1:
-            raise ValueError(f"terms {self.terms} is less than 1, the first power of the series")
-        if self.terms > TERMS:  # one that a file says could take for ever
-            raise ValueError(f"terms {self.terms} is above {TERMS}; rotation='cayley' solves exactly")
+        if not 1 <= self.terms <= TERMS:
+            raise ValueError(f"terms {self.terms} is outside [1, {TERMS}], the powers of the series")
         if self.bound is not None and not self.bound > 0:
             raise ValueError(f"bound {self.bound} is not positive; None is no bound")
 
