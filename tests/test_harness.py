@@ -240,7 +240,7 @@ def test_task_with_and_without_the_adapter(folder: Path, monkeypatch: pytest.Mon
         assert (one["low"], one["high"]) == pytest.approx(bounds(values))
         assert one["examples"] == 6
     calls, merge = [], Adapter.merge
-    monkeypatch.setattr(Adapter, "merge", lambda self: calls.append(self.name) or merge(self))
+    monkeypatch.setattr(Adapter, "merge", lambda self, **how: calls.append(self.name) or merge(self, **how))
     merged = read(*command, "--adapter", folder / "adapter", "--merged")
     assert calls == ["default"], "numbers alone do not tell"
     assert merged["items"]["loss"] == pytest.approx(items["loss"], rel=1e-4)

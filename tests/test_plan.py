@@ -1,5 +1,6 @@
 """``plan``: what a training would take, held against trainings that happen."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -81,11 +82,14 @@ def test_an_adapter_of_shapes_has_the_shapes_of_a_real_one(name):
 def allocated(model, adapter, batch, mixed_precision=None):
     """The most bytes that torch's allocator gives out in a step beyond what was there, counted by its profiler."""
     model.train()
+    gc.collect()  # what others have left is freed now, and not in between
+    gc.disable()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
             value = loss(call(model, batch), batch)
         penalty = adapter.penalty()
         (value if penalty is None else value + penalty).backward()
+    gc.enable()
     now = most = 0
     for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
         if event.name() == "[memory]":

@@ -138,8 +138,8 @@ def read_method(word: str) -> Method:
         ValueError: no such method or option, or a value that cannot be.
 
     Example:
-        >>> str(read_method("adamss:rank=2,clusters=[2,3]"))
-        'AdaMSS(rank=2)'
+        >>> str(read_method("svft:pattern=banded,off_diagonals=3"))
+        "SVFT(rank=None, pattern='banded', off_diagonals=3)"
     """
     name, *options = re.split(r"[:,](?![^\[]*\])", word.strip())
     return METHODS.make(name, read_values(options))
