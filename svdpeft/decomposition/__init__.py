@@ -1,6 +1,7 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
 from svdpeft.decomposition.cache import digest, svd_cache, svd_cache_until_attached, uncached
+from svdpeft.decomposition.canonical import canonical, canonical_signs, fixed_numbers
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.processes import own_share_first, processes
@@ -17,7 +18,6 @@ from svdpeft.decomposition.rotations import (
 from svdpeft.decomposition.svd import (
     SVD,
     Driver,
-    canonical_signs,
     check_matrix,
     check_rank,
     decomposing_on,
@@ -33,6 +33,7 @@ __all__ = [
     "Product",
     "band_count",
     "band_index",
+    "canonical",
     "canonical_signs",
     "cayley",
     "cayley_neumann",
@@ -44,6 +45,7 @@ __all__ = [
     "difference",
     "digest",
     "exact_rank",
+    "fixed_numbers",
     "kmeans",
     "minor_svd",
     "own_share_first",

@@ -2,6 +2,10 @@
 
     w ≈ u diag(s) vh        u (*b, m, r)    s (*b, r)    vh (*b, r, n)
 
+It is computed in float64 and rounded: in float32 the vectors of close singular values depend on the solver, and on its
+number of threads. Where values are equal a fixed rule chooses (``canonical``). So equal weights have equal factors up
+to rounding, on every machine, and a file needs no bases that can be found again.
+
 Sources: Eckart & Young 1936 (the best rank-r approximation); Halko, Martinsson & Tropp 2011, arXiv:0909.4061
 (the randomized driver); the sign rule is that of scikit-learn's ``svd_flip``.
 """
@@ -18,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdpeft.decomposition.cache import remembered
+from svdpeft.decomposition.canonical import TOLERANCE, canonical
 
 Driver = Literal["auto", "exact", "randomized"]
 DRIVERS = ("auto", "exact", "randomized")
@@ -75,7 +80,7 @@ def truncated_svd(
     """Return the ``rank`` leading singular triplets of each matrix in ``w``.
 
     Args:
-        w: matrices, shape (*b, m, n), any float dtype; computed in at least float32.
+        w: matrices, shape (*b, m, n), any float dtype; computed in float64.
         rank: number of triplets kept, 1 <= rank <= min(m, n); ``None`` keeps all.
         driver: ``"exact"`` (LAPACK or cuSOLVER), ``"randomized"`` (range finder with power iterations), or
             ``"auto"``: randomized where it is much cheaper, for min(m, n) >= 1024 and rank <= min(m, n) / 8.
@@ -83,8 +88,9 @@ def truncated_svd(
         where: name of the site, for the error messages.
 
     Returns:
-        The triplets in the compute dtype, on ``w``'s device, wherever they were computed. The largest-magnitude entry
-        of each column of ``u`` is positive, so equal weights give equal factors unless singular values coincide.
+        The triplets in at least float32, on ``w``'s device, wherever they were computed. The largest-magnitude entry of
+        each column of ``u`` is positive, and where singular values coincide the vectors are chosen by a fixed rule, so
+        equal weights give equal factors whatever the solver.
 
     Raises:
         ValueError: ``w`` is empty, not floating point, all zero, or holds a NaN or an infinity; ``rank`` or
@@ -104,11 +110,16 @@ def truncated_svd(
     w = w.detach().to(_DEVICE.get() or home, torch.promote_types(w.dtype, torch.float32))
     if driver == "auto":
         driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
-    if driver == "exact":
-        u, s, vh = remembered(w, "exact", rank, lambda: _exact(w, where))
-    else:
-        u, s, vh = remembered(w, f"rank{rank}-seed{seed}", rank, lambda: _randomized(w, rank, seed, where))
-    u, vh = canonical_signs(u, vh)
+    how = "exact-float64" if driver == "exact" else f"rank{rank}-seed{seed}-float64"
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        wide = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
+        found = _exact(wide, where) if driver == "exact" else _randomized(wide, rank, seed, where)
+        u, s, vh = canonical(*found, TOLERANCE[w.dtype])
+        count = rank if driver == "randomized" else s.shape[-1]
+        return u[..., :count].to(w), s[..., :count].to(w), vh[..., :count, :].to(w)
+
+    u, s, vh = remembered(w, how, rank, compute)
     return SVD(u.contiguous().to(home), s.clone().to(home), vh.contiguous().to(home))  # no view that keeps s alive
 
 
@@ -154,32 +165,14 @@ def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None
     return rank
 
 
-def canonical_signs(
-    u: Float[Tensor, "*b m r"], vh: Float[Tensor, "*b r n"]
-) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r n"]]:
-    """Flip pairs of singular vectors so that the largest-magnitude entry of each column of ``u`` is positive.
-
-    Example:
-        >>> canonical_signs(torch.tensor([[-1.0], [0.0]]), torch.tensor([[0.0, 2.0]]))
-        (tensor([[1.],
-                [-0.]]), tensor([[-0., -2.]]))
-    """
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))  # (*b, 1, r)
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
-    return u * sign, vh * sign.mT
-
-
 def _exact(w: Float[Tensor, "*b m n"], where: str) -> SVD:
-    """Full thin SVD; where the solver does not converge, again in float64, then through the Gram matrix."""
-    try:
-        return SVD(*torch.linalg.svd(w, full_matrices=False))
-    except torch.linalg.LinAlgError:
-        pass
-    try:
-        driver = "gesvd" if w.is_cuda else None
-        return SVD(*(t.to(w.dtype) for t in torch.linalg.svd(w.double(), full_matrices=False, driver=driver)))
-    except torch.linalg.LinAlgError:
-        return SVD(*(t.to(w.dtype) for t in _gram(w.double(), where)))
+    """Full thin SVD in float64; where the solver does not converge, by another, then through the Gram matrix."""
+    for driver in (None, "gesvd") if w.is_cuda else (None,):
+        try:
+            return SVD(*torch.linalg.svd(w, full_matrices=False, driver=driver))
+        except torch.linalg.LinAlgError:
+            pass
+    return _gram(w, where)
 
 
 def _gram(w: Float[Tensor, "*b m n"], where: str) -> SVD:

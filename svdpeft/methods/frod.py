@@ -21,9 +21,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import Product, canonical_signs, check_matrix, scatter_core
+from svdpeft.decomposition import Product, canonical, canonical_signs, check_matrix, scatter_core, truncated_svd
 from svdpeft.methods.base import Factors, Given, Reference, Tensors, Unscaled, generator
 from svdpeft.registry import METHODS
+
+EQUAL = 1e-10  # eigenvalues that are closer, relative to the largest, are one: inverses have lost that many digits
 
 
 @METHODS.register("frod")
@@ -146,12 +148,14 @@ def joint_basis(sites: Sequence[Given], ridge: float) -> Tensor:
         r = torch.linalg.qr(torch.cat([r, site.weight().double().flatten(0, -2)]), mode="r").R
     size, count = r.diagonal().abs(), sum(site.shape[0] for site in sites)
     if count == 1 or len(r) < n or size.min() <= n * torch.finfo(torch.float64).eps * size.max():
-        v = torch.linalg.svd(r, full_matrices=True).Vh.mT
+        square = torch.cat([r, r.new_zeros(n - len(r), n)])  # all n right vectors, where there are fewer rows
+        v = truncated_svd(square, None, "exact", where=sites[0].name).vh.mT
     else:
         total, identity = torch.zeros_like(r), torch.eye(n, dtype=r.dtype, device=r.device)
         matrices = (w for site in sites for w in site.weight().double().reshape(-1, *site.shape[1:]))
         for w in matrices:
             q = torch.linalg.solve_triangular(r, w, upper=True, left=False)
             total += torch.linalg.inv(q.mT @ q + ridge * identity)
-        v = r.mT @ torch.linalg.eigh(total / count).eigenvectors
+        values, vectors = (t.flip(-1) for t in torch.linalg.eigh(total / count))
+        v = r.mT @ canonical(vectors, values, vectors.mT, EQUAL)[0].flip(-1)
     return canonical_signs(v, v.mT)[0]
