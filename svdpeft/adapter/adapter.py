@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter import steering
 from svdpeft.adapter.dequantising import dequantise, quantise_again, stay_plain
+from svdpeft.adapter.deriving import Bases
 from svdpeft.adapter.file import Source, State
 from svdpeft.adapter.pretrained import SavePretrained, plain
 from svdpeft.adapter.reach import run_once, unwatch
@@ -492,13 +493,20 @@ class Adapter:
             self._to(before)
             raise
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], bases: Bases = "auto") -> None:
         """Write the adapter into the folder ``path``, replacing an adapter that is there.
 
         What is saved does not depend on whether it is merged or folded. A crash leaves the old folder or the new one.
 
+        Args:
+            path: of the folder.
+            bases: whether the file holds frozen bases. ``"derived"``: no, they are found again in the weights at load,
+                which costs decompositions, and proved to be the same. ``"stored"``: yes. ``"auto"``: not those that
+                take more than a quarter of the bytes of their weights (SVFT, SVF, SVDiff), where they can be found.
+
         Raises:
             FileExistsError: ``path`` exists and is not an adapter folder.
             RuntimeError: the adapter is detached.
+            ValueError: ``"derived"``, and a site's bases cannot be found again.
         """
-        save(self.contents(), path)
+        save(self.contents(), path, bases)

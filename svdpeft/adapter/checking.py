@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svdpeft.adapter.deriving import found_again
 from svdpeft.adapter.file import (
     PLACE_KEYS,
     SITE_KEYS,
@@ -27,7 +29,8 @@ from svdpeft.adapter.file import (
     undamaged,
 )
 from svdpeft.adapter.growing import Growth
-from svdpeft.adapter.roster import adapted, base_weight
+from svdpeft.adapter.origin import Origin
+from svdpeft.adapter.roster import records
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.heads import Heads
 from svdpeft.layers.part import Part
@@ -49,6 +52,7 @@ def checked(
     rename: Mapping[str, str] = MappingProxyType({}),
     grows: bool = True,
     verify: bool = False,
+    weights: Callable[[nn.Module, str], BaseWeight] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Parts]]:
     """Read an adapter and hold it against the model: the header, and what ``install`` wants.
 
@@ -62,6 +66,7 @@ def checked(
         rename: beginnings of the names in the source -> those of the model.
         grows: whether embeddings may get rows.
         verify: whether the source must be as it was written, bit for bit.
+        weights: gives the record of a parameter, by its owner and its name there, for a model without values.
 
     Raises:
         CheckpointError: as ``load`` does.
@@ -73,7 +78,7 @@ def checked(
         growth = Growth.of(model, header, tensors, path) if grows else None
     with nullcontext() if growth is None else growth:
         with undamaged(path, "the header of "):
-            parts = _parts(model, header, tensors, path, check_base)
+            parts = _parts(model, header, tensors, path, check_base, weights)
         yield header, parts
 
 
@@ -86,17 +91,24 @@ class Parts(NamedTuple):
     values: dict[str, Tensor]
 
 
-def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path, check_base: bool) -> Parts:
+def _parts(
+    model: nn.Module,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Path,
+    check_base: bool,
+    weights: Callable[[nn.Module, str], BaseWeight] | None,
+) -> Parts:
     if not isinstance(header["name"], str) or not header["name"] or "." in header["name"]:
         raise ValueError(f"the name is {header['name']!r}")
     if not isinstance(header["skipped"], dict) or header["batch_norm"] not in ("train", "frozen"):
         raise TypeError(f"skipped is {header['skipped']!r}, batch_norm {header['batch_norm']!r}")
     pairs = list(zip(header["patterns"], [method_in(entry, path) for entry in header["methods"]], strict=True))
     modules, users = dict(model.named_modules()), users_of_parameters(model)
-    remaining, built, checked, others = dict(tensors), [], set(), adapted()
+    remaining, built, checked, record = dict(tensors), [], set(), functools.cache(records())
     other: list[tuple[str, str, str]] = []  # weights in another precision
     groups: dict[str, dict[str, Tensor]] = {}
-    found: dict[str, tuple[list[Place], PerSite]] = {}
+    found: dict[str, Choice] = {}
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -104,12 +116,13 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
         if not isinstance(method, PerSite):
             raise ValueError(f"{site} has the method {method}, which adapts no site")
         places = [_place(modules, place, entry["part"], site, path) for place in entry["places"]]
-        found[site] = places, method
+        found[site] = Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"])
     free = free_parts(
-        (id(stored(places[0].module, places[0].parameter)), method, places[0].kind) for places, method in found.values()
+        (id(stored(c.places[0].module, c.places[0].parameter)), c.method, c.places[0].kind) for c in found.values()
     )
+    left_out = found_again(list(found.values()), header["sites"], weights or record, path)
     for site, entry in header["sites"].items():
-        places, method = found[site]
+        places, method = found[site].places, found[site].method
         first = places[0]
         parameter = stored(first.module, first.parameter)
         there = {(place["layer"], place["parameter"]) for place in entry["places"]}
@@ -117,20 +130,20 @@ def _parts(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor],
         alone = there < set(here) and all(place.can_call for place in places)  # the update is in its own output
         if set(here) != there and not alone:
             raise CheckpointError(f"{path}: the weight of {site} is used by {sorted(there)} there, {here} here")
-        record = base_weight(first.module, first.parameter, others)
-        weight = record.original
+        base = record(first.module, first.parameter)
+        weight = base.original
         unseen = check_base and id(parameter) not in checked  # the parts of a fused weight have one hash
-        if check_weight(site, entry, record, path, unseen, free[id(parameter)]):
+        if check_weight(site, entry, base, path, unseen, free[id(parameter)]):
             other.append((site, entry["dtype"], str(weight.dtype)))
         checked.add(id(parameter))
-        own = _take(remaining, site, entry["tensors"], path)
+        own = {**_take(remaining, site, entry["tensors"], path), **left_out.get(site, {})}
         tied = _tied(site, entry["tied"], own, method, groups)
         shape = first.kind.to_matrix(first.module, weight).shape
         factors = Factors(own, method.trains, tied, (math.prod(shape[:-2]), shape[-2], shape[-1]))
         _check_fit(site, method, factors, shape, path)
-        built.append(
-            (Choice(site, places, method, "" if entry["part"] is None else entry["part"]["name"]), method, factors)
-        )
+        if site in left_out:
+            factors.origin = Origin.from_json(entry["derived"], entry["sample"])
+        built.append((found[site], method, factors))
     places, values = _whole_tensors(model, header, remaining, path)
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")

@@ -1,7 +1,8 @@
 """The adapter file: one folder with ``adapter.safetensors`` (tensors) and ``adapter.json`` (everything else).
 
-A file is complete: it holds frozen factors and start values too, so loading decomposes nothing and depends on no random
-state. It names the base it was made for by a hash of every adapted weight, and refuses another.
+It holds frozen factors and start values too, so that loading decomposes nothing and depends on no random state; or,
+where those are large, what they are found again by (``deriving``). It names the base it was made for by a hash of every
+adapted weight, and refuses another.
 
 The tensors' file carries the header as well, and is all that is read: two files cannot be replaced in one step, so that
 a crash, or another process, may leave one of another save, or none, beside it. ``adapter.json`` is for people, and for
@@ -24,13 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from svdpeft.adapter.packing import unpacked
 from svdpeft.decomposition import digest
 from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Method, PerSite, Transform
 from svdpeft.registry import METHODS
 from svdpeft.sites.site import Site
 
-FORMAT = 3
+FORMAT, WITHOUT_BASES = 3, 4  # the second leaves out what can be found again in the weights
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
 FOLDER = "adapter"  # of an adapter beside other things, as in a trainer's checkpoint
 KEYS = {"name", "methods", "patterns", "sites", "whole", "skipped", "batch_norm"}  # of the header
@@ -206,17 +208,20 @@ def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str
             inner = where / FOLDER
             where = inner if not (where / TENSORS).is_file() and (inner / TENSORS).is_file() else where
             header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in (FORMAT, WITHOUT_BASES):
         version = header.get("format") if isinstance(header, dict) else None
         raise CheckpointError(
-            f"the header of {where} has format {version}; this version of svdpeft reads format {FORMAT}"
+            f"the header of {where} has format {version}; this version of svdpeft reads format {FORMAT} and "
+            f"{WITHOUT_BASES}"
         )
     if missing := KEYS - header.keys():
         raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
     if verify:
         with undamaged(where, "the header of "):
             _verify(header, tensors, where)
-    return header, tensors, where
+    with undamaged(where):
+        packed = {name: unpacked(tensors[name], shape) for name, shape in header.get("packed", {}).items()}
+    return header, tensors | packed, where
 
 
 def _verify(header: dict[str, Any], tensors: dict[str, Tensor], where: Path) -> None:

@@ -13,6 +13,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
 from svdpeft.adapter.checking import Parts, checked
+from svdpeft.adapter.deriving import check_same
 from svdpeft.adapter.file import (
     CheckpointError,
     Source,
@@ -24,7 +25,7 @@ from svdpeft.adapter.file import (
 )
 from svdpeft.adapter.roster import ROSTER, held_elsewhere
 from svdpeft.sites.normalisation import running_statistics
-from svdpeft.sites.shards import check_whole, reshard, shape_of, write
+from svdpeft.sites.shards import check_whole, gathered, reshard, shape_of, write
 from svdpeft.sites.weights import stored
 from svdpeft.targets.wrappers import unwrapped
 
@@ -39,7 +40,10 @@ def load(
     rename: Mapping[str, str] = MappingProxyType({}),
     verify: bool = False,
 ) -> Adapter:
-    """Attach a saved adapter to the base it was made for. Nothing is decomposed.
+    """Attach a saved adapter to the base it was made for.
+
+    Nothing is decomposed where the file holds the bases. Where it does not they are found again in the weights, which
+    costs one decomposition per site, or the reading of it in an ``svd_cache`` block.
 
     Args:
         model: the base; unchanged if anything is wrong with the file.
@@ -47,7 +51,7 @@ def load(
             ``adapter.safetensors`` alone; or what ``Adapter.state_dict`` gave.
         name: of the adapter in this model; default the name it was saved under.
         check_base: refuse a base whose adapted weights differ in a single bit; the same weights in another precision
-            are loaded with a warning.
+            are loaded with a warning. A file without bases is for the very weights alone, whatever is said here.
         enabled: ``False`` leaves it off, so that the model goes on computing what it did: with another adapter, say.
         rename: where the modules of this model have other names than those that it was saved from: beginnings of the
             names there -> here, ``{"model.": "backbone."}``.
@@ -56,7 +60,7 @@ def load(
 
     Raises:
         CheckpointError: no adapter there, a cut-off file, another format version, another base, a missing or extra
-            tensor, a wrong shape, another digest.
+            tensor, a wrong shape, another digest; bases that do not come out as they were.
     """
     model = unwrapped(model)
     check_whole(model, "load")
@@ -109,11 +113,14 @@ def _targets(
             raise CheckpointError(f"{path} was saved with another method at {name}: {', '.join(changed)} differs")
         if there and there["hash"] != site.weight.identity(free[id(site.weight)]).hash:
             raise CheckpointError(f"{path} was saved for another base: the weight of {name} differs")
-    factors = {
-        f"{name}/{role}": tensor
-        for name, (tensors, _) in held(adapter.sites).items()
-        for role, tensor in tensors.items()
-    }
+    left_out = {name: entry["derived"]["products"] for name, entry in header["sites"].items() if "derived" in entry}
+    factors = {}
+    for name, (tensors, _) in held(adapter.sites).items():
+        for role, tensor in tensors.items():
+            if (expected := left_out.get(name, {}).get(role)) is None:
+                factors[f"{name}/{role}"] = tensor
+            else:
+                check_same(name, role, gathered(tensor), expected, path)
     own = {name: adapter.own[name] for name in adapter.own.places if name in saved or name in adapter.whole}
     places = factors | own
     if places.keys() != saved.keys():

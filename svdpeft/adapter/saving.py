@@ -8,10 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdpeft.adapter.file import DIGESTS, FORMAT, HEADER, TENSORS, State, check_ours, free_of, held, identified
+from svdpeft.adapter.deriving import Bases, derived
+from svdpeft.adapter.file import (
+    DIGESTS,
+    FORMAT,
+    HEADER,
+    TENSORS,
+    WITHOUT_BASES,
+    State,
+    check_ours,
+    free_of,
+    held,
+    identified,
+)
+from svdpeft.adapter.packing import packed
 from svdpeft.atomic import replacing
 from svdpeft.decomposition import digest
 from svdpeft.methods.base import Method
@@ -43,7 +57,7 @@ class Contents(NamedTuple):
     batch_norm: str
 
 
-def save(contents: Contents, path: str | os.PathLike[str]) -> None:
+def save(contents: Contents, path: str | os.PathLike[str], bases: Bases) -> None:
     """Write an adapter into the folder ``path``: two files, beside whatever else is in it.
 
     Each is written under a temporary name and moved. The tensors carry the header, and that is what is read: a crash in
@@ -55,15 +69,16 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     Args:
         contents: of the adapter.
         path: of the folder; it is made where it is missing.
+        bases: as for ``Adapter.save``.
 
     Raises:
         FileExistsError: ``path`` is a file, or one of the two files there is not one that svdpeft has written.
-        ValueError: a value is not finite.
+        ValueError: a value is not finite; bases that cannot be left out.
     """
     path = Path(path)
     check_ours(path)
     reshard(contents.model.modules())  # or, after an evaluation, some weights are whole and this looks like one process
-    tensors, metadata = to_state(contents)
+    tensors, metadata = to_state(contents, bases)
     header = json.loads(metadata[HEADER])
 
     def write_files() -> None:
@@ -74,7 +89,7 @@ def save(contents: Contents, path: str | os.PathLike[str]) -> None:
     write_once(contents.model, write_files)
 
 
-def to_state(contents: Contents) -> State:
+def to_state(contents: Contents, bases: Bases = "stored") -> State:
     """Return what is written: copies of the tensors, and the header."""
     names = {id(module): name for name, module in contents.model.named_modules()}
     for site in contents.sites.values():
@@ -82,8 +97,15 @@ def to_state(contents: Contents) -> State:
     free = free_of(contents.sites.values())
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
+    left_out = derived(contents.sites, free, bases)
+    small: dict[str, list[int]] = {}  # whole numbers that are packed, beside bases that are left out
     for (name, site), (factors, tied) in zip(contents.sites.items(), held(contents.sites).values(), strict=True):
-        tensors |= {f"{name}/{role}": _copy(t) for role, t in factors.items()}
+        out = left_out.get(name)
+        factors = {role: t for role, t in factors.items() if role not in (out or ())}
+        for role, t in factors.items():
+            if out is not None and t.dtype == torch.int64:
+                small[f"{name}/{role}"] = list(t.shape)
+            tensors[f"{name}/{role}"] = packed(t) if f"{name}/{role}" in small else _copy(t)
         base = site.weight.identity(free[id(site.weight)])
         sites[name] = {
             **_describe(site, names),
@@ -95,6 +117,8 @@ def to_state(contents: Contents) -> State:
             "tensors": {role: list(shape_of(t)) for role, t in factors.items()},
             "tied": tied,  # role -> the site, this one or an earlier one, that holds the tensor
         }
+        if out is not None:
+            sites[name]["derived"] = site.factors.origin.to_json(out)
     tensors |= {n: _copy(t) for n, t in contents.values.items()}
     if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise ValueError(
@@ -102,7 +126,7 @@ def to_state(contents: Contents) -> State:
             "training has diverged, and nothing is written"
         )
     header = {
-        "format": FORMAT,
+        "format": WITHOUT_BASES if left_out else FORMAT,
         "name": contents.name,
         "methods": [method.to_json() for _, method in contents.rules],
         "patterns": [pattern for pattern, _ in contents.rules],
@@ -111,6 +135,7 @@ def to_state(contents: Contents) -> State:
         "skipped": dict(contents.skipped),
         "batch_norm": contents.batch_norm,
         DIGESTS: {name: digest(tensor) for name, tensor in tensors.items()},
+        **({"packed": small} if small else {}),
     }
     return State(tensors, {HEADER: json.dumps(identified(header))})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,13 +71,14 @@ def changes(skeleton: Skeleton, adapters: Sequence[tuple[Path, float]]) -> dict[
         ValueError: a tensor that the folder does not have as the model does, one that another layer has, too, or that
             one adapter adapts and another trains whole.
     """
-    for path, _ in adapters:  # once before the others are held against the model that one of them may let grow
-        with checked(skeleton.model, path, check_base=False):
+    here = functools.cache(skeleton.record)
+    for path, _ in adapters[1:] and adapters:  # once before the others are held against the model that one may let grow
+        with checked(skeleton.model, path, check_base=False, weights=here):
             pass
     found: dict[int, Change] = {}  # by the identity of the model's tensor
     records: dict[int, Any] = {}
     for path, weight in adapters:
-        with checked(skeleton.model, path, check_base=False) as (header, parts):
+        with checked(skeleton.model, path, check_base=False, weights=here) as (header, parts):
             sites = _sites(skeleton, parts, records)
         free = free_of(sites)
         for site in sites:

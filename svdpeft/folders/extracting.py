@@ -135,7 +135,7 @@ def extract(
         raise ValueError(f"{tuned} has the weights of {base}: there is no difference to extract")
     whole = [n for n in values if n in parameters]
     pairs = [(site.name, site.method) for site in sites.values()]
-    save(Contents(name, here.model, pairs, sites, whole, values, choices.skipped, "train"), out)
+    save(Contents(name, here.model, pairs, sites, whole, values, choices.skipped, "train"), out, "stored")
     return Extracted({site.name: site.factors.L.shape[-1] for site in sites.values()}, errors, tuple(values))
 
 

@@ -27,7 +27,7 @@ def keeps_state(adapter: Adapter) -> bool:
 
 def save_checkpoint(adapter: Adapter, folder: Path) -> None:
     """Write the adapter into a trainer's checkpoint, and what its methods remember beside it."""
-    adapter.save(folder / FOLDER)
+    adapter.save(folder / FOLDER, bases="stored")  # a training goes on with the very bits
     save_training_state(adapter, folder)
 
 

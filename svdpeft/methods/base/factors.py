@@ -41,6 +41,7 @@ class Factors(nn.Module):
         super().__init__()
         self.trains, self.tied, self.shape = tuple(trains), tuple(tied or ()), shape
         self._shared = {} if tied is None else tied  # one mapping in all sites of a group
+        self.origin: Any = None  # what the site was started from, where that is known
         self.memory: Tensors = {}  # what a method keeps from step to step: of a training, not of the adapter
         self._seen: list[tuple[int, int]] | None = None
         for name, tensor in tensors.items():
