@@ -10,6 +10,7 @@ import torch
 from helpers import close, differs, equal_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from solvers import another_solver
 from torch import Tensor
 
 from svdpeft.decomposition import (
@@ -191,30 +192,6 @@ def test_a_zero_matrix_within_a_batch_is_fine(driver: Any):
 
 
 # -- the solver's choice -------------------------------------------------------------------------------------
-
-
-def another_solver(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
-    """Let torch.linalg.svd make every choice that it is free to make at random: signs, clusters, kernels."""
-    real, random = torch.linalg.svd, torch.Generator().manual_seed(seed)
-
-    def turned(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, size, generator=random, **F64)).Q
-
-    def solve(w: Tensor, full_matrices: bool = True, driver: Any = None) -> Any:
-        u, s, vh = real(w, full_matrices=full_matrices)
-        for left, values, right in zip(
-            u.view(-1, *u.shape[-2:]), s.view(-1, s.shape[-1]), vh.view(-1, *vh.shape[-2:]), strict=True
-        ):
-            start = 0
-            for end in range(1, len(values) + 1):
-                if end == len(values) or values[start] - values[end] > 1e-13 * values[0]:
-                    turn = turned(end - start)
-                    left[:, start:end] = left[:, start:end] @ turn
-                    right[start:end] = (turned(end - start) if values[start] < 1e-13 else turn).mT @ right[start:end]
-                    start = end
-        return u, s, vh
-
-    monkeypatch.setattr(torch.linalg, "svd", solve)
 
 
 def matrix(values: list[float], m: int, n: int, batch: tuple[int, ...] = ()) -> Tensor:

@@ -91,7 +91,7 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
         }
         if i % 3:
             adapter.fold() if i % 2 else adapter.merge()  # what is saved does not depend on it
-        adapter.save(folder / "adapter")
+        adapter.save(folder / "adapter", bases="stored")
         if adapter.state == "folded":
             adapter.unfold()
         if adapter.state == "attached":

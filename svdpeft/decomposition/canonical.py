@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-8, torch.float64: 1e-12}  # by what the vectors are wanted in
+TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}  # by what the vectors are wanted in
 TIE = 1e-6  # entries of a vector that differ by less, relative to the largest, are equally large
 
 
