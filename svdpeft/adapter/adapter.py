@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter import steering
 from svdpeft.adapter.dequantising import dequantise, quantise_again, stay_plain
-from svdpeft.adapter.deriving import Bases
+from svdpeft.adapter.deriving import Bases, cost
 from svdpeft.adapter.file import Source, State
 from svdpeft.adapter.pretrained import SavePretrained, plain
 from svdpeft.adapter.reach import run_once, unwatch
@@ -139,9 +139,11 @@ class Adapter:
         return self.unreached
 
     def summary(self) -> str:
-        """Return a table of every site, its shape, kind and trainable count, and of what was left and why."""
+        """Return a table of every site, its shape, kind and trainable count, of what was left and why, and what a
+        load costs where the file holds no bases.
+        """
         short = lowered(self.methods, self.sites)
-        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped, short)
+        return summarise(repr(self), self.model, self.sites, self.whole, self.skipped, short, cost(self.sites))
 
     def __repr__(self) -> str:
         methods = ", ".join(dict.fromkeys(map(str, self.methods)))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from svdpeft.adapter.building import given
-from svdpeft.adapter.file import CheckpointError, held
+from svdpeft.adapter.file import CheckpointError, free_of, held
 from svdpeft.adapter.origin import Origin, frozen
 from svdpeft.decomposition.fingerprints import agrees
 from svdpeft.layers.base import LayerKind
@@ -42,7 +42,7 @@ def derived(
         sites: of the adapter.
         free: what of the weights does not matter to it, by weight.
         bases: ``"auto"``, ``"stored"`` or ``"derived"``.
-        sure: look at every frozen tensor, whether it is still what attaching made; a summary need not.
+        sure: look at every weight and frozen tensor, whether it is still what it was; a summary need not.
 
     Raises:
         ValueError: another word; ``"derived"``, and the bases of a site cannot be found again.
@@ -65,6 +65,18 @@ def derived(
         elif bases == "derived":
             raise ValueError(f"the bases of {name} cannot be left out of a file: {why}; save(bases='stored')")
     return found
+
+
+def cost(sites: Mapping[str, Site]) -> str:
+    """What a load of the adapter costs where it is saved as it is by default, in a sentence; empty: nothing."""
+    left_out = derived(sites, free_of(sites.values()), "auto", sure=False)
+    matrices = sum(sites[name].shape[0] for name in left_out)
+    if not matrices:
+        return ""
+    return (
+        f"saved without the bases of {len(left_out)} sites: a load finds them again in {matrices} decompositions, "
+        "which an svd_cache keeps; save(bases='stored') keeps them in the file"
+    )
 
 
 def _thick(sites: Mapping[str, Site], out: Mapping[str, list[str]]) -> bool:
@@ -91,9 +103,11 @@ def _reason(site: Site, free: Sequence[LayerKind], roles: Sequence[str], sure: b
         return "this adapter was not attached, but came from a file or another adapter with all its tensors"
     if free:
         return "values of its weight are another site's, and change"
+    if not sure:
+        return ""
     if origin.sample != site.weight.identity().sample:
         return "its weight has changed since it was adapted"
-    if sure and not all(agrees(getattr(site.factors, role), origin.products.get(role, ())) for role in roles):
+    if not all(agrees(getattr(site.factors, role), origin.products.get(role, ())) for role in roles):
         return "they are not what attaching made any more"
     return ""
 

@@ -28,6 +28,7 @@ def summarise(
     whole: Mapping[str, tuple[nn.Module, str]],
     skipped: Mapping[str, str],
     lowered: Sequence[str] = (),
+    note: str = "",
 ) -> str:
     """Return the table as plain text.
 
@@ -38,6 +39,7 @@ def summarise(
         whole: what of the base it trains whole.
         skipped: weight -> why it was left.
         lowered: sites whose rank was too large for their matrix.
+        note: a line about the file.
     """
     table = Table(box=None, pad_edge=False)
     for column in ("site", "shape", "kind", "method", "path", "trainable"):
@@ -69,6 +71,8 @@ def summarise(
         names = Counter(map(_blocks, lowered))
         shown = ", ".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in names.items())
         lines.append(f"rank lowered to what the matrix has: {shown}")
+    if note:
+        lines.append(note)
     left = Counter((_blocks(name), reason) for name, reason in skipped.items())
     vectors = _vectors(model, whole)
     if left or vectors:

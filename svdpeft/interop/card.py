@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.deriving import cost
 from svdpeft.methods.base import Method
 
 CARD = "README.md"
@@ -60,6 +61,8 @@ def card(
         + (f", {len(adapter.whole)} parameters trained whole" if adapter.whole else "")
         + ".\n"
     )
+    if what := cost(adapter.sites):
+        lines.append(f"It is {what}.\n")
     options = options or {}
     imports = (
         "import torch\n\n" * any(isinstance(value, torch.dtype) for value in options.values()) + "import svdpeft\n"
