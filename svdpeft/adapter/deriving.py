@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from svdpeft.adapter.building import given
 from svdpeft.adapter.file import CheckpointError, free_of, held
@@ -159,7 +160,7 @@ def found_again(
         tied = share(method.share([_given(c, entries[c.name], record, path) for c in group]), method.trains)
         shared |= {choice.name: tied for choice in group}
     found = {}
-    for choice in mine:
+    for choice in tqdm(mine, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         start = _given(choice, entries[choice.name], record, path).sharing(shared.get(choice.name, {}))
         try:
             tensors = choice.method.factors(start).tensors()

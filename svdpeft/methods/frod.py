@@ -37,7 +37,7 @@ class FRoD(Unscaled):
         Where rank is the limit and memory is not: each site keeps U, as large as its weight, each module type an n×n V,
         and a forward builds an n×n core per site. The start reads the weights one at a time and works in float64 on
         some ten n×n matrices. A module type with fewer rows in all than columns has directions without any weight:
-        their coefficients get no gradient. The basis depends on every layer of the type: it is in the file.
+        their coefficients get no gradient. The basis depends on every layer of the type.
 
     Paper and code:
         The paper and its code put U (diag(λ) + S) Vᵀ in the place of W0, off it by the error of the solve; here the
