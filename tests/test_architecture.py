@@ -34,7 +34,7 @@ TIERS = [
 ]
 ARROWS = 103  # between parts: a new one is a decision, and docs/architecture.md says the number
 LONGEST = 350  # lines of a file
-LONGER = {"svdpeft.adapter.adapter": 517}  # half of it are the docstrings of what users call
+LONGER = {"svdpeft.adapter.adapter": 515}  # half of it are the docstrings of what users call
 
 
 def module(file: Path) -> str:

@@ -89,7 +89,7 @@ def _thick(sites: Mapping[str, Site], out: Mapping[str, list[str]]) -> bool:
         tensors = [site.factors.get_parameter(role) for role in roles if role not in starts]
         bases += sum(count(t) * t.element_size() for t in tensors)
         batch, m, n = site.shape
-        weights += batch * m * n * site.weight.stored.element_size()
+        weights += batch * m * n * site.weight.dtype.itemsize
     return bases > SHARE * weights
 
 
