@@ -210,10 +210,8 @@ def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str
             header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
     if not isinstance(header, dict) or header.get("format") not in (FORMAT, WITHOUT_BASES):
         version = header.get("format") if isinstance(header, dict) else None
-        raise CheckpointError(
-            f"the header of {where} has format {version}; this version of svdpeft reads format {FORMAT} and "
-            f"{WITHOUT_BASES}"
-        )
+        known = f"this version of svdpeft reads format {FORMAT} and {WITHOUT_BASES}"
+        raise CheckpointError(f"the header of {where} has format {version}; {known}")
     if missing := KEYS - header.keys():
         raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
     if verify:
