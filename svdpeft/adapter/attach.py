@@ -194,8 +194,9 @@ def install(
     for site in sites.values():
         site.install(name)
     if processes()[1] > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
-        for weight, free in ((site.weight, free_of(sites.values())[id(site.weight)]) for site in sites.values()):
-            weight.identity(free)
+        free = free_of(sites.values())
+        for site in sites.values():
+            site.weight.identity(free[id(site.weight)])
     roster.freeze()
     if sites:
         watch(model, roster.sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -13,9 +14,8 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.adapter.file import held
 from svdpeft.adapter.quantising import quantisable
-from svdpeft.calibration.calibrate import calibrate
 from svdpeft.finetuning.replay import Calls
-from svdpeft.finetuning.session import call, loss, recompute
+from svdpeft.finetuning.session import recompute, seen_by
 from svdpeft.finetuning.tracing import STATES, StepMemory, shapes_only, trace_step, without_values
 from svdpeft.layers.quantising import scheme_named
 from svdpeft.methods.base import Method, PerSite
@@ -129,14 +129,13 @@ def plan(
         batch = _batch(loaded, recipe.batch_size, length, getattr(torch, dtype))
         seen = None
         if isinstance(method, PerSite) and method.needs:
-            of = {"inputs": method.needs != "gradients", "gradients": method.needs == "gradients"}
-            seen = calibrate(base, [batch], targets, exclude, loss=loss, call=call, mask=lambda batch: None, **of)
-        with calls:
+            seen = seen_by(base, method, [batch], targets, exclude, mask=lambda batch: None)
+        with calls if timed else nullcontext():
             adapter = attach(base, method, targets, exclude, [*new, *train], clip_rank=True, calibration=seen)
         memory = trace_step(mode, adapter, batch, recipe.accumulate, recipe.mixed_precision, optimizer)
     memory = replace(memory, weights=memory.weights - saved, step=memory.step + largest)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    gradients = sum(parameter.nbytes for parameter in trained)
     return Plan(
         model=model,
         parameters=parameters,
@@ -180,7 +179,7 @@ def _ids(*size: int) -> Tensor:
 def _written(adapter: Adapter) -> int:
     """Bytes of the tensors in the adapter's file."""
     factors = [tensor for tensors, _ in held(adapter.sites).values() for tensor in tensors.values()]
-    return sum(t.numel() * t.element_size() for t in [*factors, *(adapter.own[name] for name in adapter.whole)])
+    return sum(tensor.nbytes for tensor in [*factors, *(adapter.own[name] for name in adapter.whole)])
 
 
 def _sharded(model: nn.Module, memory: StepMemory, gradients: int, devices: int) -> int:
@@ -201,4 +200,4 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,9 +205,25 @@ def calibration(
             batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
             yield {name: value.to(device) for name, value in batch.items()}
 
+    return seen_by(model, method, batches(), targets, exclude)
+
+
+def seen_by(
+    model: nn.Module, method: PerSite, batches: Iterable[Any], targets: Any, exclude: Sequence[str], **more: Any
+) -> Calibration:
+    """What ``calibrate`` sees for a method: the inputs of the layers, or the gradients of the loss.
+
+    Args:
+        model: the base.
+        method: which needs one of the two.
+        batches: of training data.
+        targets: what is adapted.
+        exclude: what is not.
+        **more: arguments of ``calibrate``.
+    """
     gradients = method.needs == "gradients"
     return calibrate(
-        model, batches(), targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call
+        model, batches, targets, exclude, inputs=not gradients, gradients=gradients, loss=loss, call=call, **more
     )
 
 

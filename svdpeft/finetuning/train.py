@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers.trainer_utils import get_last_checkpoint
 
 from svdpeft.adapter.adapter import Adapter
@@ -98,7 +100,7 @@ class Training:
         recipe, data, collate = self.order.recipe, self.session.data.train, self.session.data.collate
         with torch.random.fork_rng(devices=[]):
             some: list[Any] = [data[i] for i in range(min(len(data), max(recipe.batch_size, SEEN)))]  # type: ignore[arg-type]
-        some.sort(key=lambda example: -sum(torch.as_tensor(value).numel() for value in example.values()))
+        some.sort(key=lambda example: -sum(leaf.numel() for leaf in tree_leaves(example) if isinstance(leaf, Tensor)))
         batch = collate(some[: recipe.batch_size])
         try:
             with shapes_only() as mode:
