@@ -182,13 +182,13 @@ def start_fsdp_on_a_cpu() -> None:
 def main(folder: Path, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     decomposed: Counter[str] = Counter()
-    exact = svd._exact
+    exact = svd.full_svd
 
-    def counted(w: torch.Tensor, where: str) -> Any:
+    def counted(w: torch.Tensor, where: str, wanted: torch.dtype) -> Any:
         decomposed[where] += 1
-        return exact(w, where)
+        return exact(w, where, wanted)
 
-    svd._exact = counted
+    svd.full_svd = counted
     sharded, zero = os.environ.get("ACCELERATE_USE_FSDP") == "true", "ACCELERATE_USE_DEEPSPEED" in os.environ
     if sharded:
         start_fsdp_on_a_cpu()

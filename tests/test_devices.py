@@ -43,20 +43,20 @@ def assert_plain(found):
 
 def test_matrices_are_decomposed_elsewhere_and_come_back(monkeypatch):
     """There is no other device here: one that holds no values stands for it."""
-    w, there, exact = torch.randn(5, 4), torch.device("meta"), svd._exact
-    monkeypatch.setattr(svd, "_exact", lambda on, where: exact(w, where) if on.device == there else None)
+    w, there, exact = torch.randn(5, 4), torch.device("meta"), svd.full_svd
+    monkeypatch.setattr(svd, "full_svd", lambda on, *rest: exact(w.double(), *rest) if on.device == there else None)
     token = svd._DEVICE.set(there)
     found = svd.truncated_svd(w, 2)
     svd._DEVICE.reset(token)
     assert {t.device.type for t in found} == {"cpu"}
-    monkeypatch.setattr(svd, "_exact", exact)
+    monkeypatch.setattr(svd, "full_svd", exact)
     assert all(torch.equal(a, b) for a, b in zip(found, svd.truncated_svd(w, 2), strict=True))
 
 
 def test_a_device_for_decompositions_reaches_them(monkeypatch):
     seen = []
-    exact = svd._exact
-    monkeypatch.setattr(svd, "_exact", lambda w, where: [seen.append(svd._DEVICE.get()), exact(w, where)][1])
+    exact = svd.full_svd
+    monkeypatch.setattr(svd, "full_svd", lambda *args: [seen.append(svd._DEVICE.get()), exact(*args)][1])
     layer = nn.Linear(4, 3)
     svdpeft.attach(layer, svdpeft.SORSA(rank=1), decompose_on="cpu").detach()
     svdpeft.attach(layer, svdpeft.SORSA(rank=1)).detach()
@@ -68,14 +68,14 @@ def test_a_device_for_decompositions_reaches_them(monkeypatch):
 
 
 def test_one_weight_at_a_time_is_in_memory_in_the_precision_of_its_decomposition(monkeypatch):
-    alive, most, exact = weakref.WeakSet(), [], svd._exact
+    alive, most, exact = weakref.WeakSet(), [], svd.full_svd
 
-    def watched(w, where):
+    def watched(w, *rest):
         alive.add(w)
         most.append(sum(t.numel() for t in alive))
-        return exact(w, where)
+        return exact(w, *rest)
 
-    monkeypatch.setattr(svd, "_exact", watched)
+    monkeypatch.setattr(svd, "full_svd", watched)
     layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))).bfloat16()
     svdpeft.attach(layers, svdpeft.SORSA(rank=2))
     assert most == [256] * 5
@@ -83,8 +83,8 @@ def test_one_weight_at_a_time_is_in_memory_in_the_precision_of_its_decomposition
 
 def test_processes_share_decompositions(tmp_path, monkeypatch):
     """Each begins with its own share; the last one that has attached deletes the folder."""
-    orders, exact, made = [], svd._exact, []
-    monkeypatch.setattr(svd, "_exact", lambda w, where: [made.append(where), exact(w, where)][1])
+    orders, exact, made = [], svd.full_svd, []
+    monkeypatch.setattr(svd, "full_svd", lambda *args: [made.append(args[1]), exact(*args)][1])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -207,8 +207,8 @@ def test_each_seed_draws_its_own_factors(tiny, tmp_path, monkeypatch):
 
 def test_the_warm_start_reads_every_svd(tiny, tmp_path, monkeypatch):
     """Three times a method is attached: to train, to fill the cache, and from it."""
-    found, really, attach = [], truncated._exact, run.Training.attached
-    monkeypatch.setattr(truncated, "_exact", lambda *args: found.append(args) or really(*args))
+    found, really, attach = [], truncated.full_svd, run.Training.attached
+    monkeypatch.setattr(truncated, "full_svd", lambda *args: found.append(args) or really(*args))
     counts = []
 
     def counted(self, model):

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from svdpeft.adapter.origin import Origin, frozen
 from svdpeft.adapter.roster import records
-from svdpeft.decomposition import check_matrix, own_share_first, processes
+from svdpeft.decomposition import approximations, check_matrix, own_share_first, processes
 from svdpeft.methods.base import Factors, Given, Partner, PerSite, Statistics, check_patterns, grouped, share
 from svdpeft.registry import near_miss
 from svdpeft.sites.weights import BaseWeight, sample
@@ -45,18 +45,22 @@ def build(
     for choice in choices:
         _check_dropout(choice)
     made: dict[int, Factors] = {}
+    approximate: dict[int, bool] = {}
     order = own_share_first(len(choices))  # beside other processes with the same folder of decompositions
     first = processes()[0] == 0  # which has a bar for all
     for i in tqdm(order, desc="decompose", unit="site", delay=2, leave=False, disable=None if first else True):
         name = choices[i].name
-        made[i] = resolved[name].factors(known[name].sharing(shared.get(name, {})))
+        with approximations() as found:
+            made[i] = resolved[name].factors(known[name].sharing(shared.get(name, {})))
+        approximate[i] = bool(found)
     seen: set[int] = set()  # of shared tensors
     for i, choice in enumerate(choices):
         name, place = choice.name, choice.places[0]
         kept = frozen(resolved[name], made[i])
         mine = {role: t for role, t in kept.items() if id(getattr(made[i], role)) not in seen}
         seen |= {id(tensor) for tensor in shared.get(name, {}).values()}
-        made[i].origin = Origin.of(known[name], sample(record(place.module, place.parameter).original), mine)
+        values = sample(record(place.module, place.parameter).original)
+        made[i].origin = Origin.of(known[name], values, mine, approximate[i])
     return [(choice, resolved[choice.name], made[i]) for i, choice in enumerate(choices)]
 
 

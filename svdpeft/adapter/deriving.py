@@ -102,6 +102,8 @@ def _reason(site: Site, free: Sequence[LayerKind], roles: Sequence[str], sure: b
         return "it is sharded over processes"
     if origin is None:
         return "this adapter was not attached, but came from a file or another adapter with all its tensors"
+    if origin.approximate:
+        return "the randomized driver finds slightly other ones on another machine; attach with driver='exact'"
     if free:
         return "values of its weight are another site's, and change"
     if not sure:

@@ -24,6 +24,7 @@ class Origin:
         roles: further names of the site.
         sample: values of the weight.
         products: frozen tensor -> its fingerprint; what sites share is the first one's.
+        approximate: the weight was decomposed by the randomized driver.
     """
 
     name: str
@@ -33,12 +34,13 @@ class Origin:
     roles: tuple[str, ...]
     sample: list[float]
     products: Mapping[str, list[float]]
+    approximate: bool = False
 
     @classmethod
-    def of(cls, given: Given, sample: list[float], frozen: Mapping[str, Tensor]) -> Origin:
+    def of(cls, given: Given, sample: list[float], frozen: Mapping[str, Tensor], approximate: bool) -> Origin:
         """Return the origin of a site that was just started."""
         found = {role: products(tensor) for role, tensor in frozen.items()}
-        return cls(given.name, given.seed, given.origin, given.position, given.roles, sample, found)
+        return cls(given.name, given.seed, given.origin, given.position, given.roles, sample, found, approximate)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], sample: list[float]) -> Origin:
@@ -47,7 +49,7 @@ class Origin:
 
     def to_json(self, left_out: Sequence[str]) -> dict[str, Any]:
         """Return all but the values of the weight, which a header has anyway, with the products of these tensors."""
-        kept = {key: value for key, value in asdict(self).items() if key != "sample"}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("sample", "approximate")}
         return {**kept, "products": {role: self.products[role] for role in left_out}}
 
 

@@ -18,6 +18,7 @@ from svdpeft.decomposition.rotations import (
 from svdpeft.decomposition.svd import (
     SVD,
     Driver,
+    approximations,
     check_matrix,
     check_rank,
     decomposing_on,
@@ -31,6 +32,7 @@ __all__ = [
     "TERMS",
     "Driver",
     "Product",
+    "approximations",
     "band_count",
     "band_index",
     "canonical",

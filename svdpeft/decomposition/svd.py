@@ -2,12 +2,14 @@
 
     w ≈ u diag(s) vh        u (*b, m, r)    s (*b, r)    vh (*b, r, n)
 
-It is computed in float64 and rounded: in float32 the vectors of close singular values depend on the solver, and on its
-number of threads. Where values are equal a fixed rule chooses (``canonical``). So equal weights have equal factors up
-to rounding, on every machine, and a file needs no bases that can be found again.
+The exact driver computes in float64 and rounds: in float32 the vectors of close singular values depend on the solver,
+and on its number of threads. Where values are equal a fixed rule chooses (``canonical``). So equal weights have equal
+factors up to rounding, on every machine, and a file needs no bases that can be found again. The randomized driver, for
+few triplets of a large weight, is several times faster and stops at an error of 1e-4 of each value; its vectors are
+the same on every run, and on another machine up to that error.
 
-Sources: Eckart & Young 1936 (the best rank-r approximation); Halko, Martinsson & Tropp 2011, arXiv:0909.4061
-(the randomized driver); the sign rule is that of scikit-learn's ``svd_flip``.
+Sources: Eckart & Young 1936 (the best rank-r approximation); ``full`` and ``krylov`` name those of the two drivers; the
+sign rule is that of scikit-learn's ``svd_flip``.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from torch import Tensor
 
 from svdpeft.decomposition.cache import remembered
 from svdpeft.decomposition.canonical import TOLERANCE, canonical
+from svdpeft.decomposition.full import full_svd
+from svdpeft.decomposition.krylov import leading_triplets
 
 Driver = Literal["auto", "exact", "randomized"]
 DRIVERS = ("auto", "exact", "randomized")
-OVERSAMPLING = 16  # extra columns of the sketch
-POWER_ITERATIONS = 8  # each multiplies the spectral gap by a square; 8 leaves ~1e-3 relative error on flat spectra
-
+LARGE, SHARE = 256, 12  # "auto" is randomized where min(m, n) >= LARGE and rank <= min(m, n) / SHARE
 
 _DEVICE: ContextVar[torch.device | None] = ContextVar("decompose_on", default=None)
+_APPROXIMATED: ContextVar[list[str] | None] = ContextVar("approximated", default=None)
 
 
 @contextmanager
@@ -54,6 +57,24 @@ def decomposing_on(device: str | torch.device | None) -> Iterator[None]:
         yield
     finally:
         _DEVICE.reset(token)
+
+
+@contextmanager
+def approximations() -> Iterator[list[str]]:
+    """Collect the names of what the randomized driver decomposes within the block: other machines find other vectors.
+
+    Example:
+        >>> with approximations() as found:
+        ...     _ = truncated_svd(torch.eye(9), 1, "randomized", where="here")
+        >>> found
+        ['here']
+    """
+    found: list[str] = []
+    token = _APPROXIMATED.set(found)
+    try:
+        yield found
+    finally:
+        _APPROXIMATED.reset(token)
 
 
 class SVD(NamedTuple):
@@ -80,17 +101,17 @@ def truncated_svd(
     """Return the ``rank`` leading singular triplets of each matrix in ``w``.
 
     Args:
-        w: matrices, shape (*b, m, n), any float dtype; computed in float64.
+        w: matrices, shape (*b, m, n), any float dtype.
         rank: number of triplets kept, 1 <= rank <= min(m, n); ``None`` keeps all.
-        driver: ``"exact"`` (LAPACK or cuSOLVER), ``"randomized"`` (range finder with power iterations), or
-            ``"auto"``: randomized where it is much cheaper, for min(m, n) >= 1024 and rank <= min(m, n) / 8.
-        seed: of the randomized driver's sketch; the global random state is neither read nor changed.
+        driver: ``"exact"`` (float64), ``"randomized"`` (block Krylov in at least float32; values to 1e-4 of each), or
+            ``"auto"``: randomized where it is cheaper, for min(m, n) >= 256 and rank <= min(m, n) / 12.
+        seed: of the randomized driver's start; the global random state is neither read nor changed.
         where: name of the site, for the error messages.
 
     Returns:
         The triplets in at least float32, on ``w``'s device, wherever they were computed. The largest-magnitude entry of
         each column of ``u`` is positive, and where singular values coincide the vectors are chosen by a fixed rule, so
-        equal weights give equal factors whatever the solver.
+        equal weights give equal factors whatever the exact driver's solver.
 
     Raises:
         ValueError: ``w`` is empty, not floating point, all zero, or holds a NaN or an infinity; ``rank`` or
@@ -109,18 +130,27 @@ def truncated_svd(
     home = w.device
     w = w.detach().to(_DEVICE.get() or home, torch.promote_types(w.dtype, torch.float32))
     if driver == "auto":
-        driver = "randomized" if min(m, n) >= 1024 and rank * 8 <= min(m, n) else "exact"
-    how = "exact-float64" if driver == "exact" else f"rank{rank}-seed{seed}-float64"
+        driver = "randomized" if min(m, n) >= LARGE and rank * SHARE <= min(m, n) else "exact"
+    if driver == "randomized" and (found := _APPROXIMATED.get()) is not None:
+        found.append(where)
+    how = "exact-float64" if driver == "exact" else f"krylov-rank{rank}-seed{seed}"
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
-        wide = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
-        found = _exact(wide, where) if driver == "exact" else _randomized(wide, rank, seed, where)
+        found = leading_triplets(w, rank, seed) if driver == "randomized" else None
+        if found is None:
+            wide = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
+            found = full_svd(wide, where, w.dtype)
         u, s, vh = canonical(*found, TOLERANCE[w.dtype])
-        count = rank if driver == "randomized" else s.shape[-1]
-        return u[..., :count].to(w), s[..., :count].to(w), vh[..., :count, :].to(w)
+        return u.to(w.dtype), s.to(w.dtype), vh.to(w.dtype)
 
     u, s, vh = remembered(w, how, rank, compute)
-    return SVD(u.contiguous().to(home), s.clone().to(home), vh.contiguous().to(home))  # no view that keeps s alive
+    return SVD(*(_own(t).to(home) for t in (u, s, vh)))
+
+
+def _own(t: Tensor) -> Tensor:
+    """Without the memory of what it was cut from."""
+    alone = t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
+    return t if alone else t.clone(memory_format=torch.contiguous_format)
 
 
 def minor_svd(w: Tensor, rank: int, *, where: str = "the weight") -> SVD:
@@ -132,7 +162,7 @@ def minor_svd(w: Tensor, rank: int, *, where: str = "the weight") -> SVD:
     """
     u, s, vh = truncated_svd(w, None, "exact", where=where)
     check_rank(rank, w.shape[-2], w.shape[-1], where)
-    return SVD(u[..., -rank:].contiguous(), s[..., -rank:].clone(), vh[..., -rank:, :].contiguous())
+    return SVD(_own(u[..., -rank:]), _own(s[..., -rank:]), _own(vh[..., -rank:, :]))
 
 
 def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
@@ -163,51 +193,3 @@ def check_rank(rank: int, m: int, n: int, where: str, limit: float | None = None
     if not 1 <= rank <= limit:
         raise ValueError(f"rank {rank} is outside [1, {limit}] at {where} ({m}x{n}); clip_rank=True lowers it there")
     return rank
-
-
-def _exact(w: Float[Tensor, "*b m n"], where: str) -> SVD:
-    """Full thin SVD in float64; where the solver does not converge, by another, then through the Gram matrix."""
-    for driver in (None, "gesvd") if w.is_cuda else (None,):
-        try:
-            return SVD(*torch.linalg.svd(w, full_matrices=False, driver=driver))
-        except torch.linalg.LinAlgError:
-            pass
-    return _gram(w, where)
-
-
-def _gram(w: Float[Tensor, "*b m n"], where: str) -> SVD:
-    """SVD by the eigenvectors of the smaller Gram matrix: slower to lose digits than to fail.
-
-    Small singular values are known to sqrt(eps) of the largest only; QR makes both bases orthonormal again.
-    """
-    *_, m, n = w.shape
-    if m > n:
-        vh, s, u = _gram(w.mT, where)
-        return SVD(u.mT, s, vh.mT)
-    try:
-        _, basis = torch.linalg.eigh(w @ w.mT)
-    except torch.linalg.LinAlgError as error:
-        shape = "x".join(map(str, w.shape))
-        raise ValueError(f"no driver could decompose {where} ({shape}), largest entry {w.abs().max():.3g}") from error
-    u = basis.flip(-1)  # (*b, m, m), by descending eigenvalue
-    q, upper = torch.linalg.qr((u.mT @ w).mT)  # (*b, n, m), (*b, m, m): the rows of uᵀw are orthogonal already
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)  # (*b, m)
-    flip = torch.where(diagonal < 0, -1.0, 1.0).to(w.dtype)
-    s, order = (diagonal * flip).sort(dim=-1, descending=True)
-    u = u.gather(-1, order.unsqueeze(-2).expand_as(u))
-    v = (q * flip.unsqueeze(-2)).gather(-1, order.unsqueeze(-2).expand_as(q))
-    return SVD(u, s, v.mT)
-
-
-def _randomized(w: Float[Tensor, "*b m n"], rank: int, seed: int, where: str) -> SVD:
-    """Project on a random range, sharpened by power iterations, and decompose the small matrix exactly."""
-    *_, m, n = w.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    # Drawn on the CPU, so that a seed means the same sketch on every device.
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(n, width, generator=generator, dtype=torch.float32).to(w)  # (n, p)
-    q = torch.linalg.qr(w @ sketch).Q  # (*b, m, p)
-    for _ in range(POWER_ITERATIONS):
-        q = torch.linalg.qr(w @ torch.linalg.qr(w.mT @ q).Q).Q
-    small = _exact(q.mT @ w, where)  # (*b, p, n)
-    return SVD(q @ small.u, small.s, small.vh)

@@ -1,0 +1,101 @@
+"""The leading singular triplets of a large matrix by a randomised block Krylov method.
+
+    Ω random (n, b)      K = [AΩ, A²Ω, …, AᵗΩ],  A = WᵀW      V = orth(K)      Vᵀ A V = Q Λ Qᵀ
+    σᵢ ≈ √λᵢ             vᵢ ≈ V qᵢ                             uᵢ ≈ W vᵢ / σᵢ
+
+Every block of K is used, not the last power alone: on the flat spectra of trained weights the error falls with √gap
+per block instead of gap. Blocks are few columns wide and are added until the values are near enough. That is told from
+how they moved: the moves of a Krylov method shrink by a ratio ρ, so what is left is move · ρ / (1 − ρ).
+
+Sources: Musco & Musco 2015, arXiv:1504.05477; Tropp & Webber 2023, arXiv:2306.12418 (section 4 on the width of blocks).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from svdpeft.decomposition.full import by_gram
+
+ACCURACY = 1e-4  # relative error of each of the values at which no further block is added
+BLOCK = 16  # columns; wider for high ranks, where a few wide products cost less than many narrow ones
+DIGITS = 1e3  # a λ below this many ε of the largest keeps too few of its digits
+ORTHONORMAL = 1e-4  # the largest entry of VᵀV − I
+LARGEST = 0.6  # of min(m, n): a basis of more columns saves nothing over the full decomposition
+
+
+def leading_triplets(
+    w: Float[Tensor, "*b m n"], rank: int, seed: int
+) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r"], Float[Tensor, "*b r n"]] | None:
+    """Return the ``rank`` leading triplets, in float64, or ``None`` where another way is better.
+
+    That is: the basis becomes so large that they are no cheaper, or the last of them are so small that their squares
+    drown in the rounding of the largest one's.
+
+    Args:
+        w: matrices, (*b, m, n), float32 or float64.
+        rank: r, at most min(m, n).
+        seed: of Ω, which is drawn on the CPU: a seed means the same on every device.
+
+    Example:
+        >>> w = torch.diag(1 / torch.arange(1.0, 201.0))
+        >>> u, s, vh = leading_triplets(w, rank=2, seed=0)
+        >>> s.float()
+        tensor([1.0000, 0.5000])
+    """
+    *batch, m, n = w.shape
+    if m < n:  # V lies on the shorter side
+        found = leading_triplets(w.mT, rank, seed)
+        return None if found is None else (found[2].mT, found[1], found[0].mT)
+    block = max(BLOCK, rank // 4)
+    if 2 * max(rank, block) > LARGEST * n:
+        return None
+    start = torch.randn(n, block, generator=torch.Generator().manual_seed(seed)).to(w)  # (n, b)
+    v = _orthonormal(_normal(w, start.expand(*batch, n, block)))  # V, (*b, n, tb)
+    av = w.new_empty(*batch, n, 0)  # A V
+    last, move = None, None
+    while v.shape[-1] <= LARGEST * n:
+        new = _normal(w, v[..., -block:])
+        av = torch.cat([av, new], -1)
+        if v.shape[-1] >= 2 * rank:
+            small = v.mT @ av  # (*b, tb, tb)
+            values = torch.linalg.eigvalsh(small)[..., -rank:]
+            if bool((values[..., :1] < DIGITS * torch.finfo(w.dtype).eps * values[..., -1:]).any()):
+                return None
+            if last is not None:
+                before, move = move, _largest_move(last, values)
+                if before is not None and 2 * move * move <= ACCURACY * (before - move):  # twice: ρ is an estimate
+                    return _found(w, v, small, rank)
+            last = values
+        v = torch.cat([v, _orthonormal(_beside(v, _orthonormal(_beside(v, new))))], -1)
+    return None
+
+
+def _largest_move(before: Float[Tensor, "*b r"], now: Float[Tensor, "*b r"]) -> float:
+    """By how much the singular values have moved, relative to each; λ = σ² are given."""
+    return float(((now - before) / now.clamp(min=torch.finfo(now.dtype).tiny)).amax()) / 2
+
+
+def _found(
+    w: Float[Tensor, "*b m n"], v: Float[Tensor, "*b n k"], small: Float[Tensor, "*b k k"], rank: int
+) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r"], Float[Tensor, "*b r n"]] | None:
+    """The triplets from a basis and VᵀAV, unless the basis, of a weight of very low rank, is not orthonormal."""
+    if float((v.mT @ v - torch.eye(v.shape[-1]).to(v)).abs().amax()) > ORTHONORMAL:
+        return None
+    v = v @ torch.linalg.eigh(small)[1][..., -rank:]  # (*b, n, r)
+    u, s, turn = by_gram((w @ v).double())  # its columns are orthogonal but for rounding
+    return u, s, turn @ v.mT.double()
+
+
+def _normal(w: Float[Tensor, "*b m n"], x: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+    return w.mT @ (w @ x)
+
+
+def _beside(v: Float[Tensor, "*b n k"], x: Float[Tensor, "*b n j"]) -> Float[Tensor, "*b n j"]:
+    """Of each column of x, what is orthogonal to those of V."""
+    return x - v @ (v.mT @ x)
+
+
+def _orthonormal(x: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+    return torch.linalg.qr(x).Q
