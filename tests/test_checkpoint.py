@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -20,7 +21,7 @@ from svdpeft import SORSA, SVFT, CheckpointError, HeadOnly, LoRA, PiSSA, attach,
 from svdpeft.adapter import saving
 from svdpeft.adapter.file import HEADER, TENSORS
 from svdpeft.adapter.loading import restore
-from svdpeft.decomposition import digest
+from svdpeft.decomposition import digest, has_digest
 from svdpeft.sites.weights import stored
 
 LINEAR = ("linear", 0)
@@ -473,6 +474,10 @@ def test_digest():
     for other in (w.mT, w.double(), w.view(6, 4), w + 2**-20, w.bfloat16()):
         assert digest(other) != digest(w)
     assert digest(torch.zeros(2, 3)) != digest(-torch.zeros(2, 3)), "every bit counts"
+    earlier = hashlib.sha256(b"torch.float32 (4, 6) " + w.numpy().tobytes()).hexdigest()[:32]
+    assert has_digest(w, digest(w))
+    assert has_digest(w, earlier), "files of earlier revisions"
+    assert not any(has_digest(w + 1, known) for known in (digest(w), earlier))
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 1, 1), (6, 4, 3, 3), (6, 1, 3, 3)])

@@ -27,7 +27,7 @@ from svdpeft.adapter.file import (
 )
 from svdpeft.adapter.packing import packed
 from svdpeft.atomic import replacing
-from svdpeft.decomposition import digest
+from svdpeft.decomposition import all_finite, digest
 from svdpeft.methods.base import Method
 from svdpeft.sites.shards import gathered, reshard, shape_of, write_once
 from svdpeft.sites.site import Site
@@ -120,7 +120,7 @@ def to_state(contents: Contents, bases: Bases = "stored") -> State:
         if out is not None:
             sites[name]["derived"] = site.factors.origin.to_json(out)
     tensors |= {n: _copy(t) for n, t in contents.values.items()}
-    if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+    if bad := [name for name, t in tensors.items() if not all_finite(t)]:
         raise ValueError(
             f"{bad[0]} holds values that are not finite{f', and {len(bad) - 1} more do' if len(bad) > 1 else ''}: the "
             "training has diverged, and nothing is written"

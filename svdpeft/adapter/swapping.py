@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import CheckpointError, Source
-from svdpeft.decomposition import EXACT, exact_rank, recompress
+from svdpeft.decomposition import EXACT, all_finite, exact_rank, recompress
 from svdpeft.methods.base import Factors, PerSite
 from svdpeft.methods.lora import LoRA
 from svdpeft.sites.place import same_use
@@ -54,7 +54,7 @@ def swap_in(
     if extra := parts.values.keys() - own.places.keys() or parts.whole.keys() - whole:
         raise CheckpointError(f"the values have {min(extra)}, which the attached adapter does not train whole")
     values += own.holding(parts.values)
-    if bad := [value for _, value in values if value.is_floating_point() and not value.isfinite().all()]:
+    if bad := [value for _, value in values if not all_finite(value)]:
         raise CheckpointError(f"the values are not finite, of {len(bad)} tensors: the training has diverged")
     before = [(target, target.clone()) for target, _ in values]
     try:

@@ -1,9 +1,11 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
-from svdpeft.decomposition.cache import digest, svd_cache, svd_cache_until_attached, uncached
+from svdpeft.decomposition.cache import svd_cache, svd_cache_until_attached, uncached
 from svdpeft.decomposition.canonical import canonical, canonical_signs, fixed_numbers
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.decomposition.digests import digest, has_digest
+from svdpeft.decomposition.finite import all_finite
 from svdpeft.decomposition.processes import own_share_first, processes
 from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
@@ -32,6 +34,7 @@ __all__ = [
     "TERMS",
     "Driver",
     "Product",
+    "all_finite",
     "approximations",
     "band_count",
     "band_index",
@@ -48,6 +51,7 @@ __all__ = [
     "digest",
     "exact_rank",
     "fixed_numbers",
+    "has_digest",
     "kmeans",
     "minor_svd",
     "own_share_first",

@@ -8,11 +8,9 @@ it wants.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdpeft.atomic import replacing
+from svdpeft.decomposition.digests import digest
 from svdpeft.decomposition.processes import one_at_a_time, processes
 
-CHECKSUM = "crc32"  # in a file's metadata
+DIGESTS = "digests"  # in a file's metadata: that of each tensor
 _FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
 
 
@@ -90,14 +89,6 @@ def uncached() -> Iterator[None]:
         _FOLDER.reset(token)
 
 
-def digest(w: Tensor) -> str:
-    """Return a hash of a weight's dtype, shape and bytes, the same on every device."""
-    w = w.detach().cpu()
-    head = f"{w.dtype} {tuple(w.shape)} ".encode()
-    # Flat first: the last stride of a 1×1 convolution in channels-last is not 1, and yet torch calls it contiguous.
-    return hashlib.sha256(head + bytes(w.flatten().view(torch.uint8).numpy().data)).hexdigest()[:32]
-
-
 def remembered(
     w: Tensor, how: str, rank: int, compute: Callable[[], tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,9 +124,9 @@ def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, 
     try:
         with safe_open(file, "pt") as held:
             found = [held.get_tensor(name) for name in ("u", "s", "vh")]
-            known = (held.metadata() or {}).get(CHECKSUM)  # earlier revisions wrote none
-        if known is not None and known != _checksum(found):
-            raise RuntimeError("its checksum differs")
+            known = (held.metadata() or {}).get(DIGESTS)
+        if known != _digests(found):
+            raise RuntimeError("its digests differ")
     except (OSError, SafetensorError, RuntimeError) as error:
         if file.exists():  # and was not deleted by another process while safe_open, which opens it twice, was at it
             warnings.warn(f"{file} is damaged, and is computed again: {error}", RuntimeWarning, stacklevel=3)
@@ -149,14 +140,10 @@ def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
     try:
         with replacing(file) as new:  # a reader finds a whole file or none
             found = [t.contiguous().cpu() for t in (u, s, vh)]
-            save_file({"u": found[0], "s": found[1], "vh": found[2]}, new, metadata={CHECKSUM: _checksum(found)})
+            save_file({"u": found[0], "s": found[1], "vh": found[2]}, new, metadata={DIGESTS: _digests(found)})
     except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
         warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _checksum(tensors: Sequence[Tensor]) -> str:
-    """CRC-32 of all bytes: always compared, since it costs less than the hash of the weight that names the file."""
-    found = 0
-    for t in tensors:
-        found = zlib.crc32(t.flatten().view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+def _digests(tensors: Sequence[Tensor]) -> str:
+    return " ".join(map(digest, tensors))

@@ -62,7 +62,7 @@ def by_gram(w: Float[Tensor, "*b m n"]) -> Triplets:
     u = torch.linalg.eigh(w @ w.mT).eigenvectors.flip(-1)  # (*b, m, m), by descending eigenvalue
     vh = u.mT @ w  # Σ Vᵀ
     s = torch.linalg.vector_norm(vh, dim=-1)  # (*b, m)
-    known = max(1, int((s >= SMALL * s[..., :1]).sum(-1).amin()))
+    known = m - int((s < SMALL * s[..., :1]).sum(-1).amax())
     vh[..., :known, :] /= s[..., :known, None].clamp(min=torch.finfo(s.dtype).tiny)
     if known == m:
         return u, s.cummin(-1).values, vh  # of equal ones a later one may be larger in the last digit

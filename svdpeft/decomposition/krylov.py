@@ -65,16 +65,22 @@ def leading_triplets(
                 return None
             if last is not None:
                 before, move = move, _largest_move(last, values)
-                if before is not None and 2 * move * move <= ACCURACY * (before - move):  # twice: ρ is an estimate
+                if before is not None and float(ACCURACY / _left(before, move)) >= 1:
                     return _found(w, v, small, rank)
             last = values
         v = torch.cat([v, _orthonormal(_beside(v, _orthonormal(_beside(v, new))))], -1)
     return None
 
 
-def _largest_move(before: Float[Tensor, "*b r"], now: Float[Tensor, "*b r"]) -> float:
+def _largest_move(before: Float[Tensor, "*b r"], now: Float[Tensor, "*b r"]) -> Float[Tensor, ""]:
     """By how much the singular values have moved, relative to each; λ = σ² are given."""
-    return float(((now - before) / now.clamp(min=torch.finfo(now.dtype).tiny)).amax()) / 2
+    return ((now - before) / now.clamp(min=torch.finfo(now.dtype).tiny)).amax().clamp(min=0) / 2
+
+
+def _left(before: Float[Tensor, ""], move: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """By how much they will move yet, if the moves go on shrinking so; twice that, since the ratio is an estimate."""
+    ratio = (move / before).nan_to_num(0.0).clamp(max=0.99)
+    return 2 * move * ratio / (1 - ratio)
 
 
 def _found(

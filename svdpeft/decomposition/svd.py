@@ -174,11 +174,11 @@ def check_matrix(w: Tensor, where: str, zero: bool = False) -> None:
         raise ValueError(f"{where} has shape ({shape}): a non-empty matrix or batch of matrices is needed")
     if w.is_meta:
         raise ValueError(f"{where} ({shape}) is on the meta device: load the weights first, e.g. with to_empty()")
-    peak = w.detach().abs().amax()  # one pass and one synchronisation for all three checks
-    if not torch.isfinite(peak):
+    ends = torch.stack(torch.aminmax(w.detach()))  # one pass for both checks
+    if not ends.isfinite().all():
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"{where} ({shape}) holds {bad} NaN or infinite values of {w.numel()}")
-    if peak == 0 and not zero:
+    if not zero and (ends == 0).all():
         raise ValueError(
             f"{where} ({shape}) is all zero, so it has no singular vectors, and nothing to turn or to scale: exclude "
             "it, or use a method that does not start from the weight, such as LoRA"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.atomic import replacing
+from svdpeft.decomposition import all_finite
 from svdpeft.interop.lora import as_lora, check_low_rank
 from svdpeft.registry import near_miss
 from svdpeft.sites.site import Site
@@ -151,7 +152,7 @@ def _interleaved(rows: Tensor, heads: int) -> Tensor:
 
 def _array(factor: Tensor, dtype: DType, name: str) -> np.ndarray[Any, Any]:
     values = factor.cpu().to(torch.float16 if dtype == "f16" else torch.float32)
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise ValueError(
             f"the update of {name} has factors of up to {factor.abs().max():.3g}, which {dtype} cannot hold"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from svdpeft.adapter.adapter import Adapter
-from svdpeft.decomposition import Product, truncated
+from svdpeft.decomposition import Product, all_finite, truncated
 from svdpeft.layers.part import Part
 from svdpeft.methods.whole import Whole
 from svdpeft.sites.site import Site
@@ -80,5 +80,5 @@ def check_finite(site: Site) -> None:
     Raises:
         ValueError: one is not.
     """
-    if not all(t.isfinite().all() for t in site.factors.tensors().values() if t.is_floating_point()):
+    if not all(map(all_finite, site.factors.tensors().values())):
         raise ValueError(f"{site.name} holds values that are not finite: the training has diverged")

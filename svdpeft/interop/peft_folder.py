@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from svdpeft.adapter.file import read_tensors
+from svdpeft.decomposition import all_finite
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -137,7 +138,7 @@ def read(path: Path) -> Folder:
         if config[name] and name not in SILENT | READ[kind]:
             folder.refuse(name, f"it is not understood of {kind}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ValueError(f"{path / TENSORS}: {name} holds values that are not finite: the training has diverged")
         _sort(folder, name, tensor)
     return folder

@@ -26,7 +26,7 @@ from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
 from svdpeft.adapter.building import given
 from svdpeft.adapter.roster import records
-from svdpeft.decomposition import truncated_svd
+from svdpeft.decomposition import all_finite, truncated_svd
 from svdpeft.methods.base import Factors, PerSite
 from svdpeft.methods.sorsa import SORSA
 from svdpeft.sites.place import Place
@@ -68,7 +68,7 @@ class Checkpoint:
         """
         with safe_open(self.files[name], "pt") as file:
             found = file.get_tensor(PREFIX + name)
-        if found.is_floating_point() and not found.isfinite().all():
+        if not all_finite(found):
             raise ValueError(f"{self.path}: {name} holds values that are not finite: the training has diverged")
         return found
 

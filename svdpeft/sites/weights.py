@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdpeft.decomposition import digest
+from svdpeft.decomposition import all_finite, digest, has_digest
 from svdpeft.layers.base import LayerKind
 from svdpeft.layers.quantised import Form, form_of, scheme
 from svdpeft.sites.shards import gathered, shape_of, sharded
@@ -133,8 +133,8 @@ class BaseWeight:
         before, added = self._exact(), part()
         exact = before + added.to(before.dtype)
         rounded = exact.to(self.stored.dtype)
-        if not torch.isfinite(rounded).all():
-            why = f"it overflows {rounded.dtype}" if torch.isfinite(exact).all() else "the training has diverged"
+        if not all_finite(rounded):
+            why = f"it overflows {rounded.dtype}" if all_finite(exact) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
         if self._original is None and self.quantised is None:
             self._original = self.tensor.clone()
@@ -183,11 +183,26 @@ class BaseWeight:
             self._identities[parts] = seen, self._identify(w, form.codes().detach(), free)
         return self._identities[parts][1]
 
+    def known_by(self, known: str, free: Sequence[LayerKind] = ()) -> bool:
+        """Whether the base is the one of this hash.
+
+        Args:
+            known: of a file, which an earlier revision may have written.
+            free: as for ``identity``.
+        """
+        if known == self.identity(free).hash:
+            return True
+        form = self._form
+        return not sharded(self.stored) and has_digest(self._without(free, form.codes().detach()), known)
+
     def _identify(self, w: Tensor, codes: Tensor, free: Sequence[LayerKind]) -> Identity:
+        return Identity(digest(self._without(free, codes)), sample(self._without(free, w)))
+
+    def _without(self, free: Sequence[LayerKind], t: Tensor) -> Tensor:
         for kind in free:
-            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w))).bool()
-            w, codes = (each.masked_fill(chosen, 0) for each in (w, codes))  # not subtracted: it may be no number
-        return Identity(digest(codes), sample(w))
+            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, t))).bool()
+            t = t.masked_fill(chosen, 0)  # not subtracted: it may be no number
+        return t
 
     @property
     def overwritten(self) -> bool:
