@@ -139,8 +139,9 @@ def _parts(
         own = {**_take(remaining, site, entry["tensors"], path), **left_out.get(site, {})}
         tied = _tied(site, entry["tied"], own, method, groups)
         shape = first.kind.to_matrix(first.module, weight).shape
-        factors = Factors(own, method.trains, tied, (math.prod(shape[:-2]), shape[-2], shape[-1]))
-        _check_fit(site, method, factors, shape, path)
+        of = math.prod(shape[:-2]), shape[-2], shape[-1]
+        _check_fit(site, method, Factors(_shapes(own), method.trains, _shapes(tied), of), shape, path)
+        factors = Factors(own, method.trains, tied, of)
         if site in left_out:
             factors.origin = Origin.from_json(entry["derived"], entry["sample"])
         built.append((found[site], method, factors))
@@ -197,6 +198,12 @@ def _tied(
     return whole if whole.keys() == found.keys() else found  # one mapping for all of a group, as attach makes it
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without values, of which a check of shapes computes nothing."""
+    there = {role: t.detach().to("meta") for role, t in tensors.items()}
+    return {r: nn.Parameter(t) if isinstance(tensors[r], nn.Parameter) else t for r, t in there.items()}
+
+
 @torch.no_grad()
 def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
     """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
@@ -209,8 +216,8 @@ def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, 
     try:
         product = method.product(factors, folded=True)  # L, C and A as they are
         if product is None:
-            dtype = next(factors.parameters()).dtype
-            if (found := method.delta(factors, torch.zeros(shape, dtype=dtype)).shape) != shape:
+            weight = torch.zeros(shape, dtype=next(factors.parameters()).dtype, device="meta")
+            if (found := method.delta(factors, weight).shape) != shape:
                 raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
             return
         if not abs(product.scale) <= torch.finfo(product.L.dtype).max:

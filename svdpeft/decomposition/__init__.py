@@ -6,6 +6,7 @@ from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.digests import digest, has_digest
 from svdpeft.decomposition.finite import all_finite
+from svdpeft.decomposition.precision import full_precision
 from svdpeft.decomposition.processes import own_share_first, processes
 from svdpeft.decomposition.products import EXACT, Product, difference, exact_rank, recompress, truncated
 from svdpeft.decomposition.rotations import (
@@ -51,6 +52,7 @@ __all__ = [
     "digest",
     "exact_rank",
     "fixed_numbers",
+    "full_precision",
     "has_digest",
     "kmeans",
     "minor_svd",

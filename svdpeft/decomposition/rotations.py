@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from svdpeft.decomposition.precision import full_precision
+
 TERMS = 1000  # of a Neumann series, at most: each is a product, and a solve is cheaper long before
 
 
@@ -69,7 +71,7 @@ def cayley_offset(q: Float[Tensor, "*b r r"]) -> Float[Tensor, "*b r r"]:
         tensor([[-1., -1.],
                 [ 1., -1.]])
     """
-    with _full_precision(q):
+    with full_precision(q):
         wide = _wide(q)
         # Q and (I − Q)⁻¹ commute. No check for a singular matrix: there is none, and it would synchronise.
         return (2 * torch.linalg.solve_ex(_identity(wide) - wide, wide).result).to(q.dtype)
@@ -94,7 +96,7 @@ def cayley_neumann_offset(q: Float[Tensor, "*b r r"], terms: int) -> Float[Tenso
         tensor([[-1., -2.],
                 [ 2., -1.]])
     """
-    with _full_precision(q):
+    with full_precision(q):
         wide = _wide(q)
         series = wide
         for _ in range(terms):  # Horner: 2Q + Q(2Q + Q(… + Q))
@@ -108,8 +110,3 @@ def _identity(q: Tensor) -> Tensor:
 
 def _wide(q: Tensor) -> Tensor:
     return q.to(torch.promote_types(q.dtype, torch.float32))
-
-
-def _full_precision(q: Tensor) -> torch.autocast:
-    """Autocast would multiply the r×r matrices in half precision."""
-    return torch.autocast(q.device.type, enabled=False)

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import cayley_offset, skew, skew_count
+from svdpeft.decomposition import cayley_offset, full_precision, skew, skew_count
 from svdpeft.methods.base import Factors, Given, Reference, Tensors, generator
 from svdpeft.methods.base.frozen_bases import FrozenBases
 from svdpeft.registry import METHODS
@@ -146,7 +146,7 @@ class AntiPaSTO(FrozenBases):
         if "Q" in names:
             change = change + (f.sigma + shift).unsqueeze(-1) * self._turn(f.Q, -f.coefficient)
         if "P" in names:
-            with torch.autocast(change.device.type, enabled=False):
+            with full_precision(change):
                 change = change + self._turn(f.P, f.coefficient) @ (sigma + change)
         return change
 

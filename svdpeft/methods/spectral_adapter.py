@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import SVD, Product, cayley_offset, truncated_svd
+from svdpeft.decomposition import SVD, Product, cayley_offset, full_precision, truncated_svd
 from svdpeft.methods.base import Decomposed, Factors, Given, Reference, Tensors, Unscaled
 from svdpeft.registry import METHODS
 
@@ -160,7 +160,7 @@ class SpectralAdapterR(Window):
         left, right = (cayley_offset((x - x.mT) / 2) for x in (f.X, f.Y))  # E, (*b, r, r)
         sigma = f.C * f.c
         left = left * sigma.unsqueeze(-2)
-        with torch.autocast(left.device.type, enabled=False):
+        with full_precision(left):
             second = left @ right.mT
         return torch.diag_embed(f.C * (f.c - 1)) + left + sigma.unsqueeze(-1) * right.mT + second
 
