@@ -6,7 +6,7 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test tests test-all torture mutants test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test tests test-all bench torture mutants test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
@@ -20,6 +20,10 @@ tests: $(DONE)
 # Every variant of every method on every layer; `make test` has a covering set of them.
 test-all: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup --all
+
+# Time beside Hugging Face PEFT, a quarter of an hour on a quiet machine; writes benchmarks/results/speed-cpu-*.
+bench: $(DONE)
+	$(BIN)/python -m benchmarks.speed
 
 # Saves that are killed, 250 of them, and 100,000 damaged adapters: what tests/ has a few seconds of.
 torture: $(DONE)
