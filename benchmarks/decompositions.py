@@ -87,8 +87,8 @@ def main() -> None:
     lines = [
         "# Drivers of the decomposition",
         "",
-        f"`python -m benchmarks.decompositions --device {options.device}` on {date.today()}; {options.threads} threads of "
-        f"a shared {platform.machine()} machine, Python {platform.python_version()}, torch "
+        f"`python -m benchmarks.decompositions --device {options.device}` on {date.today()}; {options.threads} threads "
+        f"of a shared {platform.machine()} machine, Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}; the median of {options.rounds} interleaved rounds, float32 weights.",
     ]
     for name, w in weights(options.device).items():
