@@ -219,3 +219,12 @@ def test_merged_for_good_it_is_a_plain_model():
     near(model(x), out)
     assert type(model.layer) is nn.Linear
     assert vars(model.layer).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_codes_are_what_the_values_are_looked_up_by(scheme: str):
+    """In the order of the values: rows of them are left out where a part trains, and the rest tells a base."""
+    form = form_of(twins(scheme)[0].layer, "weight")
+    state = form.tensor.quant_state
+    blocks = state.code[form.codes().int()].view(-1, state.blocksize) * state.absmax.unsqueeze(1)
+    assert torch.equal(blocks.view(form.shape), form.values())
