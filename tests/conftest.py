@@ -32,11 +32,17 @@ torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads that
 
 
 @pytest.fixture(autouse=True)
-def known_random_state() -> Iterator[None]:
+def known_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same global random state and leaves the global settings of torch alone."""
+    from helpers import working_in  # after the settings above
+    from rows import has
+
     torch.default_generator.manual_seed(1234)  # of the CPU: torch.manual_seed looks for devices, 0.9 ms
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    yield
+    values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    kind = values.get("kind")
+    with working_in(torch.float64 if not isinstance(kind, tuple) or has(kind, "float64") else torch.float32):
+        yield
     assert torch.get_default_dtype() == dtype
     assert not torch._C._len_torch_function_stack(), "a default device, or another mode, slows every call after this"
     torch.set_num_threads(threads)

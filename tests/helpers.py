@@ -12,19 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from rows import QUANTISED, layer_kind
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.layers.base import CalledKind, LayerKind
-from svdpeft.layers.quantised import weight
+from svdpeft.layers.quantised import form_of, weight
+from svdpeft.layers.quantising import plain, put, scheme_named
 from svdpeft.methods.base import Method, Statistics
-from svdpeft.registry import KINDS
 from svdpeft.sites.site import Site
+from svdpeft.sites.weights import MergeReport
 from svdpeft.targets.select import select
 
 # The one bound of float64. No method and no layer kind has its own.
 RTOL, ATOL = 1e-10, 1e-12
+# Of rows that have no float64, relative to the largest entry: an entry is a sum of at most 32 products, made by a chain
+# of at most 8 such, so 256 roundings of terms, and terms are at most 4 times the largest entry of what they add up to.
+ROUNDINGS_OF_A_CHAIN = 2**10
+_working = [torch.float64]  # what ``close`` compares in: see ``working_in``
 
 
 class Host(nn.Module):
@@ -59,32 +65,45 @@ class Both(nn.Module):
 seeded = torch.default_generator.manual_seed
 
 
-def example(kind: tuple[str, int], seed: int = 0) -> tuple[LayerKind, nn.Module, Tensor]:
-    """A kind, a fresh example layer and its input, the same for the same seed."""
+def example(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[LayerKind, Any, Tensor]:
+    """A kind, a fresh example layer in a dtype that it has and its input, the same for the same seed."""
     state = torch.get_rng_state()
     seeded(seed)
-    found = KINDS[kind[0]]()
-    layer, x, _ = found.examples()[kind[1]]
+    found = layer_kind(kind)
+    if kind in QUANTISED:  # four blocks and a half, of 64 values each, in NF4; a group a row in torchao's 4 bits
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        layer, x = nn.Linear(32, 9).to(dtype), torch.randn(2, 3, 32)
+        quantise(layer, kind[0])
+    else:
+        layer, x, _ = found.examples()[kind[1]]
     torch.set_rng_state(state)
-    return found, layer, x
+    return found, layer.to(dtype), x.to(dtype) if x.is_floating_point() else x
+
+
+def quantise(layer: Any, scheme: str) -> None:
+    """Let a linear layer store its weight as integers."""
+    put(layer, "weight", scheme_named(scheme)(layer.weight.detach()))
+    if scheme == "int8":  # every input is an outlier: else it is rounded to 8 bits where the layer evaluates
+        layer.state.threshold = 1e-7
 
 
 def below(kind: tuple[str, int], name: str = "layer") -> tuple[str, ...]:
     """The targets of an example that is called ``name`` in its model."""
-    return tuple(f"{name}.{target}".removesuffix(".") for target in KINDS[kind[0]]().examples()[kind[1]].targets)
+    targets = ("",) if kind in QUANTISED else layer_kind(kind).examples()[kind[1]].targets
+    return tuple(f"{name}.{target}".removesuffix(".") for target in targets)
 
 
 def host(kind: tuple[str, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Host, Tensor]:
     """A model around an example layer, in eval mode, and its input."""
-    _, layer, x = example(kind, seed)
+    _, layer, x = example(kind, seed, dtype)
     with torch.no_grad():
         width = layer(x).shape[-1]
     state = torch.get_rng_state()
     seeded(seed + 1)
-    model = Host(layer, width).to(dtype).eval()
+    model = Host(layer, width).to(x.dtype if kind in QUANTISED else dtype).eval()
     model.targets = below(kind)
     torch.set_rng_state(state)
-    return model, x.to(dtype) if x.is_floating_point() else x
+    return model, x
 
 
 def frozen(model: nn.Module, x: Tensor) -> Tensor:
@@ -105,9 +124,9 @@ def weight_of(model: nn.Module, site: Any) -> str:
 
 
 def weights_of(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The base weights of all sites by name, as they are stored."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name] for name in dict.fromkeys(weight_of(model, s) for s in adapter.sites.values())}
+    """The base weights of all sites by name, as they are stored; quantised ones dequantised."""
+    places = {weight_of(model, site): site.places[0] for site in adapter.sites.values()}
+    return {name: weight(place.module, place.parameter) for name, place in places.items()}
 
 
 def updated(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -118,9 +137,17 @@ def updated(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return total
 
 
+def dequantised(kind: tuple[str, int]) -> Host:
+    """A fresh base, whose weight is plain."""
+    model, x = host(kind)
+    if kind in QUANTISED:
+        put(model.layer, "weight", plain(form_of(model.layer, "weight"), x.dtype))
+    return model
+
+
 def expected_of(kind: tuple[str, int], x: Tensor, weights: dict[str, Tensor], layer: bool = False) -> Tensor:
     """What a fresh base gives with other weights in the place of its own; ``layer``: its layer alone."""
-    model, _ = host(kind)
+    model = dequantised(kind)
     with torch.no_grad():
         for name, w in weights.items():
             model.get_parameter(name).copy_(w)
@@ -164,6 +191,24 @@ def seen_at(model: nn.Module, method: Any, targets: Any) -> dict[str, Statistics
     return found
 
 
+def merge(adapter: Adapter) -> MergeReport:
+    """Merge: of a quantised model into plain weights, in the dtype of what is beside them."""
+    dtypes = {s.places[0].module.bias.dtype for s in adapter.sites.values() if s.weight.scheme is not None}
+    return adapter.merge(dtype=next(iter(dtypes), None))
+
+
+def go(adapter: Adapter, state: str) -> None:
+    """From attached to a state: "attached", "merge" or "fold"."""
+    if state != "attached":
+        merge(adapter) if state == "merge" else adapter.fold()
+
+
+def back(adapter: Adapter, state: str) -> None:
+    """The way back."""
+    if state != "attached":
+        getattr(adapter, f"un{state}")()
+
+
 def perturb(adapter: Adapter, size: float = 0.3, seed: int = 7) -> None:
     """Move every trainable tensor off its start, so that no bug hides behind a zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -172,9 +217,26 @@ def perturb(adapter: Adapter, size: float = 0.3, seed: int = 7) -> None:
             p.add_((size * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p))
 
 
+@contextmanager
+def working_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block ``close`` takes tensors of this dtype, beside those in float64."""
+    _working.append(dtype)
+    yield
+    _working.pop()
+
+
 def close(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == expected.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+    if found.dtype == torch.float64:
+        torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+        return
+    assert found.dtype == expected.dtype == _working[-1]
+    bound = ROUNDINGS_OF_A_CHAIN * torch.finfo(found.dtype).eps * float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+def negligible() -> float:
+    """The share of a change that rounding may take: some 4,000 roundings."""
+    return 2**12 * torch.finfo(_working[-1]).eps
 
 
 def widened(x: Tensor) -> Tensor:
@@ -240,6 +302,8 @@ def close_to_rounding(
 
 
 def bits(t: Tensor) -> bytes:
+    if hasattr(t, "__tensor_flatten__"):  # torchao's
+        return b"".join(bits(inner) for name in t.__tensor_flatten__()[0] if (inner := getattr(t, name)) is not None)
     return bytes(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 

@@ -1,10 +1,12 @@
-"""What a launcher starts in tests/test_launchers.py: trains every method, interrupts it, resumes and saves."""
+"""What a launcher starts in tests/test_launchers.py: trains every method, interrupts it, resumes and saves; or
+trains one and waits in the middle for somebody to kill it."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ METHODS = {
     "vera": svdpeft.VeRA(rank=5),
     "adalora": svdpeft.AdaLoRA(rank=3, allocate={"target_rank": 2}),
 }
+SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 KEEP_STATE = {"sorsa-adaptive", "adalora"}
 TARGETS = ("q_proj", "v_proj", "down_proj")
 STEPS, SAVED, KILLED = 3, 1, 2  # in all, until the checkpoint, and until the interruption
@@ -63,6 +66,19 @@ class Killed(Exception):
 class Kill(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == KILLED:
+            raise Killed
+
+
+class Wait(transformers.TrainerCallback):
+    """Says which process this is, in the middle of a training, and waits for its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == KILLED:
+            (self.folder / f"{distributed.get_rank()}-is-{os.getpid()}").touch()
+            time.sleep(300)
             raise Killed
 
 
@@ -179,8 +195,15 @@ def start_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = started
 
 
+def killed_once(folder: Path, dtype: torch.dtype, name: str) -> None:
+    """One training, which waits to be killed; started again, the rest of it."""
+    resume = (folder / name).exists()
+    losses = train(folder / name, name, dtype, resume=resume, callbacks=[] if resume else [Wait(folder)])
+    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(losses))
+    distributed.destroy_process_group()
+
+
 def main(folder: Path, dtype: torch.dtype) -> None:
-    torch.set_num_threads(1)
     decomposed: Counter[str] = Counter()
     exact = svd.full_svd
 
@@ -189,9 +212,7 @@ def main(folder: Path, dtype: torch.dtype) -> None:
         return exact(w, where, wanted)
 
     svd.full_svd = counted
-    sharded, zero = os.environ.get("ACCELERATE_USE_FSDP") == "true", "ACCELERATE_USE_DEEPSPEED" in os.environ
-    if sharded:
-        start_fsdp_on_a_cpu()
+    zero = "ACCELERATE_USE_DEEPSPEED" in os.environ
     found: dict[str, Any] = {"losses": {}, "refused": {}}
     with svdpeft.svd_cache(folder / "svd"):
         for name in METHODS:
@@ -206,11 +227,15 @@ def main(folder: Path, dtype: torch.dtype) -> None:
             except Killed:
                 found["losses"][name] = train(folder / name, name, dtype, resume=True)
     found["decomposed"] = dict(decomposed)
-    if sharded:
+    if SHARDED:
         found["collectives"] = collectives(folder)
     (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
+    torch.set_num_threads(1)
+    if SHARDED:
+        start_fsdp_on_a_cpu()
+    where, precision = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+    killed_once(where, precision, sys.argv[3]) if len(sys.argv) > 3 else main(where, precision)

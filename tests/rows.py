@@ -15,15 +15,30 @@ from typing import Any, TypeVar
 
 import pytest
 
-from svdpeft.layers.base import CalledKind
+from svdpeft.layers.base import CalledKind, LayerKind
+from svdpeft.layers.quantising import SCHEMES
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import KINDS, METHODS
 
-Kind = tuple[str, int]  # a registered name and the position of one of its example layers
+Kind = tuple[str, int]  # a registered name and the position of one of its example layers, or one of QUANTISED
 T = TypeVar("T")
 
 EVERYTHING = os.environ.get("SVDPEFT_TESTS") == "all"  # set by ``pytest --all``
 AT_LEAST = 2  # called layers, and read ones, that every variant meets in a default run
+
+# Linear layers with a weight of integers: rows beside those of the registered kinds, by the name of their scheme.
+QUANTISED: tuple[Kind, ...] = tuple((name, 0) for name in SCHEMES)
+OTHERS = tuple(kind for kind in QUANTISED if kind[0] not in ("nf4", "int8"))  # a method meets one of them by default
+# What they have not, by the word that a test asks with, and why.
+INTEGERS = {
+    "float64": "they are dequantised to 32 bits at most: such rows are in float32",
+    "fold": "the weight without the start would be rounded again, and be that of another base: refused by name",
+    "read": "integers cannot answer W0 + ΔW: refused by name",
+    "training": "integers have no gradient: no weight trains whole, and none has one for a calibration",
+}
+LACKING = {name: INTEGERS for name, _ in QUANTISED}
+for name in ("torchao-int8", "torchao-int4"):
+    LACKING[name] = INTEGERS | {"pickle": "torchao's tensors cannot be pickled"}
 
 # Hyper-parameters worth a row of their own. A method that is not listed gets its defaults at rank 2.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -108,20 +123,35 @@ def methods(factored: bool | None = None) -> list[Method]:
 
 @functools.cache
 def kinds() -> tuple[Kind, ...]:
-    """Every example layer of every registered kind."""
-    return tuple((name, i) for name in KINDS for i in range(len(KINDS[name]().examples())))
+    """Every example layer of every registered kind, and the quantised ones."""
+    return tuple((name, i) for name in KINDS for i in range(len(KINDS[name]().examples()))) + QUANTISED
+
+
+def has(kind: Kind, what: str) -> bool:
+    """Whether a row's layer has what some have not, in the words of ``LACKING``."""
+    return what not in LACKING.get(kind[0], {})
+
+
+def states(kind: Kind) -> list[str]:
+    """The states of an adapter that is switched on."""
+    return ["attached", "merge", *(["fold"] if has(kind, "fold") else [])]
+
+
+def layer_kind(kind: Kind) -> LayerKind:
+    """What adapts the row's layer."""
+    return KINDS["linear" if kind in QUANTISED else kind[0]]()
 
 
 @functools.cache
 def called(kind: Kind) -> bool:
     """Whether the example is one layer that is called, so that the factored path can be asked for."""
-    found = KINDS[kind[0]]()
+    found = layer_kind(kind)
     return isinstance(found, CalledKind) and found.called(found.examples()[kind[1]].module)
 
 
 def defined(method: Method, kind: Kind) -> bool:
     """Whether the method is defined on the kind: no test has a row where it is not (see ``conftest``)."""
-    return not isinstance(method, PerSite) or method.why_not(KINDS[kind[0]]()) is None
+    return not isinstance(method, PerSite) or method.why_not(layer_kind(kind)) is None
 
 
 def label(value: Any) -> str:
@@ -162,12 +192,13 @@ def pairs() -> tuple[tuple[Method, Kind], ...]:
 def spread(same: list[Method]) -> dict[Kind, list[Method]]:
     """Which variants of one method meet which kinds: each kind one, each variant some kinds of either sort."""
     taken: dict[Kind, list[Method]] = {}
-    for kind in kinds():
+    mine = [kind for kind in kinds() if kind not in OTHERS or kind in some(OTHERS, same[0].name)]
+    for kind in mine:
         possible = [method for method in same if defined(method, kind)]
         taken[kind] = possible if EVERYTHING else sorted(possible, key=lambda method: order(method, kind))[:1]
     for method in same:
         for sort in (True, False):
-            possible = [kind for kind in kinds() if called(kind) == sort and defined(method, kind)]
+            possible = [kind for kind in mine if called(kind) == sort and defined(method, kind)]
             missing = AT_LEAST - sum(method in taken[kind] for kind in possible)
             others = [kind for kind in possible if method not in taken[kind]]
             for kind in sorted(others, key=lambda kind: order(kind, method))[: max(missing, 0)]:
@@ -185,6 +216,7 @@ every_factored = pytest.mark.parametrize("method", methods(factored=True), ids=l
 every_method = pytest.mark.parametrize("method", methods(), ids=label)
 every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
 every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
+every_trainable = pytest.mark.parametrize("kind", [kind for kind in kinds() if has(kind, "training")], ids=label)
 every_pair = rows("method, kind", pairs())
 every_factored_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored])
 every_called_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored and called(k)])

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import adapt, assert_same, host, perturb, snapshot
+from helpers import adapt, assert_same, host, merge, perturb, snapshot
 from rows import every_kind
 from torch import nn
 from typer.testing import CliRunner
@@ -123,7 +123,7 @@ def test_every_kind_is_inspected_and_left_alone(kind):
         assert {column for column in COLUMNS if row[column] is None} == {c for c in COLUMNS if tracked[c] is None}
         for column in (column for column in COLUMNS if row[column] is not None):
             assert row[column] == pytest.approx(tracked[column], rel=1e-5, abs=1e-7), column
-    adapter.merge()
+    merge(adapter)
     merged = {row["site"]: row for row in inspect(model, model.targets).table}
     for row in found.table:
         plain = merged[row["site"]]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import adapt, host, perturb
-from rows import every_kind, every_method
+from helpers import adapt, host, merge, perturb
+from rows import every_kind, every_method, every_trainable, has
 from scipy.optimize import linear_sum_assignment
 from test_trainer import arguments, make, trainer
 from torch import nn
@@ -23,7 +23,7 @@ from svdpeft.sites.weights import stored
 
 def read(model, adapter):
     """The matrices that the model computes with, as NumPy, by site: merged, read, and unmerged again."""
-    adapter.merge()
+    merge(adapter)
     found = {}
     for name, site in adapter.sites.items():
         place = site.places[0]
@@ -65,12 +65,13 @@ def test_every_kind_of_layer_is_measured_as_its_matrices(kind):
     tracker.record(0)
     assert [row["site"] for row in tracker.table] == list(adapter.sites)
     for row in tracker.table:
-        assert max(row["delta_sigma"], row["delta_d"], row["delta_d_assigned"], row["distance"]) < 1e-7
+        assert max(row["delta_sigma"], row["delta_d"], row["delta_d_assigned"], row["distance"]) < 1e-6
         assert row["orthonormality"] == 0
         assert row["overlap_left"] is row["overlap_right"] is row["amplification"] is None
     perturb(adapter)
     tracker.record(3)
-    rows = check(tracker, before, read(model, adapter))
+    # What is merged in 32 bits is rounded, and a vector turns by that over the gap of its singular value, some 1/100.
+    rows = check(tracker, before, read(model, adapter), rtol=2e-6 if has(kind, "float64") else 2e-5)
     assert rows.keys() == adapter.sites.keys()
     for row in rows.values():
         assert row["distance"] > 0.01
@@ -78,7 +79,7 @@ def test_every_kind_of_layer_is_measured_as_its_matrices(kind):
         assert 0 <= row["overlap_left"] <= 1 + 1e-6
 
 
-@every_kind
+@every_trainable
 def test_full_fine_tuning_is_measured_on_every_kind(kind):
     model, _ = host(kind)
     names = {name for name, p in model.layer.named_parameters() if p.ndim >= 2}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from einops import rearrange
 from helpers import assert_same, close, host, perturb, refused, snapshot
-from rows import called, every_kind, kinds, label
+from rows import called, every_trainable, kinds, label, layer_kind
 from safetensors.torch import load_file, save_file
 from test_real_models import real
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ import svdpeft
 from svdpeft import EVA, Calibration, CorDA, LoRA, LoRAGA, LoRANull, attach, calibrate
 from svdpeft.calibration.calibration import FORMAT
 from svdpeft.layers.base import CalledKind
+from svdpeft.layers.quantised import weight
 from svdpeft.registry import KINDS
 
 FROM_DATA = [CorDA(rank=2), CorDA(rank=2, mode="kpm"), LoRANull(rank=2), LoRANull(rank=2, version="v2"), EVA(rank=2)]
@@ -56,7 +57,7 @@ LIVE = ["first", "second"]
 # -- what it sums up -----------------------------------------------------------------------------------------
 
 
-SEEING = [kind for kind in kinds() if called(kind) and KINDS[kind[0]].sees]
+SEEING = [kind for kind in kinds() if called(kind) and layer_kind(kind).sees]
 
 
 def every_seeing(test: Any) -> Any:
@@ -67,15 +68,16 @@ def every_seeing(test: Any) -> Any:
 def test_the_matrices_times_the_inputs_are_what_the_layer_does(kind: tuple[str, int]):
     """W0 x for every x that is counted has the layer's outputs' moments: up to their order the same vectors."""
     model, x = host(kind)
-    layer, found = model.layer, KINDS[kind[0]]()
+    layer, found = model.layer, layer_kind(kind)
     assert isinstance(found, CalledKind)
     inputs = found.inputs(layer, x)
-    w = found.to_matrix(layer, layer.weight.detach())  # (*b, m, n)
+    stored = weight(layer, "weight").detach()
+    w = found.to_matrix(layer, stored)  # (*b, m, n)
     assert inputs.shape[-1] == w.shape[-1]
     assert inputs.shape[: w.ndim - 2] == w.shape[:-2]
     flat = inputs.reshape(*w.shape[:-2], -1, w.shape[-1])
     out = flat @ w.mT  # (*b, positions, m)
-    expected = found.run(layer, x, layer.weight.detach())
+    expected = found.run(layer, x, stored)
     if out.ndim == 2:
         close(out.reshape(expected.shape), expected)
         return
@@ -100,9 +102,9 @@ def test_columns_of_a_transposed_convolution(groups: int):
 def test_streamed_is_all_at_once_and_order_does_not_matter(kind: tuple[str, int]):
     model, x = host(kind)
     batches = [x, x.flip(-1) * 0.5, x[:1] + 1]
-    found = KINDS[kind[0]]()
+    found = layer_kind(kind)
     assert isinstance(found, CalledKind)
-    w = found.to_matrix(model.layer, model.layer.weight.detach())
+    w = found.to_matrix(model.layer, weight(model.layer, "weight").detach())
     rows = torch.cat([found.inputs(model.layer, b).reshape(*w.shape[:-2], -1, w.shape[-1]) for b in batches], -2)
     for order in (batches, batches[::-1]):
         seen = calibrate(model, iter(order), ["layer"])["layer"]
@@ -129,7 +131,7 @@ def test_patches_of_a_convolution_are_those_of_unfold(options: dict[str, Any]):
     assert one.count == seen.count // 2
 
 
-@every_kind
+@every_trainable
 def test_gradients_are_the_mean_over_batches_for_every_kind(kind: tuple[str, int]):
     """Through autograd on the parameter: embeddings, raw parameters, experts, attention and parts included."""
     model, x = host(kind)

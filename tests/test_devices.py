@@ -209,6 +209,17 @@ def test_what_fsdp_cannot_shard_is_refused():
         prepare(accelerator(plugin()), tied)
 
 
+def test_fsdp_that_accelerate_does_not_take_up_is_refused(monkeypatch):
+    adapter = svdpeft.attach(model(torch.float64), METHODS["lora"])
+    given = accelerator()
+    given.state.distributed_type = "MULTI_CPU"
+    prepare(given, adapter)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP was asked for .* trains without it on cpu \(MULTI_CPU\).*ddp\.yaml"):
+        prepare(given, adapter)
+    prepare(accelerator(plugin()), adapter)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_deepspeed_takes_methods_without_a_memory(name):
     adapter = svdpeft.attach(model(torch.float64), METHODS[name])

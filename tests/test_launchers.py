@@ -1,14 +1,18 @@
 """Processes that accelerate's launcher starts with the files in examples/launch train to what one process trains to."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def launch(scheme: str, *command: object, folder: Path = ROOT) -> str:
-    """Run a command in a folder as ``accelerate launch`` starts it, and return what it says."""
+def launching(scheme: str, *command: object) -> dict[str, Any]:
+    """What starts a command as ``accelerate launch`` does, in the words of ``subprocess``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,16 +42,14 @@ def launch(scheme: str, *command: object, folder: Path = ROOT) -> str:
     more["OMP_NUM_THREADS"] = "1"
     if scheme == "zero3" and not torch.cuda.is_available():
         more["DS_ACCELERATOR"] = "cpu"
-    run = subprocess.run(
-        [*start, "--main_process_port", str(port), *map(str, command)],
-        cwd=folder,
-        env=os.environ | more,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-10_000:]
-    return run.stdout
+    return {"args": [*start, "--main_process_port", str(port), *map(str, command)], "env": os.environ | more}
+
+
+def launch(scheme: str, *command: object, folder: Path = ROOT, fails: bool = False) -> str:
+    """Run it in a folder, and return what it says; where it is to fail, of its errors."""
+    run = subprocess.run(**launching(scheme, *command), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert (run.returncode != 0) == fails, run.stderr[-10_000:]
+    return run.stderr if fails else run.stdout
 
 
 @cache
@@ -93,6 +95,38 @@ def test_two_processes_train_every_method_to_what_one_does(tmp_path, tmp_path_fa
     assert set(decomposed.values()) == {1}
     if scheme == "fsdp2":
         check_collectives(first["collectives"], tmp_path / "gathered")
+
+
+@pytest.mark.parametrize(("scheme", "whom"), [("ddp", "one of them"), ("fsdp2", "all of them")])
+def test_two_processes_are_killed_in_the_middle_and_resume(tmp_path, tmp_path_factory, scheme, whom):
+    """By SIGKILL, which nobody hears: one process, whose end ends the others, or the launcher and all it started."""
+    name = "adalora"  # it has the most to remember
+    command = (ROOT / "tests" / "launched.py", tmp_path, "float64", name)
+    there: list[int] = []
+    with subprocess.Popen(**launching(scheme, *command), start_new_session=True, stderr=subprocess.PIPE) as run:
+        try:
+            until = time.monotonic() + 200
+            while len(there) < 2:
+                assert run.poll() is None, run.stderr.read()[-10_000:]
+                assert time.monotonic() < until, "no step was reached"
+                there = [int(file.name.rpartition("-")[2]) for file in tmp_path.glob("*-is-*")]
+                time.sleep(0.05)
+            if whom == "one of them":
+                os.kill(there[1], signal.SIGKILL)
+                assert run.wait(timeout=100) != 0
+        finally:
+            for each in (run.pid, *there):  # each has a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(each, signal.SIGKILL)
+    assert not list(tmp_path.glob("*.json"))
+    launch(scheme, *command)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    losses, tensors = alone(tmp_path_factory.getbasetemp() / "one-float64" / name, name, torch.float64)
+    assert first == second == pytest.approx(losses, abs=5e-6)
+    found = load_file(tmp_path / name / "final" / "adapter.safetensors")
+    assert found.keys() == tensors.keys()
+    for key, value in tensors.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-13, msg=key)
 
 
 def check_collectives(found: dict, folder: Path) -> None:

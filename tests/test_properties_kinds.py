@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import adapt, close, equal_bits, example, host, weight_of, weights_of
-from rows import Kind, called, every_called, every_kind, kinds, methods
+from rows import QUANTISED, Kind, every_called, every_kind, kinds, methods
 from torch import Tensor, nn
 
 from svdpeft import LoRA
 from svdpeft.decomposition import Product
+from svdpeft.layers.quantised import weight
 from svdpeft.registry import KINDS, METHODS
 
 
 def test_every_registered_method_and_kind_has_rows():
     assert {m.name for m in methods()} == {name for name in METHODS if not getattr(METHODS[name], "pairs", ())}
-    assert {name for name, _ in kinds()} == set(KINDS)
+    assert {kind[0] for kind in kinds() if kind not in QUANTISED} == set(KINDS)
 
 
 def test_examples_show_matrices_that_are_not_square():
@@ -31,18 +32,20 @@ def test_examples_show_matrices_that_are_not_square():
 @pytest.mark.parametrize("core", ["none", "diagonal", "matrix"])
 def test_apply_equals_the_layer_with_the_dense_update(kind: Kind, core: str):
     found, layer, x = example(kind)
-    *batch, m, n = found.to_matrix(layer, layer.weight.detach()).shape
+    w = weight(layer, "weight").detach()
+    *batch, m, n = found.to_matrix(layer, w).shape
     r = min(m, n) + 1  # a product may have more columns than the matrix has rows
     shapes = {"none": None, "diagonal": (*batch, r), "matrix": (*batch, r, r)}
-    c = None if shapes[core] is None else torch.randn(shapes[core], dtype=torch.float64)  # type: ignore[arg-type]
-    product = Product(torch.randn(*batch, m, r).double(), c, torch.randn(*batch, r, n).double(), scale=-1.7)
+    c = None if shapes[core] is None else torch.randn(shapes[core], dtype=w.dtype)  # type: ignore[arg-type]
+    left, right = torch.randn(*batch, m, r, dtype=w.dtype), torch.randn(*batch, r, n, dtype=w.dtype)
+    product = Product(left, c, right, scale=-1.7)
     delta = found.from_matrix(layer, product.dense())
     expected = found.run(layer, x, delta)
     close(found.apply(layer, x, product), expected)
     base = layer(x).detach()
     close(found.add(layer, x, base.clone(), product), base + expected)
     close(found.add_matrix(layer, x, base.clone(), product.dense()), base + expected)
-    close(found.add_bias(layer, found.run(layer, x, layer.weight)), layer(x))
+    close(found.add_bias(layer, found.run(layer, x, w)), base)
     if core != "none":  # the dense form itself, without the library
         full = torch.diag_embed(c) if core == "diagonal" else c
         close(product.dense(), -1.7 * torch.einsum("...mr,...rs,...sn->...mn", product.L, full, product.A))
@@ -58,11 +61,11 @@ def test_matrix_view_round_trips(kind: Kind):
     whole: dict[str, Tensor] = {}
     for site in adapter.sites.values():
         layer, kind_, name = site.places[0].module, site.kind, weight_of(model, site)
-        w = model.get_parameter(name).detach() if called(kind) else layer._parameters[site.places[0].parameter].detach()
+        w = weight(layer, site.places[0].parameter).detach()
         matrix = kind_.to_matrix(layer, w)
         assert matrix.shape[-2:] == site.shape[1:]
         whole[name] = whole.get(name, 0) + kind_.from_matrix(layer, matrix)
-        other = torch.randn(matrix.shape, dtype=torch.float64)
+        other = torch.randn(matrix.shape, dtype=w.dtype)
         assert equal_bits(kind_.to_matrix(layer, kind_.from_matrix(layer, other)), other)
     for name, w in whole.items():
         assert equal_bits(w, weights_of(model, adapter)[name])

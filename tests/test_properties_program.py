@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Checks, Host, adapt, assert_same, close, differs, frozen, host, perturb, snapshot
-from rows import EVERYTHING, Kind, every_factored, every_method, label, one_each
+from helpers import Checks, Host, adapt, assert_same, close, differs, frozen, go, host, perturb, snapshot
+from rows import (
+    EVERYTHING,
+    QUANTISED,
+    Kind,
+    every_factored,
+    every_method,
+    has,
+    methods,
+    one_of_each,
+    order,
+    rows,
+    some,
+    states,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from svdpeft import SVFT, LoRA, attach, load
-from svdpeft.methods.base import Method
+from svdpeft.methods.base import Method, Transform
 from svdpeft.registry import METHODS
 
 LINEAR = ("linear", 0)
 READ = ("rwkv", 0)  # an example whose weights are read
+THREE = [(m, k) for m in methods(factored=True) for k in (LINEAR, READ, *some(QUANTISED, m))]
 
 
 @every_method
@@ -63,16 +78,13 @@ def test_permanent_merge_leaves_a_plain_model(method: Method):
         adapter.unmerge()
 
 
-@every_factored
-@pytest.mark.parametrize("kind", [LINEAR, READ], ids=label)
-@pytest.mark.parametrize("state", ["attached", "merge", "fold"])
-def test_pickle_and_torch_save(method: Method, state: str, kind: Kind):
+@rows("method, kind, state", [(m, k, s) for m, k in THREE if has(k, "pickle") for s in states(k)])
+def test_pickle_and_torch_save(method: Method, kind: Kind, state: str):
     model, x = host(kind)
     expected = frozen(model, x)
     adapter = adapt(model, method, train=("head",))
     perturb(adapter)
-    if state != "attached":
-        getattr(adapter, state)()
+    go(adapter, state)
     adapted = model(x)
     buffer = io.BytesIO()
     torch.save((model, adapter), buffer)
@@ -87,12 +99,16 @@ def test_pickle_and_torch_save(method: Method, state: str, kind: Kind):
     assert torch.equal(model(x), adapted)
 
 
-# Compiling takes a second for every site: one variant of each method, on a layer that is called and one that is read.
+# Compiling takes a second for every site: one variant of each method, on a layer that is called and one that is read;
+# on a quantised one every method that asks for its weight, and a part of the others.
 COMPILED = [LINEAR, ("raw", 1), *([("conv", 0), READ, ("attention", 0)] if EVERYTHING else [])]
+ON_INTEGERS = [m for m in one_of_each(factored=True) if EVERYTHING or isinstance(m, Transform) or order(m) % 4 == 0]
 
 
-@one_each
-@pytest.mark.parametrize("kind", COMPILED, ids=label)
+@rows(
+    "method, kind",
+    [*itertools.product(one_of_each(factored=True), COMPILED), *((m, ("nf4", 0)) for m in ON_INTEGERS)],
+)
 def test_compiled_equals_eager(method: Method, kind: Kind):
     """In outputs and gradients; a state that changes afterwards is seen."""
     torch.compiler.reset()
@@ -117,20 +133,17 @@ def test_compiled_equals_eager(method: Method, kind: Kind):
         with check("enabled again"):
             close(compiled(x), expected)
         with check("folded"):
-            adapter.fold()
+            go(adapter, states(kind)[-1])
             close(compiled(x), expected)
 
 
-@every_factored
-@pytest.mark.parametrize("kind", [LINEAR, READ], ids=label)
+@rows("method, kind, state", [(m, k, state) for m, k in THREE for state in states(k) if state != "merge"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
-def test_gradient_checkpointing(method: Method, use_reentrant: bool, folded: bool, kind: Kind):
+def test_gradient_checkpointing(method: Method, use_reentrant: bool, kind: Kind, state: str):
     model, x = host(kind)
     adapter = adapt(model, method)
     perturb(adapter)
-    if folded:
-        adapter.fold()
+    go(adapter, state)
     x.requires_grad_()
     inputs = list(adapter.parameters())
     model(x).square().sum().backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers import adapt, close, equal_bits, host, perturb, refused
+from helpers import adapt, close, equal_bits, frozen, host, merge, perturb, refused
 from rows import EVERYTHING, Kind, order, pairs, rows
 from safetensors.torch import save_file
 
@@ -18,10 +18,7 @@ HALF = [(m, k) for m, k in pairs() if m.factored and (EVERYTHING or order("switc
 @rows("method, kind", HALF)
 def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_path: Path):
     model, x = host(kind)
-    flags = [p.requires_grad_(False) for p in model.parameters()]  # as they are then: attention has a path of its own
-    base = model(x)
-    for p in flags:
-        p.requires_grad_(True)
+    base = frozen(model, x)  # as it is then: attention has a path of its own
     adapter = adapt(model, method, train=("head.weight",))
     start = adapter.state_dict()
     perturb(adapter)
@@ -31,7 +28,7 @@ def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_p
     adapter.disable()
     assert equal_bits(model(x), base)
     adapter.save(tmp_path)
-    adapter.merge()
+    merge(adapter)
     close(model(x), out)
     adapter.disable()
     assert equal_bits(model(x), base)
@@ -41,7 +38,7 @@ def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_p
     # Its values come back from memory, whatever state it is in, and a file is loaded switched off.
     adapter.load_state_dict(start)
     assert not equal_bits(model(x), out)
-    adapter.merge()
+    merge(adapter)
     adapter.load_state_dict(state)
     assert adapter.state == "merged"
     adapter.unmerge()

@@ -1,37 +1,21 @@
-"""Every method on layers whose weights are quantised: in every state it is what it is on the dequantised weight.
-
-So whatever the rest of the suite shows of a plain layer holds of these, too.
-"""
+"""What only quantised layers have; what they have in common with all others the property tests show."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import Checks, adapt, assert_same, digest, equal_bits, perturb, refused, snapshot
-from rows import EVERYTHING, defined, methods, order, rows
+from helpers import bits, differs, perturb, refused
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from svdpeft import SORSA, LoRA, PiSSA, attach, calibrate, combine, load
-from svdpeft.adapter.adapter import Adapter
+from svdpeft import SORSA, Full, LoRA, PiSSA, attach, calibrate, load
 from svdpeft.adapter.file import CheckpointError
 from svdpeft.layers.quantised import form_of, weight
 from svdpeft.layers.quantising import SCHEMES, put, scheme_named
-from svdpeft.methods.base import Method
 
-LINEAR = ("linear", 0)
-FACTORED = [m for m in methods(factored=True) if defined(m, LINEAR)]
-NO_PICKLE = ("torchao-int8", "torchao-int4")  # torchao's tensors cannot be
-PAIRS = [(m, s) for m in FACTORED for i, s in enumerate(SCHEMES) if EVERYTHING or order("quantised", m) % 5 == i]
-PAIRS += [(m, s) for m in FACTORED for s in ("nf4", "int8") if not EVERYTHING and (m, s) not in PAIRS]
-every_pair = rows("method, scheme", PAIRS)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
@@ -64,125 +48,45 @@ def twins(scheme: str) -> tuple[Net, Net, Tensor]:
     return model, plain, torch.randn(2, 5, 64)
 
 
-def bits_of(model: Net) -> tuple[bytes, bytes]:
-    """Of the integers, and of what they stand for."""
-    form = form_of(model.layer, "weight")
-    return digest(form.codes().contiguous()), digest(form.values())
-
-
 def near(found: Tensor, expected: Tensor) -> None:
     """In float32; torchao adds in another order."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_pair
-def test_adapter(method: Method, scheme: str, tmp_path: Path):
-    model, plain, x = twins(scheme)
-    for each in (model, plain):  # in training, where int8 of bitsandbytes multiplies by the dequantised weight
-        each.norm.eval()
-    before, stored, base = snapshot(model), bits_of(model), model(x)
-    near(base, plain(x))
-    adapter, twin = adapt(model, method), adapt(plain, method)
-    for mine, its in zip(adapter.sites.values(), twin.sites.values(), strict=True):  # from the dequantised weight
-        assert all(equal_bits(t, its.factors.tensors()[role]) for role, t in mine.factors.tensors().items())
-    with Checks() as check:
-        if adapter.sites["layer"].method.exact_start:
-            with check("start"):
-                assert torch.equal(model(x), base)
-        for each in (adapter, twin):
-            perturb(each)
-        with check("output and gradients"):
-            same_gradients(model, plain, adapter, twin, x)
-        with check("disabled"), adapter.disabled():
-            assert torch.equal(model(x), base)
-        out = model(x)
-        with check("ΔW"):
-            near(adapter.delta("layer"), twin.delta("layer"))
-        with check("not merged, not folded"):
-            refused_to_write(model, adapter)
-        with check("merged into a dequantised model"):
-            merged(model, adapter, x, out, base, stored)
-        with check("saved"):
-            adapter.save(tmp_path)
-            adapter.detach()
-            adapter = load(model, tmp_path)
-            assert torch.equal(model(x), out)
-        with check("copied"):
-            other, its = copy.deepcopy((model, adapter))
-            assert torch.equal(other(x), out)
-            its.detach()
-            assert torch.equal(other(x), base)
-        with check("checkpointed"):
-            y = x.clone().requires_grad_()
-            checkpoint(model, y, use_reentrant=False).square().sum().backward()
-            assert y.grad is not None
-        with check("beside another"):
-            beside_another(model, adapter, x, out)
-        with check("detached"):
-            adapter.detach()
-            assert torch.equal(model(x), base)
-            assert bits_of(model) == stored
-            assert_same(before, snapshot(model))
-
-
-def same_gradients(model: Net, plain: Net, adapter: Adapter, twin: Adapter, x: Tensor) -> None:
-    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    out, expected = model(inputs[0]), plain(inputs[1])
-    near(out, expected)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    trained = {id(p) for p in adapter.parameters()}
-    assert all((p.grad is not None) == (id(p) in trained) for p in model.parameters())
-    pairs = [*zip(adapter.parameters(), twin.parameters(), strict=True), tuple(inputs)]
-    for mine, its in pairs:
-        assert bool((its.grad != 0).any())
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-4 * float(its.grad.abs().max()))
-
-
-def refused_to_write(model: Net, adapter: Adapter) -> None:
+@every_scheme
+def test_nothing_is_written_into_integers(scheme: str):
+    """They are refused by name, and a plain weight takes their place for as long as the adapter is merged."""
+    model, _, x = twins(scheme)
+    model.norm.eval()
+    adapter = attach(model, SORSA(rank=2), ["layer"])
+    perturb(adapter)
+    tensor, stored, out = form_of(model.layer, "weight").tensor, bits(form_of(model.layer, "weight").codes()), model(x)
     with refused(model, "layer cannot be merged", "quantised", "merge(dtype=torch.bfloat16)"):
         adapter.merge()
-    for site in adapter.sites.values():
-        if not site.method.dropout:
-            with refused(model, "layer is quantised", "svdpeft.quantize"):
-                adapter.fold()
-
-
-def merged(model: Net, adapter: Adapter, x: Tensor, out: Tensor, base: Tensor, stored: Any) -> None:
-    layer, header = form_of(model.layer, "weight").tensor, adapter.state_dict().metadata
+    with refused(model, "layer is quantised", "svdpeft.quantize"):
+        adapter.fold()
     state = adapter.merged_state_dict(torch.float64)
     assert list(state) == ["layer.weight", "layer.bias", *list(Net().state_dict())[2:]]
     near(state["layer.weight"].float(), weight(model.layer, "weight") + adapter.delta("layer"))
+    header = adapter.state_dict().metadata
     adapter.merge(dtype=torch.float32)
-    near(model(x), out)
     assert adapter.state_dict().metadata == header
-    with adapter.disabled():
-        assert torch.equal(model(x), base)
-    assert adapter.state == "merged"
     adapter.unmerge()
-    assert form_of(model.layer, "weight").tensor is layer
-    assert bits_of(model) == stored
+    assert form_of(model.layer, "weight").tensor is tensor
+    assert bits(form_of(model.layer, "weight").codes()) == stored
     assert torch.equal(model(x), out)
 
 
-def beside_another(model: Net, adapter: Adapter, x: Tensor, out: Tensor) -> None:
-    two = attach(model, LoRA(rank=2), ["layer"], name="two")
-    perturb(two)
-    both = model(x)
-    adapter.merge(dtype=torch.float32)
-    two.merge()
-    near(model(x), both)
-    adapter.unmerge()
-    near(model(x), both)
-    two.unmerge()
-    assert torch.equal(model(x), both)
-    with two.disabled():
-        assert torch.equal(model(x), out)
-    two.detach()
-    assert torch.equal(model(x), out)
-
-
-# -- what only a quantised layer has ----------------------------------------------------------------------------------
+def test_while_it_evaluates_int8_rounds_its_inputs_and_the_update_is_added_to_that():
+    model, plain, x = twins("int8")
+    own, exact = model.eval().layer(x), plain.eval().layer(x)
+    assert differs(own, exact)
+    adapters = [attach(each, PiSSA(rank=2), ["layer"]) for each in (model, plain)]
+    perturb(adapters[0])
+    perturb(adapters[1])
+    near(model.layer(x) - own, plain.layer(x) - exact)
+    with adapters[0].disabled():
+        assert torch.equal(model.layer(x), own)
 
 
 @every_scheme
@@ -273,13 +177,17 @@ def test_parts_of_a_fused_layer():
     near(*outs)
 
 
-def test_trained_whole_and_gradients_of_the_weight_are_refused():
-    model, _, x = twins("nf4")
-    with refused(model, "layer"):
+@every_scheme
+def test_trained_whole_and_gradients_of_the_weight_are_refused(scheme: str):
+    model, _, x = twins(scheme)
+    how = form_of(model.layer, "weight").scheme
+    with refused(model, f"train='layer.weight': layer.weight is quantised ({how})"):
         attach(model, LoRA(rank=2), ["head"], train=["layer.weight"])
-    with pytest.raises(ValueError, match=r"the weight of layer is quantised \(nf4\), and integers have no gradient"):
+    with pytest.raises(ValueError, match=f"the weight of layer is quantised .{how}., and integers have no gradient"):
         calibrate(model, [x], ["layer"], gradients=True, inputs=False, loss=lambda out, _: out.square().sum())
     assert calibrate(model, [x], ["layer"])["layer"].count == 10
+    adapter = attach(model, Full(), ["layer"])  # what can train of it
+    assert set(adapter.whole) == {"layer.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}
 
 
 def test_nothing_is_left_silently_of_a_partly_quantised_model():
@@ -313,24 +221,10 @@ def test_merged_for_good_it_is_a_plain_model():
     assert vars(model.layer).keys() == vars(nn.Linear(2, 2)).keys()
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in NO_PICKLE])
-def test_pickled(scheme: str):
-    model, _, x = twins(scheme)
-    model.norm.eval()
-    adapter = attach(model, LoRA(rank=2), ["layer"])
-    perturb(adapter)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for twin in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-
-
-def test_combined_on_a_quantised_base():
-    model, _, _ = twins("int8")
-    model.norm.eval()
-    one, two = (attach(model, LoRA(rank=2), ["layer"], name=name) for name in ("one", "two"))
-    for i, each in enumerate((one, two)):
-        perturb(each, seed=i)
-    made = combine([(one, 0.5), (two, -1.0)]).adapter
-    near(made.delta("layer"), 0.5 * one.delta("layer") - two.delta("layer"))
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_codes_are_what_the_values_are_looked_up_by(scheme: str):
+    """In the order of the values: rows of them are left out where a part trains, and the rest tells a base."""
+    form = form_of(twins(scheme)[0].layer, "weight")
+    state = form.tensor.quant_state
+    blocks = state.code[form.codes().int()].view(-1, state.blocksize) * state.absmax.unsqueeze(1)
+    assert torch.equal(blocks.view(form.shape), form.values())

@@ -382,3 +382,11 @@ def test_two_processes_write_one_adapter(place):
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there accelerate trains with FSDP")
+def test_fsdp_on_a_cpu_is_refused_where_accelerate_would_train_without_it(place):
+    told = launch("fsdp2", "--no_python", "svdpeft", "train", *words(steps=1), folder=place, fails=True)
+    assert "FSDP was asked for (ACCELERATE_USE_FSDP=true), and accelerate trains without it on cpu" in told
+    assert not Path("out", "adapter").exists()

@@ -54,8 +54,9 @@ class Linear(CalledKind):
         return x
 
     def add(self, module: nn.Module, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        # One pass over the output: multiply, scale and add in a single kernel.
-        z = self._down(x, product)
+        # One pass over the output: multiply, scale and add in a single kernel. Autocast gives z another dtype than a
+        # quantised layer's own kernel gives the output.
+        z = self._down(x, product).to(out.dtype)
         rows = out.view(-1, out.shape[-1])
         rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
         return rows.view(out.shape)  # not `out`: torch 2.11 takes it for a leaf in a second adapter's in-place addition

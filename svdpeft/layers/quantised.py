@@ -6,7 +6,7 @@ The one file that knows. Everybody else asks for ``weight``: the dequantised one
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     @property
     def scheme(self) -> str | None:
         """What the weight is quantised by; ``None``: it is not, or in a way that is not known here."""
-        return _store(type(self.tensor)).scheme(self)
+        return _store(self.tensor).scheme(self)
 
     @property
     def shape(self) -> torch.Size:
@@ -61,13 +61,11 @@ class Form(NamedTuple):
 
     @property
     def _by(self) -> Plain:
-        return Plain() if self.scheme is None else _store(type(self.tensor))
+        return Plain() if self.scheme is None else _store(self.tensor)
 
 
 class Plain:
     """A tensor that is the weight; those derived from this are others."""
-
-    tensor: ClassVar[str] = ""  # dotted name of its class, so that a library need not be there
 
     def scheme(self, form: Form) -> str | None:
         """Return ``None`` as well where a tensor of the class is not quantised yet."""
@@ -88,8 +86,6 @@ class Plain:
 
 class FourBit(Plain):
     """bitsandbytes' 4 bits, NF4 and FP4: two codes in a byte, and a scale for each 64 of them."""
-
-    tensor = "bitsandbytes.nn.modules.Params4bit"
 
     def scheme(self, form: Form) -> str | None:
         return None if form.tensor.quant_state is None else form.tensor.quant_type
@@ -113,8 +109,6 @@ class FourBit(Plain):
 class EightBit(Plain):
     """bitsandbytes' LLM.int8(): a row of integers and its largest value."""
 
-    tensor = "bitsandbytes.nn.modules.Int8Params"
-
     def scheme(self, form: Form) -> str | None:
         return "int8" if form.tensor.dtype == torch.int8 else None
 
@@ -130,8 +124,6 @@ class EightBit(Plain):
 class TorchAO(Plain):
     """torchao's tensors, whatever is in them: they say themselves what they stand for."""
 
-    tensor = "torchao.utils.TorchAOBaseTensor"
-
     def scheme(self, form: Form) -> str | None:
         return f"torchao {type(form.tensor).__name__}" if hasattr(form.tensor, "dequantize") else None
 
@@ -146,10 +138,21 @@ class TorchAO(Plain):
         return [getattr(form.tensor, name) for name in form.tensor.__tensor_flatten__()[0]]
 
 
+def noted(tensor: Any) -> bool:
+    """Whether bitsandbytes has noted on a tensor how it is quantised: that stays where torch pickles it, its class does
+    not."""
+    return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
+
+
+def _store(tensor: Any) -> Plain:
+    if noted(tensor):
+        return FourBit() if hasattr(tensor, "quant_state") else EightBit()
+    return _by_class(type(tensor))
+
+
 @functools.cache
-def _store(cls: type) -> Plain:
-    stores = (FourBit(), EightBit(), TorchAO())
-    return next((store for store in stores if store.tensor in _names(cls)), Plain())
+def _by_class(cls: type) -> Plain:
+    return TorchAO() if "torchao.utils.TorchAOBaseTensor" in _names(cls) else Plain()
 
 
 def _names(cls: type) -> set[str]:
@@ -169,7 +172,7 @@ def form_of(module: nn.Module, parameter: str) -> Form:
     """Return how a layer stores a weight now."""
     tensor = module._parameters.get(parameter)
     tensor = module._buffers[parameter] if tensor is None else tensor
-    own = {name: vars(module)[name] for name in OWN if name in vars(module)} if of_library(type(module)) else {}
+    own = {name: vars(module)[name] for name in OWN if name in vars(module)} if noted(tensor) else {}
     return Form(type(module), tensor, own)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svdpeft.decomposition import all_finite, digest, has_digest
 from svdpeft.layers.base import LayerKind
-from svdpeft.layers.quantised import Form, form_of, scheme
+from svdpeft.layers.quantised import Form, form_of, noted, scheme
 from svdpeft.sites.shards import gathered, shape_of, sharded
 
 
@@ -81,7 +81,8 @@ class BaseWeight:
     @property
     def original(self) -> Tensor:
         """The base's own value, dequantised, whatever is written at present."""
-        if self._original is None and self.quantised is None and type(self.stored) is nn.Parameter:
+        tensor = self.stored
+        if self._original is None and self.quantised is None and type(tensor) is nn.Parameter and not noted(tensor):
             return self.tensor  # what a compiler can trace
         return self._form.values().detach()
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from svdpeft.layers.quantised import scheme
+from svdpeft.layers.quantising import quantised_in
 from svdpeft.methods.base import Factors
 from svdpeft.patterns import matches
 from svdpeft.registry import near_miss
@@ -15,15 +17,20 @@ def trained_whole(model: nn.Module, patterns: Iterable[str]) -> dict[str, tuple[
     """Return the parameters that ``train=`` names, as name -> (owner, attribute).
 
     Raises:
-        ValueError: a pattern names no floating-point parameter.
+        ValueError: a pattern names no parameter of floating point, or quantised ones alone.
     """
+    quantised = {f"{name}.{key}".lstrip("."): scheme(module, key) for name, module, key in quantised_in(model)}
     factors = {id(p) for module in model.modules() if isinstance(module, Factors) for p in module.parameters()}
-    first = {id(p): name for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in factors}
+    plain = ((name, p) for name, p in model.named_parameters() if name not in quantised and p.is_floating_point())
+    first = {id(p): name for name, p in plain if id(p) not in factors}
     parameters = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first}
     chosen: dict[str, tuple[nn.Module, str]] = {}
     for pattern in patterns:
         found = [name for name in parameters if any(matches(pattern, part) for part in _prefixes(name))]
         if not found:
+            for name, how in quantised.items():
+                if any(matches(pattern, part) for part in _prefixes(name)):
+                    raise ValueError(f"train={pattern!r}: {name} is quantised ({how}), and integers have no gradient")
             leaves = {part for name in parameters for part in _prefixes(name)}
             raise ValueError(f"train={pattern!r} names no parameter: {near_miss(pattern, leaves)}")
         for name in dict.fromkeys(parameters[alias] for alias in found):  # a shared one under its first name

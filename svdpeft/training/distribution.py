@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.roster import adapters_in
+
+ASKED_FOR = "ACCELERATE_USE_FSDP"  # by accelerate's launcher, from its configuration
 
 
 def prepare(accelerator: Any, adapter: Adapter) -> None:
@@ -19,11 +22,17 @@ def prepare(accelerator: Any, adapter: Adapter) -> None:
         adapter: that is to be trained.
 
     Raises:
-        ValueError: FSDP1; weights that are in one process alone; trained tensors that sites share, with FSDP; a method
-            that acts on gradients or keeps a state, with DeepSpeed.
+        ValueError: FSDP that was asked for and is not used; FSDP1; weights that are in one process alone; trained
+            tensors that sites share, with FSDP; a method that acts on gradients or keeps a state, with DeepSpeed.
     """
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
         _prepare_fsdp(plugin, accelerator.device, adapter)
+    elif os.environ.get(ASKED_FOR, "").lower() == "true":
+        raise ValueError(
+            f"FSDP was asked for ({ASKED_FOR}=true), and accelerate trains without it on {accelerator.device.type} "
+            f"({accelerator.state.distributed_type}): it takes FSDP up on accelerators alone. Launch with a "
+            "configuration for whole copies of the model (DDP), such as examples/launch/ddp.yaml"
+        )
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         _check_deepspeed(adapter)
 

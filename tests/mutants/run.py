@@ -28,7 +28,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("mutants.toml")
-COPIED = ("svdpeft", "tests", "docs", "README.md", "conftest.py", "pyproject.toml")
+COPIED = ("svdpeft", "tests", "docs", "examples", "README.md", "conftest.py", "pyproject.toml")
 TIMEOUT = 300.0  # seconds for the tests of one mutant: a search that never ends is noticed, too
 RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 PASSED, FAILED, INTERRUPTED = 0, 1, 2  # of pytest; interrupted: a file of tests cannot be imported
