@@ -52,7 +52,7 @@ def test_a_configuration_of_peft(tmp_path: Path):
     svdpeft.export_lora(adapter, tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"rank_pattern": {ENDLESS: 1}}))
+    path.write_text(json.dumps(config | {"alpha_pattern": {ENDLESS: 1}}))
     with pytest.raises(ValueError, match=r"has taken 0\.2 s") as caught:
         svdpeft.import_peft(model, tmp_path / "peft")
     assert json.dumps(ENDLESS)[1:-1] in str(caught.value)
