@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from svdpeft import methods
     from svdpeft.adapter.adapter import Adapter
     from svdpeft.adapter.attach import attach
-    from svdpeft.adapter.choosing import adapters, only
+    from svdpeft.adapter.choosing import adapters, only, using
     from svdpeft.adapter.combining import combine
     from svdpeft.adapter.file import CheckpointError
     from svdpeft.adapter.loading import load
@@ -50,6 +50,7 @@ __all__ = [
     "only",
     "quantize",
     "svd_cache",
+    "using",
 ]
 
 _LATE = {
@@ -80,6 +81,7 @@ _LATE = {
     "quantize": "svdpeft.adapter.quantising",
     "save_pretrained": "svdpeft.interop.hub",
     "svd_cache": "svdpeft.decomposition",
+    "using": "svdpeft.adapter.choosing",
 }
 _PACKAGES = (
     *("adapter", "analysis", "calibration", "decomposition", "folders", "interop", "layers", "methods", "models"),

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
+
+import regex
 
 from svdpeft.registry import near_miss
 
 T = TypeVar("T")
 BRACKETS = re.compile(r"(.*[\w)])\[([A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\]")  # qkv[q,v]: a pattern, and words
+
+PATIENCE = 2.0  # seconds of matching, after which an expression is given up
+SLOW = 0.01  # of one name, which takes microseconds
+
+
+class Expression:
+    """A regular expression of a user's, or of a file's, that ends: some take longer than the universe.
+
+    Args:
+        pattern: as ``re`` knows it.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+            self.compiled = regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
+        self.pattern = pattern
+        self.spent = 0.0  # seconds, of names that took too long each
+
+    def matches(self, name: str) -> bool:
+        """Whether it is all of a name.
+
+        Raises:
+            ValueError: it takes too long, with this name or with all so far.
+        """
+        begun = time.thread_time()
+        try:
+            found = self.compiled.fullmatch(name, timeout=PATIENCE) is not None
+        except TimeoutError:
+            self.spent = PATIENCE
+        else:
+            if (took := time.thread_time() - begun) < SLOW:
+                return found
+            self.spent += took
+            if self.spent < PATIENCE:
+                return found
+        raise ValueError(
+            f"the regular expression {self.pattern!r} has taken {PATIENCE:g} s, at last with {name!r}: it repeats what"
+            " repeats itself, in more ways than can be tried"
+        )
+
+
+expression = functools.lru_cache(maxsize=1024)(Expression)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -26,10 +78,7 @@ def matches(pattern: str, name: str) -> bool:
     layer, _, part = name.removesuffix("]").partition("[")
     if part and (found := BRACKETS.fullmatch(pattern)) is not None:
         return part in re.split(r"\s*,\s*", found[2]) and matches(found[1], layer)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither a name nor a regular expression: {error}") from error
+    return expression(pattern).matches(name)
 
 
 def chosen(value: T | Mapping[str, T], site: str, roles: Sequence[str] = (), what: str = "rank") -> T:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -387,3 +389,25 @@ def test_delta_is_what_is_added():
     close(model.layer(x), expected)
     half, _ = host(("linear", 0), dtype=torch.bfloat16)
     assert adapt(half, LoRA(rank=2)).delta("layer").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1e-2, 1e-7, 1e-9, 1e-14])
+def test_merge_report_is_of_the_weight_s_own_dtype(size: float, dtype: torch.dtype):
+    """The sum of a float32 weight is formed in float32: what that loses is told, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30, dtype=dtype)).requires_grad_(False)
+    adapter = attach(model, LoRA(rank=2))
+    perturb(adapter)
+    with torch.no_grad():
+        adapter.site("0").factors.L.mul_(size)
+    w = stored(model[0], "weight").detach().clone()
+    before, delta = (t.flatten().tolist() for t in (w, adapter.delta("0")))
+    exact = [Fraction(a) + Fraction(b) for a, b in zip(before, delta, strict=True)]
+    report = adapter.merge()
+    after = stored(model[0], "weight").flatten().tolist()
+    off = [float(Fraction(found) - wanted) for found, wanted in zip(after, exact, strict=True)]
+    change = [float(wanted - Fraction(a)) for wanted, a in zip(exact, before, strict=True)]
+    expected = math.hypot(*off) / math.hypot(*change)
+    assert report.worst == pytest.approx(expected, rel=1e-3, abs=1e-18)
+    assert report.worst > 0

@@ -376,7 +376,7 @@ def test_nothing_is_enabled_in_a_block_that_names_rows(x: Tensor):
     for call in (b.enable, b.merge):
         with (
             a.per_example([None] * 5),
-            pytest.raises(RuntimeError, match="'b' cannot be enabled in a per_"),
+            pytest.raises(RuntimeError, match="of adapter 'b' is impossible in a per_"),
         ):
             call()
     assert b.state == "disabled"

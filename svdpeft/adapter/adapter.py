@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter import steering
+from svdpeft.adapter import blocks, steering
 from svdpeft.adapter.dequantising import dequantise, quantise_again, stay_plain
 from svdpeft.adapter.deriving import Bases, cost
 from svdpeft.adapter.file import Source, State
 from svdpeft.adapter.pretrained import SavePretrained, plain
 from svdpeft.adapter.reach import run_once, unwatch
-from svdpeft.adapter.roster import LIVE, ROSTER, Roster, held_elsewhere
+from svdpeft.adapter.roster import ROSTER, Roster, enlist, held_elsewhere
 from svdpeft.adapter.routing import by_example, must_be
 from svdpeft.adapter.saving import Contents, save, to_state
 from svdpeft.adapter.steps import Steps
 from svdpeft.adapter.summary import lowered, summarise
 from svdpeft.adapter.swapping import swap_in
 from svdpeft.adapter.switching import WAYS, check_foldable, check_no_transform_beside, check_there, go, guard_loading
+from svdpeft.adapter.turns import changes, turns
 from svdpeft.adapter.untying import Untied, check_not_shared, tie_again, untie
 from svdpeft.methods.base import Method
 from svdpeft.registry import near_miss
 from svdpeft.sites.normalisation import Frozen, running_statistics
+from svdpeft.sites.scope import leave, scope
 from svdpeft.sites.shards import count
 from svdpeft.sites.site import Site
 from svdpeft.sites.versions import Own
@@ -58,7 +60,7 @@ class Adapter:
         self.sites: Mapping[str, Site] = sites
         self.whole = whole
         self.skipped: Mapping[str, str] = skipped
-        self.state: Condition = "attached"
+        self._state: Condition = "attached"
         elsewhere = held_elsewhere(getattr(model, ROSTER))  # by an adapter of a part of the model, or of a larger one
         statistics = {n: p for n, p in running_statistics(model).items() if id(stored(*p)) not in elsewhere}
         self.own = Own(getattr(model, ROSTER).versions, name, whole, statistics)
@@ -68,11 +70,16 @@ class Adapter:
         self._dtype: torch.dtype | None = None  # of the weights that merging puts in the place of quantised ones
         self._steps = Steps(sites.values())
         self._guard = guard_loading(model, self)
-        LIVE.add(self)
+        enlist(self)
+
+    @property
+    def state(self) -> Condition:
+        """What it is in, or in the blocks of the caller."""
+        return (scope() or {}).get(self, self._state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        LIVE.add(self)  # a copy, or one that was pickled
+        enlist(self)  # a copy, or one that was pickled
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -152,6 +159,7 @@ class Adapter:
             f"{self.trainable_count:,} trainable, {self.state})"
         )
 
+    @changes
     def set(self, **values: float) -> None:
         """Turn what the methods let be turned while the model runs, at every site whose method has it.
 
@@ -168,61 +176,47 @@ class Adapter:
 
     # -- switching ------------------------------------------------------------------------------------------------
 
+    @changes
     def disable(self) -> None:
         """Let the model compute as if this adapter were not there, bit for bit, until ``enable``.
 
         It can be saved, and merged, which turns it on. One that is merged or folded is taken out of the weights first.
         """
         self._must_be("attached", "merged", "folded")
+        leave(self, *self.sites.values())
         self._to("attached")
+        blocks.activate(self, False)
         self.own.turn(on=False)
-        self._activate(False)
         if self.frozen:
             self.frozen.release()
-        self.state = "disabled"
+        self._state = "disabled"
 
+    @changes
     def enable(self) -> None:
         """Let a disabled adapter act again; one that is on stays as it is."""
         self._must_be("attached", "merged", "folded", "disabled")
-        if self.state != "disabled":
+        leave(self, *self.sites.values())
+        if self._state != "disabled":
             return
-        if any(other.state == "in a per_example block" for other in self._roster.adapters.values()):
-            raise RuntimeError(f"adapter {self.name!r} cannot be enabled in a per_example block: no row names it")
-        self.state = "attached"
+        self._state = "attached"
         self.own.turn(on=True)
-        self._activate(True)
+        blocks.activate(self, True)
         if self.frozen:
             self.frozen.hold()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the block the model computes as if this adapter were not there, bit for bit."""
-        before = self.state
-        if before != "disabled":  # a block within a block
-            self.disable()
-        try:
-            yield
-        finally:
-            if before != "disabled" and self.state == "disabled":
-                self.enable()
-                self._to(before)
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within the block the model computes as if this adapter were not there, bit for bit.
 
-    @contextmanager
-    def unwritten(self) -> Iterator[None]:
+        For this thread's or task's calls alone. One that is merged, folded or has something of the model's whole is off
+        for all threads, whose calls wait until the block ends.
+        """
+        return blocks.disabled(self)
+
+    def unwritten(self) -> AbstractContextManager[None]:
         """Within the block nothing of this adapter is written in the base weights; afterwards again what was."""
-        self._must_be("attached", "merged", "folded", "disabled")
-        if self.state == "disabled":
-            yield
-            return
-        state = self.state
-        self._to("attached")
-        try:
-            yield
-        finally:
-            self._to(state)
+        return blocks.unwritten(self)
 
-    @contextmanager
-    def per_example(self, names: Sequence[str | None], flattened: bool = False) -> Iterator[None]:
+    def per_example(self, names: Sequence[str | None], flattened: bool = False) -> AbstractContextManager[None]:
         """Within the block every row of a batch is computed with an adapter of its own: ``model(x)`` as ever.
 
         The base is computed once for all rows. Each adapter that is named adds one low-rank pass over its own rows, and
@@ -257,9 +251,9 @@ class Adapter:
             torch.Size([4, 3])
         """
         self._must_be("attached", "merged", "folded", "disabled")
-        with by_example(self.model, self._roster.adapters, names, flattened):
-            yield
+        return by_example(self.model, self._roster.adapters, names, flattened)
 
+    @changes
     def merge(self, permanent: bool = False, untie: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
         """Write W0 + ΔW into the base weights, so that the adapted model costs what the base does.
 
@@ -292,12 +286,14 @@ class Adapter:
             self._leave(restore=False)
         return report
 
+    @changes
     def unmerge(self) -> None:
         """Give the base weights back, bit for bit, and add the update in the forward pass again."""
         self._must_be("merged")
         self._to("attached")
         self._unties, self._dtype = False, None
 
+    @changes
     def merged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the ``state_dict`` of the plain model with W0 + ΔW, under the names that it had before the adapter.
 
@@ -331,6 +327,7 @@ class Adapter:
                 self._to("attached")
                 self._dtype = None
 
+    @changes
     def fold(self) -> None:
         """Write W0 − [L C A]start into the base weights: the papers' layout, one low-rank path less per layer.
 
@@ -341,11 +338,13 @@ class Adapter:
         check_foldable(self.sites.values())
         self._to("folded")
 
+    @changes
     def unfold(self) -> None:
         """Give the base weights back, bit for bit."""
         self._must_be("folded")
         self._to("attached")
 
+    @changes
     def detach(self) -> None:
         """Take everything out of the model again: parameters, buffers, hooks and flags are what they were."""
         self._must_be("attached", "merged", "folded", "disabled")
@@ -355,29 +354,25 @@ class Adapter:
 
     def _to(self, state: Condition) -> MergeReport:
         """Go to a state; from "merged" and "folded" the only way is back to "attached"."""
-        if state == self.state:
+        if state == self._state or self._state == "disabled":
             return MergeReport({})
         if state != "attached":
             check_there(self.model, self.sites.values())
             if state == "merged" and self._unties:
                 self.untied = untie(self.model, self.sites.values())
             check_not_shared(self.model, list(self.sites.values()), state)
-        self.state = "attached"  # which is true of all sites if this is interrupted
+        self._state = "attached"  # which is true of all sites if this is interrupted
         try:
             if state == "merged" and self._dtype is not None:
                 dequantise(self._roster, self._dtype)
             report = go(list(self.sites.values()), state)
-            self.state = state
+            self._state = state
         finally:
-            if self.state == "attached":
+            if self._state == "attached":
                 tie_again(self.untied)
                 self.untied = []
                 quantise_again(self._roster)
         return report
-
-    def _activate(self, active: bool) -> None:
-        for site in self.sites.values():
-            site.active = active
 
     @torch.no_grad()
     def _leave(self, restore: bool) -> None:
@@ -393,7 +388,7 @@ class Adapter:
             self.frozen.release()
         self._guard.remove()
         del roster.adapters[self.name]
-        self.state = "detached"
+        self._state = "detached"
         if roster.adapters:
             roster.freeze()
             return
@@ -488,9 +483,10 @@ class Adapter:
         Raises:
             CheckpointError: the values are of another base or do not fit. Nothing has changed then.
         """
-        before = self.state
+        before = self._state
         try:
-            swap_in(self.model, self.sites, self.own, source, check_base, self.unwritten)
+            with turns(self.model).preparing("load_state_dict()"):
+                swap_in(self.model, self.sites, self.own, source, check_base, self.unwritten)
         except BaseException:
             self._to(before)
             raise

@@ -15,6 +15,7 @@ from svdpeft.adapter.file import free_of
 from svdpeft.adapter.pretrained import SavePretrained
 from svdpeft.adapter.reach import watch
 from svdpeft.adapter.roster import ROSTER, Roster, adapted, base_weight, claimed, untied
+from svdpeft.adapter.turns import prepares, turns
 from svdpeft.decomposition import decomposing_on, processes
 from svdpeft.methods.base import (
     Factors,
@@ -35,6 +36,7 @@ from svdpeft.targets.whole import biases_of, trained_whole
 from svdpeft.targets.wrappers import unwrapped
 
 
+@prepares
 @ordinary()
 def attach(
     model: nn.Module,
@@ -187,6 +189,20 @@ def install(
         parameter = place.module._parameters[place.parameter]
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         sites[choice.name] = site_of(choice, method, factors, weight)
+    with turns(model).change(f"attaching adapter {name!r}"):
+        return _install(model, roster, pairs, sites, whole, skipped, name, batch_norm)
+
+
+def _install(
+    model: nn.Module,
+    roster: Roster,
+    pairs: Sequence[tuple[str, Method]],
+    sites: dict[str, Site],
+    whole: Mapping[str, tuple[nn.Module, str]],
+    skipped: Mapping[str, str],
+    name: str,
+    batch_norm: BatchNorm,
+) -> Adapter:
     roster.enter()
     SavePretrained.stand_in(model)
     adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
@@ -232,8 +248,6 @@ def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> 
 
 
 def _check_name(name: str, roster: Roster) -> None:
-    if any(adapter.state == "in a per_example block" for adapter in roster.adapters.values()):
-        raise RuntimeError(f"adapter {name!r} cannot be attached in a per_example block: no row would name it")
     if name in roster.adapters:
         raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
     if not name or "." in name:

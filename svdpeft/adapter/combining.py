@@ -27,6 +27,7 @@ from torch import Tensor
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
+from svdpeft.adapter.turns import turns
 from svdpeft.decomposition import EXACT, Product, truncated
 from svdpeft.methods.base import Factors, generator
 from svdpeft.methods.lora import LoRA
@@ -124,10 +125,11 @@ def combine(
     whole = {n: place for adapter, _ in adapters for n, place in adapter.whole.items()}
     values = {n: _of_whole(n, adapters) for n in whole}
     pairs = [(choice.name, method) for choice, method, _ in built]
-    made = install(first.model, pairs, built, whole, {}, name, first.batch_norm)
-    for tensor, value in made.own.holding(values):  # and nothing of an adapter that is on
-        write(tensor, value)
-    made.disable()
+    with turns(first.model).change("combine()"):
+        made = install(first.model, pairs, built, whole, {}, name, first.batch_norm)
+        for tensor, value in made.own.holding(values):  # and nothing of an adapter that is on
+            write(tensor, value)
+        made.disable()
     return Combined(made, lost)
 
 

@@ -24,12 +24,14 @@ from svdpeft.adapter.file import (
     undamaged,
 )
 from svdpeft.adapter.roster import ROSTER, held_elsewhere
+from svdpeft.adapter.turns import prepares, turns
 from svdpeft.sites.normalisation import running_statistics
 from svdpeft.sites.shards import check_whole, gathered, reshard, shape_of, write
 from svdpeft.sites.weights import stored
 from svdpeft.targets.wrappers import unwrapped
 
 
+@prepares
 @ordinary()
 def load(
     model: nn.Module,
@@ -66,19 +68,15 @@ def load(
     check_whole(model, "load")
     with checked(model, path, check_base, rename, verify=verify) as (header, parts):
         _check_statistics(model, parts)
-        adapter = install(
-            model,
-            parts.pairs,
-            parts.built,
-            parts.whole,
-            header["skipped"],
-            name or header["name"],
-            header["batch_norm"],
-        )
-    for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
-        write(tensor, value)
-    if not enabled:
-        adapter.disable()
+        called = name or header["name"]
+        with turns(model).change(f"loading adapter {called!r}"):
+            adapter = install(
+                model, parts.pairs, parts.built, parts.whole, header["skipped"], called, header["batch_norm"]
+            )
+            for tensor, value in adapter.own.holding(parts.values):  # and nothing of another adapter, which may be on
+                write(tensor, value)
+            if not enabled:
+                adapter.disable()
     return adapter
 
 

@@ -74,7 +74,7 @@ class Roster(Generic[M]):
 
     def sites(self) -> list[Site]:
         """The sites of all adapters."""
-        return [site for adapter in self.adapters.values() for site in adapter.sites.values()]
+        return [site for adapter in list(self.adapters.values()) for site in adapter.sites.values()]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's parameters; the user may have replaced some since."""
@@ -105,12 +105,23 @@ def _pass_gradients(model: nn.Module, args: Any) -> None:
         pass_gradients(model)
 
 
-LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # all adapters of the program: parts of one model may share parameters
+_live: dict[int, weakref.ref[Any]] = {}  # all adapters of the program: parts of one model may share parameters
+
+
+def enlist(adapter: Any) -> None:
+    """Know of an adapter as long as there is one."""
+    _live[id(adapter)] = weakref.ref(adapter, functools.partial(_forget, id(adapter)))
+
+
+def _forget(key: int, gone: weakref.ref[Any]) -> None:
+    if _live.get(key) is gone:
+        del _live[key]
 
 
 def attached() -> list[Any]:
     """The adapters of whatever model that are attached to it, in any state."""
-    return [adapter for adapter in LIVE if adapter.state != "detached"]
+    known = (reference() for reference in list(_live.values()))  # a copy, made in one go: other threads make adapters
+    return [adapter for adapter in known if adapter is not None and adapter.state != "detached"]
 
 
 def rosters() -> list[Roster[Any]]:

@@ -242,7 +242,7 @@ def _base(model: nn.Module) -> Iterator[None]:
         for adapter in adapters_in(model):
             stack.enter_context(adapter.disabled())
         for place in (place for module in model.modules() for place in vars(module).get(PLACES, [])):
-            if place.site.active or place.site.weight.written(place.site):
+            if place.site.acts or place.site.weight.written(place.site):
                 raise ValueError(
                     f"{place.site.name} has an adapter of a larger model, of which this one is a part: calibrate that "
                     "model, or detach the adapter"

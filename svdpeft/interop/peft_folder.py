@@ -7,7 +7,6 @@ it must be off, which null, false and empty are.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.file import read_tensors
 from svdpeft.decomposition import all_finite
+from svdpeft.patterns import expression
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -111,7 +111,7 @@ class Folder:
     def for_layer(self, patterns: str, layer: str, default: Any) -> Any:
         """A layer's value in one of PEFT's mappings from pattern to value: the first that its name ends with."""
         found = self.config.get(patterns) or {}
-        return next((v for key, v in found.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+        return next((v for key, v in found.items() if expression(rf"(?:.*\.)?(?:{key})").matches(layer)), default)
 
 
 def read(path: Path) -> Folder:

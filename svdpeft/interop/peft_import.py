@@ -19,6 +19,7 @@ from svdpeft.adapter.attach import install
 from svdpeft.adapter.building import given
 from svdpeft.adapter.file import undamaged
 from svdpeft.adapter.roster import records
+from svdpeft.adapter.turns import prepares
 from svdpeft.interop.peft_folder import TENSORS, Folder, parameter_of, plain, read
 from svdpeft.interop.peft_methods import Found, build
 from svdpeft.layers.raw import Raw
@@ -37,6 +38,7 @@ from svdpeft.targets.wrappers import unwrapped
 Built = tuple[Choice, PerSite, Factors]
 
 
+@prepares
 @ordinary()
 def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Attach an adapter that Hugging Face PEFT has saved. PEFT need not be installed.

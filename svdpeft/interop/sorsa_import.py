@@ -26,6 +26,7 @@ from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import install
 from svdpeft.adapter.building import given
 from svdpeft.adapter.roster import records
+from svdpeft.adapter.turns import prepares
 from svdpeft.decomposition import all_finite, truncated_svd
 from svdpeft.methods.base import Factors, PerSite
 from svdpeft.methods.sorsa import SORSA
@@ -78,6 +79,7 @@ class Checkpoint:
         return list(dict.fromkeys(layer for layer, _, role in parts if role in ROLES))
 
 
+@prepares
 @ordinary()
 def import_sorsa(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Attach what SORSA's own package (``sorsa`` 1.0, github.com/Gunale0926/SORSA) has saved. It need not be installed.

@@ -9,31 +9,36 @@ from torch import Tensor, nn
 
 from svdpeft.layers.quantised import of_library
 from svdpeft.sites.place import PLACES
+from svdpeft.sites.rows import Rows
+from svdpeft.sites.scope import scope
 
 HOOK = "_svdpeft_hook"  # plain attribute: the handle of its hook
 
 
 def add_updates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     own = out  # what the layer itself has made of its input, until something is added to it in place
+    compiling, here = torch.compiler.is_compiling(), scope() or {}
     for place in getattr(module, PLACES):
         if not place.can_call:
             continue
-        if not torch.compiler.is_compiling():
+        if not compiling:
             place.was_called = True
         site = place.site
-        if site.active and not site.skips:
-            add = site.add if site.rows is None else site.add_to_rows
-            if torch.compiler.is_compiling():
-                out = add(place, _first(args, kwargs), out, own)
+        acts = here.get(site, site.active)
+        if acts and not site.skips:
+            rows = acts if isinstance(acts, Rows) else None
+            keeps = rows is None and site.keeps_output
+            if compiling:
+                out = site.add(place, _first(args, kwargs), out, own, rows)
             else:
-                if out is own and not site.keeps_output and of_library(type(module)):
+                if out is own and not keeps and of_library(type(module)):
                     out = out.clone()
                 try:
-                    out = add(place, _first(args, kwargs), out, own)
+                    out = site.add(place, _first(args, kwargs), out, own, rows)
                 except (IndexError, RuntimeError):
                     site.check_size()  # says more, if that is why
                     raise
-            if not site.keeps_output:
+            if not keeps:
                 own = None
     return out
 

@@ -71,22 +71,17 @@ class Answers(Protocol):
     name: str
     method: PerSite
     weight: BaseWeight
-    rows: Rows | None
     active: bool
     folded: bool
     skips: bool
 
-    def add(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
-        """Add the update to the layer's output."""
+    def add(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None, rows: Rows | None) -> Tensor:
+        """Add the update to the layer's output, or to some rows of it."""
         ...
 
     @property
     def keeps_output(self) -> bool:
         """Say whether ``add`` makes a new tensor."""
-        ...
-
-    def add_to_rows(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None) -> Tensor:
-        """Add it to some rows of a batch."""
         ...
 
     def replace(self, place: Place, x: Tensor) -> Tensor:

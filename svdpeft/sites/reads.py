@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from svdpeft.layers.quantised import Form
 from svdpeft.sites.place import PLACES, Place
 from svdpeft.sites.readers import means_parameter
+from svdpeft.sites.rows import Rows
+from svdpeft.sites.scope import scope
 
 TRACED = "_svdpeft_traced"  # plain attribute of an adapted layer while a compiler traces its call
 CALLED = "_svdpeft_called"  # plain attribute of an adapted layer while it is called eagerly
@@ -62,14 +64,15 @@ def _read(module: Any, parameter: str) -> Tensor | None:
     running = bool(calls) or getattr(module, TRACED, False) or (not eager and getattr(module, CALLED, False))
     if weight is None or (eager and (module in _thread.forming or means_parameter(sys._getframe(2)))):
         return weight
-    places = []
+    places, here = [], scope() or {}
     for place in getattr(module, PLACES, ()):
         if place.parameter == parameter and not (place.can_call and running):
             if eager:
                 place.was_read = True
-            if place.site.rows is not None:
-                place.site.rows.refuse_read(place.site.name)
-            if place.site.active:
+            acts = here.get(place.site, place.site.active)
+            if isinstance(acts, Rows):
+                acts.refuse_read(place.site.name)
+            if acts:
                 places.append(place)
     if not places:
         return weight

@@ -23,6 +23,7 @@ from svdpeft.sites.hook import HOOK, add_updates, without_base
 from svdpeft.sites.place import CHILD, PLACES, Place
 from svdpeft.sites.reads import dress
 from svdpeft.sites.rows import Rows
+from svdpeft.sites.scope import scope
 from svdpeft.sites.weights import BaseWeight
 
 
@@ -51,8 +52,7 @@ class Site:
     ) -> None:
         self.name, self.places, self.part, self.method = name, places, part, method
         self.factors, self.weight, self.shape = factors, weight, shape
-        self.active = True  # the update is added
-        self.rows: Rows | None = None  # to these rows of the batch alone
+        self.active = True  # the update is added, where a block of the caller's says nothing else
         self.folded = False  # the start has left the weight, so that all of L C A is added
         self.skips = False  # the factors hold the whole weight: the layer is computed from them alone
         with torch.no_grad():
@@ -122,7 +122,12 @@ class Site:
         assert anchor is not None, "a start of zero is not written"
         return self.kind.from_matrix(self.places[0].module, -anchor.dense())
 
-    def add(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None) -> Tensor:
+    @property
+    def acts(self) -> bool:
+        """Whether the update is added here, within the blocks of the caller, to all rows or to some."""
+        return bool((scope() or {}).get(self, self.active))
+
+    def add(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         """Add the update to ``out``, the layer's fresh output for ``x``.
 
         Args:
@@ -130,7 +135,13 @@ class Site:
             x: its input.
             out: its output with the updates of those before; changed in place unless ``keeps_output``.
             own: its output as the layer has made it, where nothing has been added to that in place.
+            rows: of this adapter, where all others are left as they are.
         """
+        mine = None if rows is None else rows.of(self.name, x, out)
+        if mine is not None:
+            own = None if own is None else own.index_select(0, mine)
+            part = self.add(place, x.index_select(0, mine), out.index_select(0, mine), own)
+            return out.index_copy_(0, mine, part.to(out.dtype))
         kind = place.kind
         assert isinstance(kind, CalledKind)
         self.check_stepped(place)
@@ -176,17 +187,7 @@ class Site:
     @property
     def keeps_output(self) -> bool:
         """Whether ``add`` makes a new tensor."""
-        return not self.dense and self.rows is None and isinstance(self.method, Transform)
-
-    def add_to_rows(self, place: Place, x: Tensor, out: Tensor, own: Tensor | None = None) -> Tensor:
-        """Add the update to the rows of this adapter; all others are left as they are."""
-        assert self.rows is not None
-        rows = self.rows.of(self.name, x, out)
-        if rows is None:
-            return self.add(place, x, out, own)
-        mine = None if own is None else own.index_select(0, rows)
-        part = self.add(place, x.index_select(0, rows), out.index_select(0, rows), mine)
-        return out.index_copy_(0, rows, part.to(out.dtype))
+        return not self.dense and isinstance(self.method, Transform)
 
     def prefers_dense(self, product: Product) -> bool:
         """Whether building the product costs less than going through its factors."""

@@ -131,18 +131,21 @@ class BaseWeight:
                 f"its weight is quantised ({how}), and rounding W0 + ΔW to that again would be another model: "
                 "merge(dtype=torch.bfloat16) dequantises the model first"
             )
-        before, added = self._exact(), part()
-        exact = before + added.to(before.dtype)
+        before = self._exact()
+        added = part().to(before.dtype)
+        exact = before + added
         rounded = exact.to(self.stored.dtype)
         if not all_finite(rounded):
             why = f"it overflows {rounded.dtype}" if all_finite(exact) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
+        came = exact - before  # what of the part has come into the sum, which is rounded itself (Knuth, TAOCP 2, 4.2.2)
+        missing = (before - (exact - came)) + (added - came)
+        size = torch.linalg.vector_norm(added)
+        lost = torch.linalg.vector_norm((rounded.to(exact.dtype) - exact) - missing)
         if self._original is None and self.quantised is None:
             self._original = self.tensor.clone()
         self._written[key] = part
         self.tensor.copy_(rounded)
-        size = torch.linalg.vector_norm(exact - before)
-        lost = torch.linalg.vector_norm(self.tensor.to(exact.dtype) - exact)
         return float(lost / size) if size > 0 else 0.0
 
     def erase(self, key: Hashable) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
 from svdpeft.adapter.pretrained import NAME
+from svdpeft.adapter.turns import turns
 from svdpeft.atomic import replacing
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.shards import sharded
@@ -36,6 +37,11 @@ class StepCallback(TrainerCallback):
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.skipped = 0  # steps in a row that a scaler of float16 left out
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        turns(self.adapter.model).train(self.adapter.name)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +105,7 @@ class AdapterCallback(StepCallback):
             folder = self._folder(args, state)
             # A run that was resumed from elsewhere has no such folder, and nothing but the values.
             (load_checkpoint if (folder / FOLDER).exists() else load_training_state)(self.adapter, folder)
+        super().on_train_begin(args, state, control, **kwargs)
         if self.adapter.penalty() is not None:
             self.hooks[self.adapter] = self.adapter.model.register_forward_hook(self._add_penalty, with_kwargs=True)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Progress:
     peak_lr: float = 0.0
 
 
-_steps: dict[int, int] = {}  # of the parameters that are watched, by identity
+_steps: MutableMapping[nn.Parameter, int] = WeakIdKeyDictionary()  # of those parameters that are watched and exist
 
 
 def optimizer_steps(p: nn.Parameter) -> int:
@@ -35,12 +38,16 @@ def optimizer_steps(p: nn.Parameter) -> int:
 
     Not their versions: a fused optimizer does not raise them, and whoever else writes has taken no step.
     """
-    if not _steps:
-        register_optimizer_step_post_hook(_count_step)
-    return _steps.setdefault(id(p), 0)
+    _count()
+    return _steps.setdefault(p, 0)
+
+
+@functools.cache
+def _count() -> None:
+    register_optimizer_step_post_hook(_count_step)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if id(p) in _steps:
-            _steps[id(p)] += 1
+        if p in _steps:
+            _steps[p] += 1
