@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def measure(model: str, method: str, options: dict[str, Any], threads: int) -> dict[str, float]:
     """Plan it, then do it."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     import svdpeft
     from svdpeft.finetuning.order import read_method
@@ -79,13 +79,7 @@ def measure(model: str, method: str, options: dict[str, Any], threads: int) -> d
     before = reset_peak_memory()
     step()
     resident = peak_memory() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = allocated = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            allocated = max(allocated, now)
+    allocated = allocated_by(step)
     seconds = planned.attach_seconds or 0.0
     return {
         "planned": planned.memory.step,
@@ -94,6 +88,27 @@ def measure(model: str, method: str, options: dict[str, Any], threads: int) -> d
         "attach_planned": seconds,
         "attached": attached,
     }
+
+
+def allocated_by(step: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator has given out within a call, beyond those before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def in_its_own_process(module: str, *options: str) -> Any:
+    """What a benchmark prints last, as JSON, in a process in which glibc gives every block back at once."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options]
+    done = subprocess.run(command, env={**os.environ, **GLIBC}, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[tuple[str, str, dict[str, Any], dict[str, float]]], threads: int) -> str:
@@ -134,9 +149,8 @@ def main() -> None:
         return
     rows = []
     for number, case in enumerate(CASES):
-        command = [sys.executable, "-m", "benchmarks.plan", "--case", str(number), "--threads", str(args.threads)]
-        done = subprocess.run(command, env={**os.environ, **GLIBC}, capture_output=True, text=True, check=True)
-        rows.append((*case, json.loads(done.stdout.splitlines()[-1])))
+        found = in_its_own_process("plan", "--case", str(number), "--threads", str(args.threads))
+        rows.append((*case, found))
         print(*rows[-1], flush=True)
     RESULT.write_text(table(rows, args.threads))
 
