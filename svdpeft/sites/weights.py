@@ -197,16 +197,18 @@ class BaseWeight:
         if known == self.identity(free).hash:
             return True
         form = self._form
-        return not sharded(self.stored) and has_digest(self._without(free, form.codes().detach()), known)
+        w, codes = form.values().detach(), form.codes().detach()
+        return not sharded(self.stored) and has_digest(self._without(free, w, codes)[1], known)
 
     def _identify(self, w: Tensor, codes: Tensor, free: Sequence[LayerKind]) -> Identity:
-        return Identity(digest(self._without(free, codes)), sample(self._without(free, w)))
+        w, codes = self._without(free, w, codes)
+        return Identity(digest(codes), sample(w))
 
-    def _without(self, free: Sequence[LayerKind], t: Tensor) -> Tensor:
+    def _without(self, free: Sequence[LayerKind], w: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         for kind in free:
-            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, t))).bool()
-            t = t.masked_fill(chosen, 0)  # not subtracted: it may be no number
-        return t
+            chosen = kind.from_matrix(self.owner, torch.ones_like(kind.to_matrix(self.owner, w))).bool()
+            w, codes = (each.masked_fill(chosen, 0) for each in (w, codes))  # not subtracted: it may be no number
+        return w, codes
 
     @property
     def overwritten(self) -> bool:
