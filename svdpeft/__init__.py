@@ -75,6 +75,7 @@ _LATE = {
     "from_pretrained": "svdpeft.interop.hub",
     "import_peft": "svdpeft.interop.peft_import",
     "import_sorsa": "svdpeft.interop.sorsa_import",
+    "last_checkpoint": "svdpeft.training.checkpoints",
     "load": "svdpeft.adapter.loading",
     "only": "svdpeft.adapter.choosing",
     "push_to_hub": "svdpeft.interop.hub",

@@ -49,10 +49,11 @@ def run_once(model: nn.Module, sites: Iterable[Site], args: Sequence[Any], kwarg
 
 
 def _look(model: nn.Module, args: Any, out: Any) -> None:
-    if torch.compiler.is_compiling() or WATCH not in vars(model):
-        return
-    sites = list(getattr(model, WATCH)[1]())
-    unwatch(model)
+    if torch.compiler.is_compiling() or (watching := vars(model).pop(WATCH, None)) is None:
+        return  # another thread looks
+    handle, every = watching
+    handle.remove()
+    sites = list(every())
     for site in sites:
         if site.method.dropout and site.read_only:
             raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +74,10 @@ class _Count:
     def __init__(self, total: int, flattened: bool) -> None:
         self.total, self.flattened = total, flattened
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        # Without kwargs where another thread calls the model while torch registers the hook.
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if self not in (scope() or {}) or x is None:  # of another thread's
             return

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from svdpeft.adapter.assembling import assembled, in_place
 from svdpeft.methods.base import Factors, PerSite, Progress
+from svdpeft.sites.shards import gathered
 from svdpeft.sites.site import Site
 
 
@@ -33,17 +35,31 @@ class Steps:
         terms = [t for method, factors in self.groups if (t := method.penalty(assembled(factors))) is not None]
         return torch.stack(terms).sum() if terms else None
 
+    @torch.no_grad()
+    def _bad(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are not finite."""
+        every = [p for _, factors in self.groups for f in factors for p in f.parameters() if p.grad is not None]
+        gradients = [p.grad for p in every if p.grad is not None]
+        if not gradients or torch.isfinite(gathered(get_total_norm(gradients))):
+            return []
+        return [p for p, grad in zip(every, gradients, strict=True) if not torch.isfinite(gathered(grad)).all()]
+
     def before(self, peak_lr: float, total: int | None) -> None:
         """Let the methods change the gradients."""
         self._total = total
+        self._begun = True
+        if self._bad():  # what a scaler of float16 leaves out; of others nothing is to be learnt either
+            return
         progress = Progress(self.taken + 1, total, peak_lr=peak_lr)
         for method, factors in self.groups:
             with in_place(factors, gradients=True) as whole:
                 method.before_step(whole, progress)
-        self._begun = True
 
     def after(self, lr_scale: float, total: int | None) -> None:
-        """Let the methods change the factors."""
+        """Let the methods change the factors; a step that a scaler of float16 has left out is none."""
+        if any(torch.isfinite(gathered(p)).all() for p in self._bad()):  # an optimizer would have spread it
+            self._begun = False
+            return
         progress = Progress(self.taken + 1, total or self._total, lr_scale=lr_scale)
         for method, factors in self.groups:
             if method.changes_gradients and not self._begun:

@@ -180,8 +180,15 @@ class Turns:
 
     def _calls(self, frame: FrameType | None) -> FrameType | None:
         """Where a stack is in a method of the model, or of a part of it."""
-        parts = set(map(id, self._model.modules()))
+        parts = self._parts()
         return next((frame for frame in _stack(frame) if id(_self(frame)) in parts), None)
+
+    def _parts(self) -> set[int]:
+        while True:
+            try:
+                return set(map(id, self._model.modules()))
+            except RuntimeError:  # whoever has the turn puts a child into a layer, or takes it out
+                time.sleep(0)
 
     def _training(self) -> str | None:
         """A training in another thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers.trainer_utils import get_last_checkpoint
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import HEADER, TENSORS
@@ -26,6 +26,7 @@ from svdpeft.finetuning.record import RECORD
 from svdpeft.finetuning.session import Session
 from svdpeft.finetuning.tracing import Untraceable, shapes_only, trace_step
 from svdpeft.interop.card import CARD, card
+from svdpeft.training.checkpoints import last_checkpoint
 from svdpeft.training.trackers import check_tracker
 
 SEEN, PATIENCE = 64, 20.0  # examples, and seconds, for the estimate of the memory
@@ -148,8 +149,8 @@ class Training:
         if trainer.is_world_process_zero():
             out.mkdir(parents=True, exist_ok=True)
             _write(out / RECORD, record)
-        last = get_last_checkpoint(str(out)) if resume else None
-        trainer.train(resume_from_checkpoint=last)
+        last = last_checkpoint(out, self.adapter) if resume else None
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         record |= {
             "steps": trainer.state.global_step,
             "trainable": self.adapter.trainable_count,
@@ -196,7 +197,10 @@ def _check_folder(order: Order, resume: bool) -> None:
     before, now = json.loads(record.read_text())["settings"], order.settings()
     if changed := _changed(before, now):
         raise ValueError(f"{out} was begun with other settings: {'; '.join(changed)}")
-    if get_last_checkpoint(str(out)) is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the training goes on
+        last = last_checkpoint(out)
+    if last is None:
         raise ValueError(f"{out} has no checkpoint to resume from: nothing was saved, save_every says when")
 
 

@@ -20,8 +20,9 @@ from svdpeft.adapter.turns import turns
 from svdpeft.atomic import replacing
 from svdpeft.sites.place import is_factor
 from svdpeft.sites.shards import sharded
+from svdpeft.training.checkpoints import check_checkpoint
 from svdpeft.training.divergence import check_gradients, check_skipped
-from svdpeft.training.resume import load_checkpoint, load_training_state, save_checkpoint
+from svdpeft.training.resume import keeps_state, load_checkpoint, load_training_state, save_checkpoint
 from svdpeft.training.trained import check_trains
 
 LEFT_OUT = "_keys_to_ignore_on_save"
@@ -37,30 +38,33 @@ class StepCallback(TrainerCallback):
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.skipped = 0  # steps in a row that a scaler of float16 left out
+        self.left_out = 0  # of this training, which are no steps of the adapter
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         turns(self.adapter.model).train(self.adapter.name)
+        resumed = state.global_step and keeps_state(self.adapter)  # then it has been said how many steps were taken
+        self.left_out = max(state.global_step - self.adapter.steps, 0) if resumed else 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.adapter.steps = state.global_step  # a resumed training goes on counting
-        self.adapter.before_step(args.learning_rate, state.max_steps)
+        self.adapter.steps = state.global_step - self.left_out  # a resumed training goes on counting
+        self.adapter.before_step(args.learning_rate, state.max_steps - self.left_out)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = kwargs["optimizer"]
         if getattr(optimizer, "step_was_skipped", False):  # fp16 overflow: the factors did not move either
-            self.skipped += 1
+            self.skipped, self.left_out = self.skipped + 1, self.left_out + 1
             check_skipped(self.skipped)
             return
         self.skipped = 0
         # A scheduler scales all groups alike and notes their peaks; a role may have a learning rate of zero.
         peak, lr = max((group.get("initial_lr", args.learning_rate), group["lr"]) for group in optimizer.param_groups)
-        self.adapter.after_step(lr / peak if peak else 0.0, state.max_steps)
+        self.adapter.after_step(lr / peak if peak else 0.0, state.max_steps - self.left_out)
 
 
 class AdapterCallback(StepCallback):
@@ -103,6 +107,7 @@ class AdapterCallback(StepCallback):
             )
         if state.global_step:  # resumed: the trainer has loaded the same values, and asked nothing about the base
             folder = self._folder(args, state)
+            check_checkpoint(folder, self.adapter, args.save_only_model)
             # A run that was resumed from elsewhere has no such folder, and nothing but the values.
             (load_checkpoint if (folder / FOLDER).exists() else load_training_state)(self.adapter, folder)
         super().on_train_begin(args, state, control, **kwargs)

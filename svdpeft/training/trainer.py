@@ -23,6 +23,7 @@ from svdpeft.registry import near_miss
 from svdpeft.sites.shards import reshard
 from svdpeft.targets.wrappers import unwrapped
 from svdpeft.training.callback import StepCallback, release
+from svdpeft.training.checkpoints import check_checkpoint, last_checkpoint
 from svdpeft.training.distribution import prepare
 from svdpeft.training.divergence import check_gradients
 from svdpeft.training.memory import peak_memory
@@ -215,13 +216,19 @@ class Trainer(transformers.Trainer):
             self._logged_at = (now, step)
         super().log(logs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """``transformers.Trainer``'s: exactly what the adapter trains, while other adapters of the model rest.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or ``True`` for the last whole one in ``output_dir``; a warning names
+                later ones that a kill or a full disk has left, and what they lack.
+            args: as for ``transformers.Trainer``.
+            kwargs: as for ``transformers.Trainer``.
 
         Raises:
             RuntimeError: the adapter is merged, disabled or detached.
             ValueError: the adapter is of another model; the model or the optimizer has something else to train; a
-                sharding that the method cannot be trained with.
+                sharding that the method cannot be trained with; a checkpoint that is not whole.
             Diverged: a gradient is not finite; the adapter holds what the last good step left.
         """
         model: Any = self.model
@@ -233,8 +240,13 @@ class Trainer(transformers.Trainer):
         check_trains(self.adapter, model, optimizer)
         prepare(self.accelerator, self.adapter)
         self._logged_at = (time.perf_counter(), self.state.global_step)
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(self.args.output_dir or ".", self.adapter)
+            resume_from_checkpoint = True if last is None else os.fspath(last)  # which says that there is none
+        elif resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint), self.adapter, self.args.save_only_model)
         with alone(training, model):
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def shards(self) -> bool:
