@@ -110,7 +110,7 @@ def train(folder: Path, name: str, dtype: torch.dtype, **options: Any) -> list[f
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}") if resume else None)
     if trainer.shards or trainer.is_world_process_zero():
-        adapter.save(folder / "final")
+        adapter.save(folder / "final", bases="stored")  # a sharded weight's are, and they are compared
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 

@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from old_adapters import CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torture.damage import bad_bytes, bad_headers, readers, survives, survives_file
+from torture.damage import bad_bytes, bad_headers, cases, readers, survives, survives_file
 
 import svdpeft
 from svdpeft import CheckpointError, LoRA, load
 from svdpeft.adapter.file import HEADER, TENSORS, State
 from svdpeft.adapter.loading import restore
+
+cases()  # before anything is drawn: a name of a temporary folder comes from the generator that hypothesis watches
 
 
 @settings(max_examples=300)

@@ -113,7 +113,7 @@ def free_of(sites: Iterable[Site]) -> dict[int, list[LayerKind]]:
 
 def identified(header: dict[str, Any]) -> dict[str, Any]:
     """The header with a name for what it says, by which it is known in both files."""
-    return {**header, "id": hashlib.sha256(json.dumps(header).encode()).hexdigest()}
+    return {**header, "id": hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()}
 
 
 def check_ours(path: Path) -> None:

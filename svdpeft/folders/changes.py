@@ -47,11 +47,20 @@ class Change:
     updates: list[Update] = field(default_factory=list)
     versions: list[tuple[float, Tensor]] = field(default_factory=list)
 
-    def of(self, w: Tensor) -> Tensor:
-        """W0 + Σ wᵢ ΔWᵢ, or W0 + Σ wᵢ (Wᵢ − W0): at least float32, and of a count float64."""
-        exact = w.to(torch.promote_types(w.dtype, torch.float32) if w.is_floating_point() else torch.float64)
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """Σ wᵢ ΔWᵢ of its updates; ``None`` where there is none."""
+        total: Tensor | None = None
         for update in self.updates:
-            exact = exact.add(update.site.delta().to(exact.dtype), alpha=update.weight)
+            part = update.site.delta().to(dtype)
+            part = part if update.weight == 1 else update.weight * part
+            total = part if total is None else total + part
+        return total
+
+    def of(self, w: Tensor, added: Tensor | None) -> Tensor:
+        """W0 + Σ wᵢ ΔWᵢ, the sum given, or W0 + Σ wᵢ (Wᵢ − W0): at least float32, and of a count float64."""
+        exact = w.to(torch.promote_types(w.dtype, torch.float32) if w.is_floating_point() else torch.float64)
+        if added is not None:
+            return exact + added
         if not self.versions:
             return exact
         rest = 1 - sum(weight for weight, _ in self.versions)

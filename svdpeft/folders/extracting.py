@@ -175,7 +175,7 @@ def _leading(d: Tensor, rank: int | None, energy: float | None, where: str) -> S
         assert rank is not None, "one of the two is given"
         return truncated_svd(d, min(rank, full), where=where)
     wanted = energy * float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
-    wanted *= 1 - 16 * torch.finfo(d.dtype).eps  # up to rounding, or all of it would be every rank
+    wanted *= 1 - 64 * torch.finfo(d.dtype).eps  # up to rounding, or all of it would be every rank
     tried = 4
     while True:
         tried = min(4 * tried, full)

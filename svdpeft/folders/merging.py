@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.checking import check_weight, warn_of_precision
 from svdpeft.atomic import replacing
+from svdpeft.decomposition import all_finite
 from svdpeft.folders import output
 from svdpeft.folders.changes import Change, changes
 from svdpeft.folders.folder import WORDS, Folder
 from svdpeft.folders.rounding import stochastic
 from svdpeft.folders.skeleton import Skeleton
 from svdpeft.methods.base import generator
-from svdpeft.sites.weights import MergeReport
+from svdpeft.sites.weights import MergeReport, lost_share
 
 Name = str | os.PathLike[str]
 
@@ -98,17 +99,17 @@ def merge(
         to = dtype if dtype is not None and w.dtype in WORDS else w.dtype
         if name not in changed and to == w.dtype:
             return w
-        exact = change.of(w)
+        added = change.added(torch.promote_types(w.dtype, torch.float32))
+        exact = change.of(w, added)
         if stochastic_rounding and to.is_floating_point:
             made = stochastic(exact, to, generator(zlib.crc32(f"{seed}/{name}".encode())))
         else:
             made = (exact if to.is_floating_point else exact.round()).to(to)
-        off = torch.linalg.vector_norm(made.to(exact.dtype) - exact)
-        if not off.isfinite():
+        if not all_finite(made):
             _check_finite(name, w, exact, made)
-        if change.updates:
-            size = torch.linalg.vector_norm(exact - w.to(exact.dtype))
-            lost.update({update.site.name: float(off / size) if size > 0 else 0.0 for update in change.updates})
+        if added is not None:
+            share = lost_share(w.to(exact.dtype), added, exact, made)
+            lost.update({update.site.name: share for update in change.updates})
         return made
 
     with progress, replacing(out) as new:

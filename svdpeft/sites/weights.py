@@ -28,6 +28,22 @@ def stored(owner: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def lost_share(before: Tensor, added: Tensor, exact: Tensor, rounded: Tensor) -> float:
+    """Return ‖W_stored − (W0 + ΔW)‖_F / ‖ΔW‖_F, what rounding has lost of an update; 0 for an update of zeros.
+
+    Args:
+        before: W0, in at least float32.
+        added: ΔW, in the same dtype.
+        exact: their sum, which is rounded itself.
+        rounded: as it is stored.
+    """
+    came = exact - before  # what of ΔW has come into the sum, and below what has not (Knuth, TAOCP 2, 4.2.2)
+    missing = (before - (exact - came)) + (added - came)
+    off = missing if rounded.dtype == exact.dtype else (rounded.to(exact.dtype) - exact) - missing
+    size, lost = torch.linalg.vector_norm(added), torch.linalg.vector_norm(off)
+    return float(lost / size) if size > 0 else 0.0
+
+
 SAMPLE = 32  # values of a weight
 
 
@@ -138,15 +154,12 @@ class BaseWeight:
         if not all_finite(rounded):
             why = f"it overflows {rounded.dtype}" if all_finite(exact) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
-        came = exact - before  # what of the part has come into the sum, which is rounded itself (Knuth, TAOCP 2, 4.2.2)
-        missing = (before - (exact - came)) + (added - came)
-        size = torch.linalg.vector_norm(added)
-        lost = torch.linalg.vector_norm((rounded.to(exact.dtype) - exact) - missing)
+        lost = lost_share(before, added, exact, rounded)
         if self._original is None and self.quantised is None:
             self._original = self.tensor.clone()
         self._written[key] = part
         self.tensor.copy_(rounded)
-        return float(lost / size) if size > 0 else 0.0
+        return lost
 
     def erase(self, key: Hashable) -> None:
         """Take back what was written under ``key``; the last one to go restores every bit."""
