@@ -136,7 +136,8 @@ def _parts(
         if check_weight(site, entry, base, path, unseen, free[id(parameter)]):
             other.append((site, entry["dtype"], str(weight.dtype)))
         checked.add(id(parameter))
-        own = {**_take(remaining, site, entry["tensors"], path), **left_out.get(site, {})}
+        both = {**left_out.get(site, {}), **_take(remaining, site, entry["tensors"], path)}  # in attach's order
+        own = {role: t for role, t in both.items() if t is not None}
         tied = _tied(site, entry["tied"], own, method, groups)
         shape = first.kind.to_matrix(first.module, weight).shape
         of = math.prod(shape[:-2]), shape[-2], shape[-1]
@@ -149,8 +150,8 @@ def _parts(
     if remaining:
         raise CheckpointError(f"{path / TENSORS}: {len(remaining)} tensors have no place, such as {min(remaining)}")
     whole = {name: place for name, place in places.items() if name in header["whole"]}
-    if both := [name for name, place in whole.items() if id(stored(*place)) in checked]:
-        raise CheckpointError(f"{path} trains {both[0]} whole, and adapts it as well")
+    if twice := [name for name, place in whole.items() if id(stored(*place)) in checked]:
+        raise CheckpointError(f"{path} trains {twice[0]} whole, and adapts it as well")
     keys = [(id(place.module), place.key_for("", choice.part)) for choice, *_ in built for place in choice.places]
     if len(set(keys)) < len(keys):
         raise CheckpointError(f"{path} has two sites at one place")

@@ -136,8 +136,8 @@ def found_again(
     entries: Mapping[str, Mapping[str, Any]],
     record: Callable[[nn.Module, str], BaseWeight],
     path: Path,
-) -> dict[str, dict[str, Tensor]]:
-    """Return the frozen tensors that a file has left out, by site and name.
+) -> dict[str, dict[str, Tensor | None]]:
+    """Return the frozen tensors that a file has left out, by site and name; ``None`` stands for those that it holds.
 
     Args:
         choices: the sites of the file.
@@ -161,14 +161,14 @@ def found_again(
         method = group[0].method
         tied = share(method.share([_given(c, entries[c.name], record, path) for c in group]), method.trains)
         shared |= {choice.name: tied for choice in group}
-    found = {}
+    found: dict[str, dict[str, Tensor | None]] = {}
     for choice in tqdm(mine, desc="decompose", unit="site", delay=2, leave=False, disable=None):
         start = _given(choice, entries[choice.name], record, path).sharing(shared.get(choice.name, {}))
         try:
             tensors = choice.method.factors(start).tensors()
         except ValueError as error:
             raise CheckpointError(f"{path}: the bases of {choice.name} cannot be found again: {error}") from error
-        found[choice.name] = {}
+        found[choice.name] = dict.fromkeys(tensors)
         for role, expected in entries[choice.name]["derived"]["products"].items():
             check_same(choice.name, role, tensors[role], expected, path)
             found[choice.name][role] = tensors[role]
