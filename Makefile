@@ -21,7 +21,7 @@ tests: $(DONE)
 test-all: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup --all
 
-# Time beside Hugging Face PEFT, a quarter of an hour on a quiet machine; writes benchmarks/results/speed-cpu-*.
+# Time beside Hugging Face PEFT, twenty minutes on a quiet machine; writes benchmarks/results/speed-cpu-*.
 bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 

@@ -76,7 +76,7 @@ def main() -> None:
         result["minutes"] = round((time.perf_counter() - started) / 60, 1)
         for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", table(result))):
             stem.with_suffix(suffix).write_text(text)  # after each case: what comes next may be stopped
-    picture(result, stem.with_suffix(".svg"))
+    picture(result, stem.with_suffix(".png"))
     print(table(result))
 
 

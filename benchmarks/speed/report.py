@@ -8,6 +8,17 @@ from typing import Any
 
 from benchmarks.speed.rounds import ratios
 
+OTHERS = (
+    "peft",
+    "frozen",
+    "torch.",
+    "import torch",
+    "import peft",
+    "python",
+    "SVFT banded, mult",
+    "SORSA of",
+)  # in grey
+
 
 def table(result: dict[str, Any]) -> str:
     """Return the page: per case the ratios to its reference, with quartiles."""
@@ -52,7 +63,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     for case, ax in zip(result["cases"], axes[:, 0], strict=True):
         found = ratios(case["seconds"], case["reference"])
         for at, (name, (middle, low, high)) in enumerate(reversed(found.items())):
-            peer = name.startswith(("peft", "import torch", "import peft", "torch.", "python"))
+            peer = name.startswith(OTHERS)
             ax.errorbar(
                 middle, at, xerr=[[middle - low], [high - middle]], fmt="o", ms=5, color="0.6" if peer else "C0"
             )
