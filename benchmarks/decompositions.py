@@ -109,7 +109,7 @@ def main() -> None:
             ]
             for each, (off, angle) in accuracy.items():
                 lines.append(f"| {each} | {1e3 * statistics.median(times[each]):.1f} | {off:.0e} | {angle:.2g}° |")
-    RESULT.write_text("\n".join(lines) + "\n")
+            RESULT.write_text("\n".join(lines) + "\n")  # after each: what comes next may be stopped
     print("\n".join(lines))
 
 

@@ -129,6 +129,7 @@ def truncated_svd(
         raise ValueError(f"driver {driver!r} is not one of {', '.join(DRIVERS)}")
     home = w.device
     w = w.detach().to(_DEVICE.get() or home, torch.promote_types(w.dtype, torch.float32))
+    w = w.cpu() if w.device.type == "mps" else w  # which has no float64
     if driver == "auto":
         driver = "randomized" if min(m, n) >= LARGE and rank * SHARE <= min(m, n) else "exact"
     if driver == "randomized" and (found := _APPROXIMATED.get()) is not None:
@@ -138,8 +139,7 @@ def truncated_svd(
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         found = leading_triplets(w, rank, seed) if driver == "randomized" else None
         if found is None:
-            wide = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
-            found = full_svd(wide, where, w.dtype)
+            found = full_svd(w.double(), where, w.dtype)
         u, s, vh = canonical(*found, TOLERANCE[w.dtype])
         return u.to(w.dtype), s.to(w.dtype), vh.to(w.dtype)
 
