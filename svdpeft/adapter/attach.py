@@ -190,32 +190,19 @@ def install(
         weight = weights.setdefault(id(parameter), base_weight(place.module, place.parameter, others))
         sites[choice.name] = site_of(choice, method, factors, weight)
     with turns(model).change(f"attaching adapter {name!r}"):
-        return _install(model, roster, pairs, sites, whole, skipped, name, batch_norm)
-
-
-def _install(
-    model: nn.Module,
-    roster: Roster,
-    pairs: Sequence[tuple[str, Method]],
-    sites: dict[str, Site],
-    whole: Mapping[str, tuple[nn.Module, str]],
-    skipped: Mapping[str, str],
-    name: str,
-    batch_norm: BatchNorm,
-) -> Adapter:
-    roster.enter()
-    SavePretrained.stand_in(model)
-    adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
-    roster.adapters[name] = adapter
-    for site in sites.values():
-        site.install(name)
-    if processes()[1] > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
-        free = free_of(sites.values())
+        roster.enter()
+        SavePretrained.stand_in(model)
+        adapter = Adapter(model, name, list(pairs), sites, dict(whole), dict(skipped), batch_norm)
+        roster.adapters[name] = adapter
         for site in sites.values():
-            site.weight.identity(free[id(site.weight)])
-    roster.freeze()
-    if sites:
-        watch(model, roster.sites)
+            site.install(name)
+        if processes()[1] > 1:  # what each weight is known by, while it is here: it may be sharded before it is saved
+            free = free_of(sites.values())
+            for site in sites.values():
+                site.weight.identity(free[id(site.weight)])
+        roster.freeze()
+        if sites:
+            watch(model, roster.sites)
     return adapter
 
 

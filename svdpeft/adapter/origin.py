@@ -24,7 +24,7 @@ class Origin:
         roles: further names of the site.
         sample: values of the weight.
         products: frozen tensor -> its fingerprint; what sites share is the first one's.
-        approximate: the weight was decomposed by the randomized driver.
+        approximate: the weight was decomposed by the randomized driver: nothing is left out, and has a fingerprint.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Origin:
     @classmethod
     def of(cls, given: Given, sample: list[float], frozen: Mapping[str, Tensor], approximate: bool) -> Origin:
         """Return the origin of a site that was just started."""
-        found = {role: products(tensor) for role, tensor in frozen.items()}
+        found = {} if approximate else {role: products(tensor) for role, tensor in frozen.items()}
         return cls(given.name, given.seed, given.origin, given.position, given.roles, sample, found, approximate)
 
     @classmethod

@@ -8,6 +8,7 @@ chance that is not met in practice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,13 @@ def products(x: Tensor) -> list[float]:
     """
     x = (x.detach().cpu() if x.device.type == "mps" else x.detach()).double()
     x = x.reshape(-1, x.shape[-1])
-    left, right = (fixed_numbers(size, COUNT, seed).to(x) for seed, size in enumerate(x.shape, start=3))
+    left, right = (_vectors(size, seed).to(x) for seed, size in enumerate(x.shape, start=3))
     return ((left.mT @ x) * right.mT).sum(-1).tolist()
+
+
+@functools.lru_cache(maxsize=32)  # of the few sizes that a model has
+def _vectors(size: int, seed: int) -> Tensor:
+    return fixed_numbers(size, COUNT, seed)
 
 
 def agrees(x: Tensor, expected: Sequence[float]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdpeft.decomposition import full_precision
 from svdpeft.layers.quantised import Form
 from svdpeft.sites.place import PLACES, Place
 from svdpeft.sites.readers import means_parameter
@@ -27,7 +28,7 @@ BASE = "_svdpeft_base"  # attribute of a class with reading properties: the clas
 
 def adapted(weight: Tensor, places: list[Place]) -> Tensor:
     """Return W0 + ΔW of the given places in the weight's dtype; formed in at least float32 and rounded once."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight):
         w = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if places[0].site.skips:  # the factors are the whole weight, which was left as it is
             w = torch.zeros_like(w)

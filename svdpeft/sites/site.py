@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft.decomposition import Product
+from svdpeft.decomposition import Product, full_precision
 from svdpeft.layers.base import CalledKind, LayerKind
 from svdpeft.methods.base import Factors, PerSite, Transform
 from svdpeft.sites.call import LayerCall
@@ -173,7 +173,7 @@ class Site:
         kind, method, factors = place.kind, self.method, self.factors
         assert isinstance(kind, CalledKind)
         assert isinstance(method, Transform)
-        with torch.autocast(self.weight.tensor.device.type, enabled=False):
+        with full_precision(self.weight.tensor):
             if method.dropout and place.module.training:
                 factors = method.thinned(factors)
             if not self.dense and not out.is_nested:
