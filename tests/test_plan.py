@@ -62,6 +62,19 @@ def shapes(adapter):
     }
 
 
+def test_nothing_of_a_plan_is_met_by_who_attaches_afterwards(tmp_path):
+    """Sizes that no other test has: what the process remembers of them, it first computes in the plan."""
+    model = torch.nn.Linear(37, 29)
+    with svdpeft.svd_cache(tmp_path):
+        with shapes_only():
+            bare = torch.nn.Linear(37, 29, device="meta")
+            without_values(bare)
+            svdpeft.attach(bare, svdpeft.SORSA(rank=2))
+        assert not list(tmp_path.iterdir())
+        svdpeft.attach(model, svdpeft.SORSA(rank=2))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_an_adapter_of_shapes_has_the_shapes_of_a_real_one(name):
     """All methods, those that start from data among them: no value decides what is made."""

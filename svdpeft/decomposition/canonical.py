@@ -20,9 +20,9 @@ TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}  # by what the vectors a
 TIE = 1e-6  # entries of a vector that differ by less, relative to the largest, are equally large
 
 
-def fixed_numbers(rows: int, columns: int, seed: int = 0) -> Float[Tensor, "rows columns"]:
+def fixed_numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Return numbers in [−1, 1), float64, the same to the bit on every machine and for every version of NumPy."""
-    return torch.from_numpy(2 * np.random.RandomState(seed).random_sample((rows, columns)) - 1)
+    return 2 * np.random.RandomState(seed).random_sample((rows, columns)) - 1
 
 
 def canonical_signs(
@@ -82,7 +82,7 @@ def _settle(u: Float[Tensor, "m r"], s: list[float], vh: Float[Tensor, "r n"], t
     for start, end in zip([0, *ends], [*ends, known], strict=True):
         if end - start > 1:
             cluster = u[:, start:end]
-            turn = _orthonormal(cluster.mT @ fixed_numbers(len(u), end - start).to(u))
+            turn = _orthonormal(cluster.mT @ torch.from_numpy(fixed_numbers(len(u), end - start)).to(u))
             u[:, start:end] = cluster @ turn
             vh[start:end] = turn.mT @ vh[start:end]
     if known < len(s):
@@ -92,7 +92,8 @@ def _settle(u: Float[Tensor, "m r"], s: list[float], vh: Float[Tensor, "r n"], t
 
 def _kernel(q: Float[Tensor, "m r"], known: int, seed: int) -> None:
     """Put fixed vectors, as far as they are orthogonal to the first ``known`` columns, in the place of the others."""
-    first, rest = q[:, :known], fixed_numbers(len(q), q.shape[-1] - known, seed).to(q)
+    first = q[:, :known]
+    rest = torch.from_numpy(fixed_numbers(len(q), q.shape[-1] - known, seed)).to(q)
     for _ in range(2):  # what rounding has left of the first after one projection
         rest = _orthonormal(rest - first @ (first.mT @ rest))
     q[:, known:] = rest

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import held
+from svdpeft.decomposition import uncached
 from svdpeft.finetuning.session import call, loss
 
 ITEM, NONZERO = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
@@ -35,10 +36,12 @@ STATES = {"adamw": (2, 0), "adamw-8bit": (0, 2), "sgd": (0, 0)}  # per value tha
 def shapes_only() -> Iterator[FakeTensorMode]:
     """Within the block tensors have no values; where a program asks for one it is 1, 0 or False, and finite.
 
+    Nothing of it stays: an open ``svd_cache`` is neither read nor written.
+
     Yields:
         The mode, whose ``from_tensor`` gives the shape of a real tensor.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Answers(), _Finite():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Answers(), _Finite(), uncached():
         yield mode
 
 
