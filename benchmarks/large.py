@@ -79,7 +79,7 @@ def write_adapter(base: Path, folder: Path) -> None:
             "A": 0.03 * torch.randn(RANK, n, generator=draws),
         }
         sites[choice.name] = site_of(choice, method, Factors(tensors, method.trains, shape=(1, m, n)), record)
-    save(Contents("default", skeleton.model, [("all-linear", method)], sites, [], {}, {}, "train"), folder)
+    save(Contents("default", skeleton.model, [("all-linear", method)], sites, [], {}, {}, "train"), folder, "stored")
 
 
 def copy(folder: Path) -> str:

@@ -52,7 +52,8 @@ class Product(NamedTuple):
 
     def dense(self) -> Float[Tensor, "*b m n"]:
         """Return the whole matrix, (*b, m, n)."""
-        return self.cored() @ self.A * self.scale
+        left = self.cored()
+        return (left if self.scale == 1 else left * self.scale) @ self.A  # scaled while it is thin
 
     def absolute(self) -> Float[Tensor, "*b m n"]:
         """Return the dense product of the factors' absolute values: what rounding of the product is relative to."""

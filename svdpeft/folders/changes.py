@@ -56,11 +56,9 @@ class Change:
             total = part if total is None else total + part
         return total
 
-    def of(self, w: Tensor, added: Tensor | None) -> Tensor:
-        """W0 + Σ wᵢ ΔWᵢ, the sum given, or W0 + Σ wᵢ (Wᵢ − W0): at least float32, and of a count float64."""
+    def of(self, w: Tensor) -> Tensor:
+        """W0 + Σ wᵢ (Wᵢ − W0) of its versions, or W0: at least float32, and of a count float64."""
         exact = w.to(torch.promote_types(w.dtype, torch.float32) if w.is_floating_point() else torch.float64)
-        if added is not None:
-            return exact + added
         if not self.versions:
             return exact
         rest = 1 - sum(weight for weight, _ in self.versions)

@@ -8,6 +8,7 @@ changed and written before the next.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import zlib
@@ -28,7 +29,7 @@ from svdpeft.folders.folder import WORDS, Folder
 from svdpeft.folders.rounding import stochastic
 from svdpeft.folders.skeleton import Skeleton
 from svdpeft.methods.base import generator
-from svdpeft.sites.weights import MergeReport, lost_share
+from svdpeft.sites.weights import MergeReport, rounded_sum
 
 Name = str | os.PathLike[str]
 
@@ -100,16 +101,18 @@ def merge(
         if name not in changed and to == w.dtype:
             return w
         added = change.added(torch.promote_types(w.dtype, torch.float32))
-        exact = change.of(w, added)
+        rounding = None
         if stochastic_rounding and to.is_floating_point:
-            made = stochastic(exact, to, generator(zlib.crc32(f"{seed}/{name}".encode())))
+            draws = generator(zlib.crc32(f"{seed}/{name}".encode()))
+            rounding = functools.partial(stochastic, dtype=to, generator=draws)
+        if added is None:
+            exact = change.of(w)
+            made = rounding(exact) if rounding else (exact if to.is_floating_point else exact.round()).to(to)
         else:
-            made = (exact if to.is_floating_point else exact.round()).to(to)
-        if not all_finite(made):
-            _check_finite(name, w, exact, made)
-        if added is not None:
-            share = lost_share(w.to(exact.dtype), added, exact, made)
+            made, share = rounded_sum(w, added, to, rounding)
             lost.update({update.site.name: share for update in change.updates})
+        if not all_finite(made):
+            _check_finite(name, w, change.of(w) if added is None else w + added, made)
         return made
 
     with progress, replacing(out) as new:

@@ -28,20 +28,43 @@ def stored(owner: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def lost_share(before: Tensor, added: Tensor, exact: Tensor, rounded: Tensor) -> float:
-    """Return ‖W_stored − (W0 + ΔW)‖_F / ‖ΔW‖_F, what rounding has lost of an update; 0 for an update of zeros.
+CHUNK = 1 << 18  # values at once, which stay in a processor's cache through the dozen operations on them
+
+
+def rounded_sum(
+    w: Tensor, added: Tensor, dtype: torch.dtype, rounding: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, float]:
+    """Return W' = round(W0 + ΔW), and ‖W' − (W0 + ΔW)‖_F / ‖ΔW‖_F, the share of the update that rounding has lost.
 
     Args:
-        before: W0, in at least float32.
-        added: ΔW, in the same dtype.
-        exact: their sum, which is rounded itself.
-        rounded: as it is stored.
+        w: W0.
+        added: ΔW, in at least float32, of the same shape; the sum is formed in its dtype.
+        dtype: of W'.
+        rounding: of a part of the sum; ``None``: to the nearest.
+
+    Returns:
+        W' as a new tensor, and the share; 0 for an update of zeros.
+
+    Example:
+        >>> rounded_sum(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 2**-30]), torch.bfloat16)[0]
+        tensor([1.5000, 2.0000], dtype=torch.bfloat16)
     """
-    came = exact - before  # what of ΔW has come into the sum, and below what has not (Knuth, TAOCP 2, 4.2.2)
-    missing = (before - (exact - came)) + (added - came)
-    off = missing if rounded.dtype == exact.dtype else (rounded.to(exact.dtype) - exact) - missing
-    size, lost = torch.linalg.vector_norm(added), torch.linalg.vector_norm(off)
-    return float(lost / size) if size > 0 else 0.0
+    rounding = rounding or (lambda exact: exact.to(dtype))
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    step = CHUNK if w.device.type == "cpu" else max(w.numel(), 1)
+    sizes, losses = [], []
+    for into, start, more in zip(*(t.reshape(-1).split(step) for t in (out, w, added)), strict=True):
+        before = start.to(more.dtype)
+        exact = before + more
+        rounded = rounding(exact)
+        into.copy_(rounded)
+        came = exact - before  # what of ΔW has come into the sum, and below what has not (Knuth, TAOCP 2, 4.2.2)
+        missing = (before - (exact - came)) + (more - came)
+        off = missing if rounded.dtype == exact.dtype else (rounded.to(exact.dtype) - exact) - missing
+        sizes.append(torch.linalg.vector_norm(more))
+        losses.append(torch.linalg.vector_norm(off))
+    size, lost = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (sizes, losses))
+    return out, float(lost / size) if size > 0 else 0.0
 
 
 SAMPLE = 32  # values of a weight
@@ -147,14 +170,12 @@ class BaseWeight:
                 f"its weight is quantised ({how}), and rounding W0 + ΔW to that again would be another model: "
                 "merge(dtype=torch.bfloat16) dequantises the model first"
             )
-        before = self._exact()
-        added = part().to(before.dtype)
-        exact = before + added
-        rounded = exact.to(self.stored.dtype)
+        before = self._exact() if self._written else self.original
+        added = part().to(torch.promote_types(before.dtype, torch.float32))
+        rounded, lost = rounded_sum(before, added, self.stored.dtype)
         if not all_finite(rounded):
-            why = f"it overflows {rounded.dtype}" if all_finite(exact) else "the training has diverged"
+            why = f"it overflows {rounded.dtype}" if all_finite(before + added) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
-        lost = lost_share(before, added, exact, rounded)
         if self._original is None and self.quantised is None:
             self._original = self.tensor.clone()
         self._written[key] = part
