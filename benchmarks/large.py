@@ -1,4 +1,4 @@
-"""Merge, extract and decompose on a random model of the shape of Llama-2-7B: memory and time.
+"""Plan, merge, export, extract and decompose on a random model of the shape of Llama-2-7B: memory and time.
 
     python -m benchmarks.large [--layers 4] [--folder /somewhere] [--threads 2]
 
@@ -26,6 +26,13 @@ RANK = 16
 RESULT = Path(__file__).parent / "results" / "large.md"
 
 
+def configuration(layers: int) -> Any:
+    """Of Llama-2-7B, which transformers' own defaults are."""
+    import transformers
+
+    return transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+
+
 def write_base(folder: Path, layers: int) -> None:
     """Write the checkpoint: values as a fresh model has them."""
     import torch
@@ -35,7 +42,7 @@ def write_base(folder: Path, layers: int) -> None:
     from svdpeft.folders.folder import Entry
     from svdpeft.folders.output import write_index
 
-    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")  # the rest is that of Llama-2-7B
+    config = configuration(layers)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM._from_config(config)
     entries = {n: Entry("", "BF16", tuple(t.shape), 2 * t.numel()) for n, t in model.state_dict().items()}
@@ -92,10 +99,27 @@ def copy(folder: Path) -> str:
     return ""
 
 
+def plan(folder: Path) -> str:
+    from svdpeft import PiSSA
+    from svdpeft.finetuning.plan import plan
+    from svdpeft.training.recipe import Recipe
+
+    made = plan(str(folder / "base"), PiSSA(rank=RANK), Recipe(lr=1e-4, batch_size=1), length=512, dtype="bfloat16")
+    return f"{made.sites} sites, {made.memory}"
+
+
 def merge(folder: Path) -> str:
     from svdpeft import folders
 
     return str(folders.merge(folder / "base", folder / "adapter", folder / "merged"))
+
+
+def export(folder: Path) -> str:
+    import svdpeft
+    from svdpeft.folders import opened
+
+    written = svdpeft.export_lora(opened(folder / "base", folder / "adapter"), folder / "lora")
+    return str(written).replace(f"{folder}/", "")
 
 
 def extract(folder: Path) -> str:
@@ -108,6 +132,9 @@ def decompose(folder: Path) -> str:
     from svdpeft import folders
 
     return str(folders.decompose(folder / "base", RANK, folder / "svd"))
+
+
+STAGES = (copy, plan, merge, export, extract, decompose)
 
 
 def measured(stage: Any, folder: Path, threads: int, pipe: Any) -> None:
@@ -150,7 +177,7 @@ def main() -> None:
         write_base(folder / "base", layers)
         write_adapter(folder / "base", folder / "adapter")
         files = [file.stat().st_size for file in (folder / "base").glob("*.safetensors")]
-        rows = {stage.__name__: run(stage, folder, options.threads) for stage in (copy, merge, extract, decompose)}
+        rows = {stage.__name__: run(stage, folder, options.threads) for stage in STAGES}
         adapter = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
     finally:
         shutil.rmtree(folder)

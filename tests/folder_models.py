@@ -81,3 +81,16 @@ def moved(model: nn.Module, method: Any, name: str = "default", size: float = 0.
     adapter = adapt(model, method, name=name, **options)
     perturb(adapter, size, seed=len(name))
     return adapter
+
+
+# Kinds of weights: a model, and what is adapted of it.
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "tied": (lambda: llama(tie_word_embeddings=True), {"targets": ["embed_tokens", "lm_head", "k_proj"]}),
+    "tied float64": (lambda: llama(torch.float64, tie_word_embeddings=True), {"targets": ["embed_tokens", "lm_head"]}),
+    "conv1d": (gpt2, {"targets": ["c_attn", "c_fc"]}),
+    "parts": (gpt2, {"targets": ["c_attn[q]", "c_attn[v]"]}),
+    "experts": (gpt_oss, {"targets": ["down_proj", "gate_up_proj[up]"]}),
+    "beside experts of other names": (mixtral, {"targets": ["q_proj"]}),
+    "rows": (llama, {"targets": ["q_proj"], "train": {"embed_tokens": [3, 7, 8]}}),
+    "whole": (lambda: llama(torch.float32), {"targets": ["q_proj"], "train": ["norm", "lm_head"]}),
+}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from folder_models import contents, gpt2, gpt_oss, llama, mixtral, moved, resnet, saved, tensors, vit
+from folder_models import CASES, contents, gpt2, llama, mixtral, moved, resnet, saved, tensors, vit
 from helpers import bits, perturb
 from rows import one_each
 from safetensors import safe_open
@@ -52,18 +51,6 @@ def test_every_method_merges_as_in_memory(method: Any, tmp_path: Path):
     assert {file.name for file in base.iterdir()} == {file.name for file in (tmp_path / "out").iterdir()}
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(bits(a) == bits(b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
-
-
-CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "tied": (lambda: llama(tie_word_embeddings=True), {"targets": ["embed_tokens", "lm_head", "k_proj"]}),
-    "tied float64": (lambda: llama(torch.float64, tie_word_embeddings=True), {"targets": ["embed_tokens", "lm_head"]}),
-    "conv1d": (gpt2, {"targets": ["c_attn", "c_fc"]}),
-    "parts": (gpt2, {"targets": ["c_attn[q]", "c_attn[v]"]}),
-    "experts": (gpt_oss, {"targets": ["down_proj", "gate_up_proj[up]"]}),
-    "beside experts of other names": (mixtral, {"targets": ["q_proj"]}),
-    "rows": (llama, {"targets": ["q_proj"], "train": {"embed_tokens": [3, 7, 8]}}),
-    "whole": (lambda: llama(torch.float32), {"targets": ["q_proj"], "train": ["norm", "lm_head"]}),
-}
 
 
 @pytest.mark.parametrize("case", CASES)

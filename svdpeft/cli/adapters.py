@@ -31,6 +31,20 @@ def model_of(base: str, dtype: str) -> Any:
     return load(base, dtype=getattr(torch, dtype)).model
 
 
+def opened(base: str, adapter: Path, dtype: str) -> Any:
+    """An adapter beside its model: one of transformers or timm stays on the disk where the format lets it."""
+    import svdpeft
+    from svdpeft import CheckpointError, folders
+    from svdpeft.models.language import folder_of
+
+    try:
+        return folders.opened(folder_of(base), adapter)
+    except CheckpointError:
+        raise
+    except ValueError:  # no such folder, or tensors that differ from the model's: quantised, say, or other names
+        return svdpeft.load(model_of(base, dtype), adapter)
+
+
 def check_new(out: Path) -> None:
     """Refuse to overwrite.
 

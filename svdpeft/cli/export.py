@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from svdpeft.cli.adapters import Base, Precision, model_of, tell
+from svdpeft.cli.adapters import Base, opened, tell
 from svdpeft.cli.app import Json, app, fail, quiet
 
 
@@ -20,7 +20,10 @@ def export(
     max_rank: Annotated[
         int | None, typer.Option(help="The nearest update of this rank; exact unless said.", min=1)
     ] = None,
-    dtype: Precision = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the model's weights, where they cannot stay on the disk."),
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a LoRA that PEFT, vLLM or llama.cpp load.
@@ -32,13 +35,13 @@ def export(
 
     quiet()
     try:
-        attached = svdpeft.load(model_of(base_of(adapter, base), dtype), adapter)
+        held = opened(base_of(adapter, base), adapter, dtype)
         if to == "gguf":
-            ranks = svdpeft.export_gguf(attached, out, max_rank=max_rank)
+            ranks = svdpeft.export_gguf(held, out, max_rank=max_rank)
             told = f"{out}: LoRA of {len(ranks)} weights, rank {min(ranks.values())} to {max(ranks.values())}"
             found: dict[str, Any] = {"out": str(out), "ranks": ranks}
         else:
-            written = svdpeft.export_lora(attached, out, max_rank=max_rank)
+            written = svdpeft.export_lora(held, out, max_rank=max_rank)
             told, found = str(written), {"out": str(out), "ranks": written.ranks, "lost": written.lost}
             found["notes"] = written.notes
     except (ValueError, OSError, RuntimeError, ImportError) as error:

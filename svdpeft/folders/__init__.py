@@ -3,5 +3,6 @@
 from svdpeft.folders.decomposing import Decomposed, decompose
 from svdpeft.folders.extracting import Extracted, extract
 from svdpeft.folders.merging import merge
+from svdpeft.folders.opened import opened
 
-__all__ = ["Decomposed", "Extracted", "decompose", "extract", "merge"]
+__all__ = ["Decomposed", "Extracted", "decompose", "extract", "merge", "opened"]

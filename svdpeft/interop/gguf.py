@@ -17,9 +17,10 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, GGUFType, GGUFWrite
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.saving import Contents
 from svdpeft.atomic import replacing
 from svdpeft.decomposition import all_finite
-from svdpeft.interop.lora import as_lora, check_low_rank
+from svdpeft.interop.lora import as_lora, check_low_rank, contents_of
 from svdpeft.registry import near_miss
 from svdpeft.sites.site import Site
 
@@ -39,7 +40,7 @@ INSTEAD = "merge the adapter and convert the merged model"
 
 
 def export_gguf(
-    adapter: Adapter, path: str | os.PathLike[str], *, dtype: DType = "f16", max_rank: int | None = None
+    adapter: Adapter | Contents, path: str | os.PathLike[str], *, dtype: DType = "f16", max_rank: int | None = None
 ) -> dict[str, int]:
     """Write the adapter as a LoRA of llama.cpp, for the GGUF of the same base, quantised or not.
 
@@ -47,7 +48,7 @@ def export_gguf(
 
     Args:
         adapter: in any state, of a causal language model of transformers: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2,
-            Phi-3 or GPT-2.
+            Phi-3 or GPT-2; or what ``svdpeft.folders.opened`` gives of one that is on the disk with its model.
         path: of the new file.
         dtype: of the factors in the file, ``"f16"`` or ``"f32"``.
         max_rank: the nearest update of at most this rank at each weight, also of a method whose updates are of full
@@ -74,10 +75,11 @@ def export_gguf(
         raise ValueError(f"dtype {dtype!r}: {near_miss(str(dtype), get_args(DType))}")
     if path.exists():
         raise FileExistsError(f"{path} exists: an export does not overwrite")
-    arch = _architecture(adapter.model)
-    check_low_rank(adapter)
-    weights = _weights(adapter)
-    named = {name: _named(name, sites, adapter.model, arch) for name, sites in weights.items()}
+    contents = contents_of(adapter)
+    arch = _architecture(contents.model)
+    check_low_rank(contents)
+    weights = _weights(contents)
+    named = {name: _named(name, sites, contents.model, arch) for name, sites in weights.items()}
     products = {name: as_lora(sites, max_rank)[0] for name, sites in weights.items()}
     ranks = {name: product.rank for name, product in products.items()}
     # llama.cpp multiplies every product by α/r: one α, and the r of the tensor. With B · r/α the scale is one at each;
@@ -87,7 +89,7 @@ def export_gguf(
     for name, (tensor, written) in named.items():
         left, right = products[name].L * (ranks[name] / alpha), products[name].A
         if arch is MODEL_ARCH.LLAMA and tensor in HEADS:
-            left = _interleaved(left, getattr(adapter.model.config, HEADS[tensor]))
+            left = _interleaved(left, getattr(contents.model.config, HEADS[tensor]))
         if tensor is MODEL_TENSOR.TOKEN_EMBD:  # rows of lora_a are looked up: (tokens, r), and lora_b is (width, r)
             left, right = right.mT, left
         tensors[f"{written}.weight.lora_a"] = _array(right, dtype, name)
@@ -113,7 +115,7 @@ def _architecture(model: nn.Module) -> MODEL_ARCH:
     return ARCHITECTURES[name]
 
 
-def _weights(adapter: Adapter) -> dict[str, list[Site]]:
+def _weights(adapter: Contents) -> dict[str, list[Site]]:
     """The sites by the name of the layer whose weight they adapt: several where they are parts of it."""
     names = {id(module): name for name, module in adapter.model.named_modules()}
     found: dict[str, list[Site]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.saving import Contents
 from svdpeft.decomposition import Product, all_finite, truncated
 from svdpeft.layers.part import Part
 from svdpeft.methods.whole import Whole
@@ -53,7 +54,12 @@ def _product(site: Site, truncates: bool) -> Product:
     return product.to(torch.promote_types(product.L.dtype, torch.float32))
 
 
-def check_low_rank(adapter: Adapter) -> None:
+def contents_of(adapter: Adapter | Contents) -> Contents:
+    """What is written of an adapter that is attached, or of one that ``svdpeft.folders.opened`` gave."""
+    return adapter.contents() if isinstance(adapter, Adapter) else adapter
+
+
+def check_low_rank(adapter: Contents) -> None:
     """Refuse an adapter that is more than updates of matrices, or has diverged.
 
     Raises:
@@ -61,14 +67,12 @@ def check_low_rank(adapter: Adapter) -> None:
             layers, or a value is not finite.
     """
     if not adapter.sites:
-        raise ValueError(f"{adapter} has no factors: there is nothing to export")
+        raise ValueError(f"adapter {adapter.name!r} has no factors: there is nothing to export")
     if adapter.whole:
+        raise ValueError(f"{adapter.whole[0]} is trained whole: a LoRA file holds low-rank updates only; merge instead")
+    if adapter.values:
         raise ValueError(
-            f"{next(iter(adapter.whole))} is trained whole: a LoRA file holds low-rank updates only; merge instead"
-        )
-    if changed := adapter.own.changed():
-        raise ValueError(
-            f"training changed {next(iter(changed))}: a LoRA file holds low-rank updates only; merge instead"
+            f"training changed {next(iter(adapter.values))}: a LoRA file holds low-rank updates only; merge instead"
         )
     for site in adapter.sites.values():
         check_finite(site)

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.saving import Contents
 from svdpeft.atomic import replacing
+from svdpeft.interop.lora import contents_of
 from svdpeft.interop.peft_folder import CONFIG, PREFIX, ROWS, TENSORS
 from svdpeft.interop.peft_updates import Update, updates_of
 from svdpeft.layers.part import Part
@@ -64,11 +66,11 @@ class Exported:
         return "; ".join([f"{self.path}: {words[0]}", *words[1:], *self.notes])
 
 
-def export_ranks(adapter: Adapter, max_rank: int | None = None) -> dict[str, int]:
+def export_ranks(adapter: Adapter | Contents, max_rank: int | None = None) -> dict[str, int]:
     """Return the rank of each weight's update, which is the rank that ``export_lora`` writes.
 
     Args:
-        adapter: in any state.
+        adapter: as for ``export_lora``.
         max_rank: as for ``export_lora``.
 
     Raises:
@@ -77,7 +79,7 @@ def export_ranks(adapter: Adapter, max_rank: int | None = None) -> dict[str, int
     return _Plan.of(adapter, max_rank).ranks
 
 
-def export_lora(adapter: Adapter, path: str | os.PathLike[str], max_rank: int | None = None) -> Exported:
+def export_lora(adapter: Adapter | Contents, path: str | os.PathLike[str], max_rank: int | None = None) -> Exported:
     """Write the adapter as a PEFT LoRA folder (``adapter_config.json``, ``adapter_model.safetensors``).
 
     Parts of a fused weight become one LoRA of the whole, experts ``target_parameters``, what is trained whole
@@ -85,7 +87,7 @@ def export_lora(adapter: Adapter, path: str | os.PathLike[str], max_rank: int | 
     ``bias="lora_only"``.
 
     Args:
-        adapter: in any state.
+        adapter: in any state; or what ``svdpeft.folders.opened`` gives of one that is on the disk with its model.
         path: of the new folder.
         max_rank: take the nearest update of this rank where one has a larger; ``None`` is the exact rank, and refuses a
             method whose update has full rank.
@@ -131,7 +133,7 @@ class _Plan:
         biases: names of the biases of adapted layers.
     """
 
-    adapter: Adapter
+    adapter: Contents
     updates: Sequence[Update]
     rows: Mapping[str, tuple[Site, tuple[str, ...]]]
     replaced: Mapping[str, Tensor]
@@ -139,7 +141,7 @@ class _Plan:
     biases: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, adapter: Adapter, max_rank: int | None) -> _Plan:
+    def of(cls, adapter: Adapter | Contents, max_rank: int | None) -> _Plan:
         """Look at an adapter.
 
         Raises:
@@ -147,10 +149,11 @@ class _Plan:
         """
         if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
             raise ValueError(f"max_rank {max_rank!r} is not a whole number of at least 1")
-        plan = cls(adapter, *updates_of(adapter, max_rank))
+        contents = contents_of(adapter)
+        plan = cls(contents, *updates_of(contents, max_rank))
         plan._sort_whole()
         if not plan.updates:
-            raise ValueError(f"{adapter} has no factors that a LoRA holds: there is nothing to export")
+            raise ValueError(f"adapter {contents.name!r} has no factors that a LoRA holds: there is nothing to export")
         return plan
 
     def _sort_whole(self) -> None:
@@ -159,7 +162,7 @@ class _Plan:
         places = [model.get_submodule(name) for name in self.layers]
         users = users_of_parameters(model)
         uses = {name: [name.rpartition(".")[::2]] for name in self.replaced}
-        for name in (*self.adapter.whole, *self.adapter.own.changed()):
+        for name in self.adapter.values:
             owner, _, attribute = name.rpartition(".")
             uses[name] = users.get(id(stored(model.get_submodule(owner), attribute)), [(owner, attribute)])
         for name, places_of in uses.items():
@@ -225,7 +228,7 @@ class _Plan:
         owner, _, attribute = name.rpartition(".")
         here = stored(self.adapter.model.get_submodule(owner), attribute)
         first = next((n for n, p in self.adapter.model.named_parameters() if p is here), name)
-        version = self.adapter.own.version(first)
+        version = self.adapter.values.get(first)
         return (here if version is None else version).detach().clone().contiguous()
 
     def _own_rows(self, layer: str) -> Sequence[str]:

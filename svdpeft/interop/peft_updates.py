@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.saving import Contents
 from svdpeft.decomposition import Product
 from svdpeft.interop.lora import as_lora, check_finite
 from svdpeft.interop.peft_layout import flipped, plain_convolution, to_peft
@@ -76,7 +76,7 @@ class Updates(NamedTuple):
 
 
 @torch.no_grad()
-def updates_of(adapter: Adapter, max_rank: int | None) -> Updates:
+def updates_of(adapter: Contents, max_rank: int | None) -> Updates:
     """Sort the sites of an adapter into those.
 
     Raises:
