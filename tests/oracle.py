@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import perturb
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from svdpeft import attach
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.methods.base import Factored
 
 Array = NDArray[np.float64]
 SHAPES = [(6, 9), (9, 6), (7, 7)]
@@ -50,3 +53,34 @@ def tensors(adapter: Adapter) -> dict[str, Array]:
 
 def output(model: nn.ModuleDict, x: Array) -> Array:
     return model["layer"](torch.from_numpy(x)).detach().numpy()
+
+
+def check(
+    method: Factored, shape: tuple[int, int], weight: Any, count: int, size: float = 0.3, **options: Any
+) -> tuple[Adapter, dict[str, Array], Array]:
+    """Attach, count, move off the start, and compare every way to compute a layer with its weight written out.
+
+    Args:
+        weight: (factors by name, W0) -> W'.
+        options: of ``attach``.
+    """
+    model, w, x = linear(shape)
+    adapter = attach(model, method, **options)
+    start = tensors(adapter)
+    assert adapter.trainable_count == count
+    near(output(model, x), x @ weight(start, w).T)
+    if method.exact_start:
+        assert bool((adapter.delta("layer") == 0).all())
+    perturb(adapter, size)
+    f = tensors(adapter)
+    expected = weight(f, w)
+    assert np.abs(expected - w).max() > 1e-2
+    near(output(model, x), x @ expected.T)
+    near(adapter.delta("layer"), expected - w)
+    adapter.fold()
+    near(output(model, x), x @ expected.T)
+    adapter.unfold()
+    adapter.merge()
+    near(model["layer"]._parameters["weight"], expected)
+    adapter.unmerge()
+    return adapter, start, w

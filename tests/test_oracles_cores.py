@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import close, perturb
-from oracle import SHAPES, Array, every_shape, linear, near, output, rank_of, tensors, triplets
+from oracle import SHAPES, Array, check, every_shape, linear, near, output, rank_of, tensors, triplets
 from torch import nn
 
 from svdpeft import PSOFT, SSVD, SVF, SVFT, AntiPaSTO, LoRAXS, SVDiff, SVFit, SVFTransformer2, attach
-from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Factored
 
 Shape = tuple[int, int]
@@ -33,36 +32,6 @@ def lower(values: Array, size: int) -> Array:
 def rotation(q: Array) -> Array:
     """(I + Q)(I − Q)⁻¹."""
     return (np.eye(len(q)) + q) @ np.linalg.inv(np.eye(len(q)) - q)
-
-
-def check(
-    method: Factored, shape: Shape, weight: Any, count: int, size: float = 0.3
-) -> tuple[Adapter, dict[str, Array], Array]:
-    """Attach, count, move off the start, and compare every way to compute a layer with its weight written out.
-
-    Args:
-        weight: (factors by name, W0) -> W'.
-    """
-    model, w, x = linear(shape)
-    adapter = attach(model, method)
-    start = tensors(adapter)
-    assert adapter.trainable_count == count
-    near(output(model, x), x @ weight(start, w).T)
-    if method.exact_start:
-        assert bool((adapter.delta("layer") == 0).all())
-    perturb(adapter, size)
-    f = tensors(adapter)
-    expected = weight(f, w)
-    assert np.abs(expected - w).max() > 1e-2
-    near(output(model, x), x @ expected.T)
-    near(adapter.delta("layer"), expected - w)
-    adapter.fold()
-    near(output(model, x), x @ expected.T)
-    adapter.unfold()
-    adapter.merge()
-    near(model["layer"]._parameters["weight"], expected)
-    adapter.unmerge()
-    return adapter, start, w
 
 
 def raises(words: str, make: Any) -> None:

@@ -8,7 +8,6 @@ Language Models. ICLR 2022, arXiv:2106.09685. The scale α/√r: D. Kalajdzievsk
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.methods.base import Given, Reference, Tensors, Triplets, generator
+from svdpeft.methods.base.drawn import kaiming
 from svdpeft.registry import METHODS
 
 
@@ -69,5 +69,5 @@ class LoRA(Triplets):
         if self.init == "gaussian":
             a = torch.randn(shape, generator=source, dtype=torch.float64) / self._rank
         else:
-            a = (2 * torch.rand(shape, generator=source, dtype=torch.float64) - 1) / math.sqrt(n)
+            a = kaiming(*shape, source=source)
         return {"L": w.new_zeros(*batch, m, self._rank), "A": a.to(w)}
