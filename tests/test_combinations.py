@@ -85,7 +85,7 @@ def test_rank_stabilised_scale_or_the_reason(cls: type[PerSite]):
             with pytest.raises(TypeError, match=next(iter(options))):
                 cls(**options)
         return
-    plain, stable = (cls(rank=4, alpha=6.0, rs=rs).at("a", 8, 9) for rs in (False, True))
+    plain, stable = (cls(rank=4, alpha=6.0, rs=rs).at("a", 16, 36) for rs in (False, True))
     assert stable.scale / plain.scale == pytest.approx(2)  # √r
     if defined(cls):
         lives(cls(rank=2, alpha=3.0, rs=True))
