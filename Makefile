@@ -25,13 +25,14 @@ test-all: lint types
 bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 
-# Saves that are killed, 250 of them, 100,000 damaged adapters, two minutes of threads that share a model, trainings that
-# are killed: what tests/ has a few seconds of.
+# Saves that are killed, 250 of them, 100,000 damaged adapters, two minutes of threads that share a model, trainings and
+# comparisons that are killed: what tests/ has a few seconds of.
 torture: $(DONE)
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/saving.py $$folder 250; status=$$?; rm -r $$folder; exit $$status
 	$(BIN)/python tests/torture/damage.py 100000
 	$(BIN)/python tests/torture/serving.py 120
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/training.py $$folder 100; status=$$?; rm -r $$folder; exit $$status
+	folder=$$(mktemp -d) && $(BIN)/python tests/torture/comparing.py $$folder 100; status=$$?; rm -r $$folder; exit $$status
 
 # One deliberate defect after the other, and the test that notices: tests/mutants/README.md.
 mutants: $(DONE)

@@ -51,23 +51,14 @@ def known_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The task ``signs`` and a model called ``tiny``; each method at its own learning rate."""
-    from comparison import Net, Signs  # these import transformers, which most tests do without
+    from comparison import Signs, load  # these import transformers, which most tests do without
 
     from svdpeft.finetuning import session
-    from svdpeft.models import Loaded
     from svdpeft.registry import TASKS
 
     monkeypatch.setitem(TASKS._classes, "signs", Signs)
     monkeypatch.setattr(Signs, "name", "signs", raising=False)
     monkeypatch.setattr(Signs, "looked_at", [])
-
-    def load(
-        name: str, *, num_classes: int, image_size: None, dtype: torch.dtype = torch.float32, seed: int = 0
-    ) -> Loaded:
-        assert name == "tiny"
-        torch.manual_seed(7)
-        return Loaded(Net().to(dtype), name, {}, "vision", "head")
-
     monkeypatch.setattr(session, "load", load)
     return {"model": "tiny", "task": "signs", "seeds": [0, 1], "epochs": 1, "batch_size": 16, "search": False}
 

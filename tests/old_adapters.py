@@ -1,8 +1,9 @@
-"""Three small adapters as an earlier revision wrote them: how they are made, for ``test_old_adapters.py``.
+"""Small adapters as earlier revisions wrote them: how they are made, for ``test_old_adapters.py``.
 
     python tests/old_adapters.py FOLDER
 
-writes them with the revision that is checked out. Values come from a formula, so that no random generator of a later
+writes those of formats 3 and 4 with the revision that is checked out; of formats 1 and 2, which none reads any more, a
+LoRA of each lies beside them. Values come from a formula, so that no random generator of a later
 release can change the base.
 """
 
@@ -95,6 +96,12 @@ def heads() -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.linspace(-1, 1, 2 * 5 * 8, dtype=torch.float64).view(2, 5, 8)
 
 
+def left_out() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5)).double()
+    fill(model.named_parameters(), 0.5)
+    return model.eval(), torch.linspace(-1, 1, 3 * 9, dtype=torch.float64).view(3, 9)
+
+
 def attach_convolutions(model: nn.Module) -> svdpeft.Adapter:
     targets = {
         "conv": svdpeft.SORSA(rank=2, gamma={"target": 0.1}),
@@ -118,11 +125,21 @@ def attach_heads(model: nn.Module) -> svdpeft.Adapter:
     return svdpeft.attach(model, svdpeft.CLOVER())
 
 
+def attach_left_out(model: nn.Module) -> svdpeft.Adapter:
+    return svdpeft.attach(model, targets={"0": svdpeft.SVFT(pattern="banded", off_diagonals=1), "2": svdpeft.PiSSA(2)})
+
+
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], Callable[[nn.Module], svdpeft.Adapter]]] = {
     "convolutions": (convolutions, attach_convolutions),
     "attentions": (attentions, attach_attentions),
     "heads": (heads, attach_heads),
+    "left-out": (left_out, attach_left_out),
 }
+
+
+def bases_in(name: str) -> Any:
+    """How ``save`` is asked for the frozen bases: without them the file is of format 4."""
+    return "derived" if name == "left-out" else "stored"
 
 
 def write(folder: Path) -> None:
@@ -135,7 +152,7 @@ def write(folder: Path) -> None:
                 p.add_(0.1 * torch.cos(torch.arange(p.numel(), dtype=torch.float64) + i).view(p.shape))
         model.train()(x)  # moves the running statistics
         out = model.eval()(x).detach()
-        adapter.save(folder / name)
+        adapter.save(folder / name, bases=bases_in(name))
         save_file({"out": out}, folder / f"{name}.safetensors")
 
 

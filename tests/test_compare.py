@@ -387,6 +387,19 @@ def test_the_defaults_of_a_model_are_of_its_default_task(tmp_path):
     assert spec.task_options == {"train_size": 50, "test_size": 1000}
 
 
+def test_an_adapter_of_which_a_kill_left_one_file_is_written_again(tiny, tmp_path):
+    """Kept afterwards, of a run whose record is there: its folder was taken for the adapter."""
+    spec = read_spec(**{**tiny, "seeds": [0]}, methods="lora")
+    runner.compare(spec, tmp_path, runner.Engine(keep="all"))
+    (folder,) = (tmp_path / "adapters").iterdir()
+    first, last = sorted(folder.iterdir())
+    whole = last.read_bytes()
+    assert first.name == "adapter.json"
+    last.unlink()
+    runner.compare(spec, tmp_path, runner.Engine(keep="all"))
+    assert last.read_bytes() == whole
+
+
 @pytest.mark.parametrize("keep", ["all", "best"])
 def test_adapters_are_kept(tiny, tmp_path, keep):
     """Those of a run that was done before without keeping them, too; they give the model that was judged."""

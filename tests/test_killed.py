@@ -97,3 +97,12 @@ def test_the_folder_is_on_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.M
         new.mkdir()
         (new / "words.txt").write_text("all")
     assert done == ["folder", "words.txt", "rename", tmp_path.name]
+
+
+def test_comparisons_that_are_killed(tmp_path: Path):
+    """One, until it ends; ``make torture`` has a hundred kills, and some of the command with two workers."""
+    program = Path(__file__).parent / "torture" / "comparing.py"
+    environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program), str(tmp_path), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import close, equal_bits
-from old_adapters import CASES, FIXTURES
+from helpers import close, equal_bits, refused
+from old_adapters import CASES, FIXTURES, bases_in
 from safetensors.torch import load_file
 
 import svdpeft
-from svdpeft.adapter.file import NEUTRAL
+from svdpeft.adapter.file import FORMAT, NEUTRAL, WITHOUT_BASES
 
 
 def without_neutral(value):
@@ -28,11 +28,12 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
     adapter = svdpeft.load(model, FIXTURES / name)
     close(model(x).detach(), load_file(FIXTURES / f"{name}.safetensors")["out"])
     assert not torch.allclose(model(x), base)
-    adapter.save(tmp_path / name)
+    adapter.save(tmp_path / name, bases=bases_in(name))
     before, after = (json.loads((folder / name / "adapter.json").read_text()) for folder in (FIXTURES, tmp_path))
-    del after["id"], after["digests"]  # by which damage is found, since then
+    for key in ("id", "digests"):  # by which damage is found, since then
+        after[key] = before.setdefault(key, after[key])
     for site, entry in after["sites"].items():
-        del entry["sample"]  # by which a weight is known in another precision
+        before["sites"][site].setdefault("sample", entry["sample"])  # by which a weight is known in another precision
         assert adapter.sites[site].weight.known_by(before["sites"][site]["hash"])  # a SHA-256 then
         assert adapter.sites[site].weight.known_by(entry["hash"])
         del entry["hash"], before["sites"][site]["hash"]
@@ -40,6 +41,18 @@ def test_an_earlier_revisions_adapter_is_the_same_here(name, tmp_path):
     before, after = (load_file(folder / name / "adapter.safetensors") for folder in (FIXTURES, tmp_path))
     assert before.keys() == after.keys()
     assert all(equal_bits(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_there_is_one_of_every_format():
+    found = {json.loads(file.read_text())["format"] for file in FIXTURES.glob("*/adapter.json")}
+    assert found == set(range(1, max(FORMAT, WITHOUT_BASES) + 1))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_format_that_no_release_wrote_is_refused_by_its_number(number):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    with refused(model, f"format-{number} has format {number}", "reads format 3 and 4", error=svdpeft.CheckpointError):
+        svdpeft.load(model, FIXTURES / f"format-{number}")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -92,16 +92,9 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts():
     assert "url(" not in ASSETS.joinpath("style.css").read_text()
 
 
-def test_the_libraries_are_the_published_ones_with_their_licences():
-    vendor = ASSETS.joinpath("vendor")
-    table = re.findall(
-        r"^\| (\S+\.js) .*\((LICENSE-\w+)\) \| ([0-9a-f]{64}) \|$", vendor.joinpath("README.md").read_text(), re.M
-    )
-    assert [name for name, _, _ in table] == ["d3.min.js", "plot.umd.min.js"]
-    for name, licence, digest in table:
-        assert hashlib.sha256(vendor.joinpath(name).read_bytes()).hexdigest() == digest
-        assert "Permission to use, copy, modify" in vendor.joinpath(licence).read_text()
-    assert b"</script" not in b"".join(vendor.joinpath(name).read_bytes().lower() for name, _, _ in table)
+def test_the_libraries_end_no_script():
+    """Their hashes are held by tests/test_sbom.py."""
+    assert not [path for path in ASSETS.joinpath("vendor").glob("*.js") if b"</script" in path.read_bytes().lower()]
 
 
 def test_an_ordinary_page_is_below_a_megabyte_and_five_hundred_runs_below_two():

@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from svdpeft.adapter.file import TENSORS
 from svdpeft.compare import records
 from svdpeft.compare.backends import in_process, map_jobs
 from svdpeft.compare.provenance import provenance
@@ -99,7 +100,8 @@ def _keep(jobs: Sequence[Job], store: Store, engine: Engine) -> None:
         for job, record in done:
             groups.setdefault((job.entry.label, job.budget), []).append((job, record))
         kept = [max(its, key=lambda pair: _value(pair[1]))[0] for its in groups.values()]
-    missing = [job for job in kept if not store.has_folder(_folder(job, store))]
+    # The tensors are copied last: without them, who copied the adapter was killed.
+    missing = [job for job in kept if not store.has_file(f"{_folder(job, store)}/{TENSORS}")]
     _do(missing, store, engine, "adapters", again=True)
     stay = {_folder(job, store) for job in kept}
     for folder in {_folder(job, store) for job in jobs} - stay:

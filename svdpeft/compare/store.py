@@ -205,9 +205,13 @@ class Store:
             self._files.pipe_file(path, data)
 
     def keep_folder(self, name: str, folder: Path) -> None:
-        """Copy a folder of files to ``name`` beside the runs, file by file."""
+        """Copy a folder of files to ``name`` beside the runs, file by file in the order of their names."""
         for file in sorted(folder.iterdir()):
             self.write_bytes(f"{name}/{file.name}", file.read_bytes())
+
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file such as ``report.md`` beside the runs; it is whole then."""
+        return bool(self._files.isfile(f"{self._root}/{name}"))
 
     def has_folder(self, name: str) -> bool:
         """Whether there is a folder of this name."""

@@ -1,7 +1,7 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
 from svdpeft.decomposition.cache import svd_cache, svd_cache_until_attached, uncached
-from svdpeft.decomposition.canonical import canonical, canonical_signs
+from svdpeft.decomposition.canonical import canonical, canonical_signs, fixed_numbers
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.decomposition.digests import digest, has_digest
@@ -51,6 +51,7 @@ __all__ = [
     "difference",
     "digest",
     "exact_rank",
+    "fixed_numbers",
     "full_precision",
     "has_digest",
     "kmeans",

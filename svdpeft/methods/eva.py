@@ -32,8 +32,8 @@ class EVA(Scaled):
     When to use:
         As LoRA, where data of the new task is at hand: the first gradients are as large as they can be, and the ranks
         go where the inputs need them. Needs ``svdpeft.calibrate`` and two eigendecompositions per site. The
-        ranks together are what was asked for; the trained values are not, where shapes differ. Not for weights that
-        are read and never called.
+        ranks together are what was asked for; the trained values are not, where shapes differ. A rank beyond the number
+        of inputs is an error: what else a solver finds is rounding. Not for weights that are read and never called.
 
     Paper and code:
         The paper decomposes the inputs as they are. PEFT, the authors' own code, subtracts their mean:
@@ -106,7 +106,14 @@ class EVA(Scaled):
         return [_with_rank(method, ranks[site.name]) for site, method in zip(sites, methods, strict=True)]
 
     def start(self, w: Tensor, given: Given) -> Tensors:
-        values, vectors = torch.linalg.eigh(self._scatter(given))
+        scatter = self._scatter(given)
+        known = (given.statistics.count if given.statistics else 0) - self.centred
+        if self._rank > known:
+            raise ValueError(
+                f"EVA of rank {self._rank} starts from directions of the inputs of {given.name}, of which there are "
+                f"{known + self.centred}: calibrate with more, or take a rank of at most {max(known, 1)} there"
+            )
+        values, vectors = torch.linalg.eigh(scatter)
         a = vectors[..., -self._rank :].flip(-1).mT  # (*b, r, n), the largest first
         a = canonical_signs(a.mT, a)[1]
         if self.whiten:

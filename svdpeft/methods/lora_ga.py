@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from svdpeft.decomposition import truncated_svd
@@ -28,8 +29,9 @@ class LoRAGA(Decomposed, Scaled):
     When to use:
         Where training is short and the first steps count: a few batches of the training data give the gradients. Needs
         ``svdpeft.calibrate(…, gradients=True)``, which takes the memory of one step of full fine-tuning without an
-        optimizer; afterwards it costs what PiSSA costs. Of a small matrix with fewer than 2r singular triplets, L takes
-        the last r of those that there are.
+        optimizer; afterwards it costs what PiSSA costs. Of a gradient with fewer than 2r singular triplets (of a small
+        matrix, or of few examples), L takes the last r of those that there are. Fewer than r are an error: what else a
+        solver finds is rounding.
 
     Paper and code:
         PEFT multiplies L by the gradient's singular values, and scales L alone: ``variant="peft"``; with α/r as its
@@ -82,6 +84,14 @@ class LoRAGA(Decomposed, Scaled):
         *_, m, n = w.shape
         r, q = self._rank, min(2 * self._rank, m, n)
         u, s, vh = truncated_svd(g, q, self.driver, seed=given.seed, where=f"the gradient of {given.name}")
+        q = int((s > max(m, n) * torch.finfo(g.dtype).eps * s[..., :1]).sum(-1).amin())
+        if q < r:
+            raise ValueError(
+                f"the gradient of {given.name} ({m}x{n}) has {q} singular values above rounding, and LoRAGA of rank "
+                f"{r} starts from at least {r}: calibrate with more examples, or take a rank of at most "
+                f"{max(q, 1)} there"
+            )
+        u, s = u[..., :q], s[..., :q]
         left, right = u[..., q - r :], vh[..., :r, :]
         c = m**0.25 / math.sqrt(self.gamma)
         if self.variant == "peft":

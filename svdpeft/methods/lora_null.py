@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import SVD
+from svdpeft.decomposition import SVD, fixed_numbers
 from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
 from svdpeft.registry import METHODS
 
@@ -30,7 +30,7 @@ class LoRANull(Decomposed, Scaled):
     When to use:
         Where the model must keep what it knows: calibrate on data of that, then train on the new task. "v2" keeps more
         and learns less, with half the trained values. Calibrate with more positions than a layer has inputs: with fewer
-        the null space is larger than r, and which r directions of it are taken is chance. Needs
+        the null space is larger than r, and r directions of it are taken that no data has chosen. Needs
         ``svdpeft.calibrate`` and an eigendecomposition per site. Not for weights that are read and never called.
 
     Paper and code:
@@ -76,7 +76,15 @@ class LoRANull(Decomposed, Scaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         second = given.seen("second", "LoRANull").to(w.device, torch.float64)
-        null = torch.linalg.eigh(second).eigenvectors[..., : self._rank]  # (*b, n, r), the smallest first
+        null = self._null(second, given.statistics.count if given.statistics else 0)
         u, s, vh = self.svd(w.double() @ null, given)  # of a thin matrix; W0 N Nᵀ has the same u and s
         left, right = SVD(u, s, vh @ null.mT).balanced()
         return {"L": left.to(w), "A": right.to(w)}
+
+    def _null(self, second: Tensor, count: int) -> Tensor:
+        """The last r eigenvectors, (*b, n, r); of more that no input has reached the same ones for every solver."""
+        n = second.shape[-1]
+        null = torch.linalg.eigh(second).eigenvectors[..., : max(n - count, self._rank)]  # the smallest first
+        if null.shape[-1] == self._rank:
+            return null
+        return torch.linalg.qr(null @ (null.mT @ torch.from_numpy(fixed_numbers(n, self._rank)).to(null))).Q
