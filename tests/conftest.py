@@ -33,16 +33,25 @@ torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads that
 
 @pytest.fixture(autouse=True)
 def known_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test starts from the same global random state and leaves the global settings of torch alone."""
+    """Every test starts from the same global random state and leaves the global settings of torch alone.
+
+    Adapters know of each other across models: those of a test that has ended, which the collector has not come to, are
+    no longer among them. Each costs the next ones a walk over its model.
+    """
     from helpers import working_in  # after the settings above
     from rows import has
 
+    from svdpeft.adapter import roster
+
+    live = dict(roster._live)
     torch.default_generator.manual_seed(1234)  # of the CPU: torch.manual_seed looks for devices, 0.9 ms
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     kind = values.get("kind")
     with working_in(torch.float64 if not isinstance(kind, tuple) or has(kind, "float64") else torch.float32):
         yield
+    roster._live.clear()
+    roster._live.update(live)
     assert torch.get_default_dtype() == dtype
     assert not torch._C._len_torch_function_stack(), "a default device, or another mode, slows every call after this"
     torch.set_num_threads(threads)

@@ -1,5 +1,5 @@
 """What a launcher starts in tests/test_launchers.py: trains every method, interrupts it, resumes and saves; or
-trains one and waits in the middle for somebody to kill it."""
+trains one and waits in the middle for somebody to kill it, which the next start resumes first."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ METHODS = {
 }
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 KEEP_STATE = {"sorsa-adaptive", "adalora"}
+TO_BE_KILLED = "adalora"  # it has the most to remember
 TARGETS = ("q_proj", "v_proj", "down_proj")
 STEPS, SAVED, KILLED = 3, 1, 2  # in all, until the checkpoint, and until the interruption
 
@@ -195,12 +196,9 @@ def start_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = started
 
 
-def killed_once(folder: Path, dtype: torch.dtype, name: str) -> None:
-    """One training, which waits to be killed; started again, the rest of it."""
-    resume = (folder / name).exists()
-    losses = train(folder / name, name, dtype, resume=resume, callbacks=[] if resume else [Wait(folder)])
-    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(losses))
-    distributed.destroy_process_group()
+def to_be_killed(folder: Path, dtype: torch.dtype) -> None:
+    """One training, which waits in the middle; ``main`` goes on with it."""
+    train(folder / "killed", TO_BE_KILLED, dtype, callbacks=[Wait(folder)])
 
 
 def main(folder: Path, dtype: torch.dtype) -> None:
@@ -215,6 +213,8 @@ def main(folder: Path, dtype: torch.dtype) -> None:
     zero = "ACCELERATE_USE_DEEPSPEED" in os.environ
     found: dict[str, Any] = {"losses": {}, "refused": {}}
     with svdpeft.svd_cache(folder / "svd"):
+        if (folder / "killed").exists():
+            found["killed"] = train(folder / "killed", TO_BE_KILLED, dtype, resume=True)
         for name in METHODS:
             if zero and name in KEEP_STATE:
                 try:
@@ -238,4 +238,4 @@ if __name__ == "__main__":
     if SHARDED:
         start_fsdp_on_a_cpu()
     where, precision = Path(sys.argv[1]), getattr(torch, sys.argv[2])
-    killed_once(where, precision, sys.argv[3]) if len(sys.argv) > 3 else main(where, precision)
+    to_be_killed(where, precision) if sys.argv[3:] == ["wait"] else main(where, precision)

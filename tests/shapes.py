@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
@@ -73,16 +74,18 @@ def looking(fn: FunctionType, shapes: dict[str, Any]) -> Callable:
         lambda: jaxtyped(functools.wraps(bare)(lambda *args, **kwargs: results.pop()), typechecker=beartype)
     )
     known: dict[tuple, set[tuple]] = {}
-    again = not any("{self" in str(shape) for shape in shapes.values())  # self is not looked at
+    named = dict.fromkeys(re.findall(r"\{(self\b[^}]*)\}", " ".join(map(str, shapes.values()))))
+    own = eval(f"lambda self, *_: ({''.join(f'{name}, ' for name in named)})")  # the sizes that self knows
 
     def call(args: tuple, kwargs: dict[str, Any]) -> Any:
         if torch.jit.is_tracing() or any(map(shapeless, (*args, *kwargs.values()))):
             return fn(*args, **kwargs)  # sizes are tensors, or there are none
         given = sizes((*args, *kwargs.items()))
+        if named:
+            given += own(*args)
         if given not in known:
             result = strict()(*args, **kwargs)
-            if again:
-                known[given] = {sizes((result,))}
+            known[given] = {sizes((result,))}
             return result
         result = fn(*args, **kwargs)
         if (found := sizes((result,))) not in known[given]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, equal_bits, factors_of, host, perturb, refused
-from rows import Kind, every_factored_pair
+from rows import Kind, pairs, rows, some
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from solvers import another_solver
@@ -38,8 +38,10 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().max() <= NEAR * expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@every_factored_pair
+DTYPES = [torch.float32, torch.float64]
+
+
+@rows("method, kind, dtype", [(m, k, d) for m, k in pairs() if m.factored for d in some(DTYPES, "derived", m, k)])
 def test_the_same_bits_here_and_the_same_outputs_elsewhere(
     method: Method, kind: Kind, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import KEEP_STATE, METHODS, train
+from launched import KEEP_STATE, METHODS, TO_BE_KILLED, train
 from safetensors.torch import load_file
 
 import svdpeft
@@ -60,33 +60,35 @@ def alone(folder: Path, name: str, dtype: torch.dtype) -> tuple[list[float], dic
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dtype", "bound"),
+    ("scheme", "dtype", "bound", "killed"),
     [
-        ("ddp", "float64", 1e-13),
-        ("fsdp2", "float64", 1e-13),
+        ("ddp", "float64", 1e-13, "one of them"),
+        ("fsdp2", "float64", 1e-13, "all of them"),
         pytest.param(
             "zero3",
             "float32",  # DeepSpeed knows no float64
             2e-6,
+            "",
             marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
         ),
     ],
 )
-def test_two_processes_train_every_method_to_what_one_does(tmp_path, tmp_path_factory, scheme, dtype, bound):
-    launch(scheme, ROOT / "tests" / "launched.py", tmp_path, dtype)
+def test_two_processes_train_every_method_to_what_one_does(tmp_path, tmp_path_factory, scheme, dtype, bound, killed):
+    """One of the methods in processes that were killed in the middle, the others interrupted and resumed in one."""
+    command = (ROOT / "tests" / "launched.py", tmp_path, dtype)
+    if killed:
+        kill(launching(scheme, *command, "wait"), tmp_path, killed)
+    launch(scheme, *command)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["losses"] == second["losses"]
-    one = tmp_path_factory.getbasetemp() / f"one-{dtype}"
     left_out = KEEP_STATE if scheme == "zero3" else set()
     assert first["losses"].keys() == METHODS.keys() - left_out
-    for name in first["losses"]:
-        losses, tensors = alone(one / name, name, getattr(torch, dtype))
-        assert first["losses"][name] == pytest.approx(losses, abs=5e-6), name  # transformers forms them in float32
-        found = load_file(tmp_path / name / "final" / "adapter.safetensors")
-        assert found.keys() == tensors.keys()
-        for key, value in tensors.items():
-            torch.testing.assert_close(found[key], value, rtol=0, atol=bound, msg=f"{name}: {key}")
-        assert not list((tmp_path / name).glob("**/*model*.safetensors"))  # the base is in no file
+    found = {name: (name, losses) for name, losses in first["losses"].items()}
+    if killed:
+        assert first["killed"] == second["killed"]
+        found["killed"] = TO_BE_KILLED, first["killed"]
+    for folder, (name, losses) in found.items():
+        check_training(tmp_path / folder, losses, tmp_path_factory.getbasetemp() / f"one-{dtype}", name, bound)
     assert first["refused"].keys() == left_out
     assert all("DeepSpeed takes its step within backward" in why for why in first["refused"].values())
     # Every weight was decomposed once, by one of the two, for all methods and both trainings of each.
@@ -97,19 +99,16 @@ def test_two_processes_train_every_method_to_what_one_does(tmp_path, tmp_path_fa
         check_collectives(first["collectives"], tmp_path / "gathered")
 
 
-@pytest.mark.parametrize(("scheme", "whom"), [("ddp", "one of them"), ("fsdp2", "all of them")])
-def test_two_processes_are_killed_in_the_middle_and_resume(tmp_path, tmp_path_factory, scheme, whom):
+def kill(start: dict[str, Any], folder: Path, whom: str) -> None:
     """By SIGKILL, which nobody hears: one process, whose end ends the others, or the launcher and all it started."""
-    name = "adalora"  # it has the most to remember
-    command = (ROOT / "tests" / "launched.py", tmp_path, "float64", name)
     there: list[int] = []
-    with subprocess.Popen(**launching(scheme, *command), start_new_session=True, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(**start, start_new_session=True, stderr=subprocess.PIPE) as run:
         try:
             until = time.monotonic() + 200
             while len(there) < 2:
                 assert run.poll() is None, run.stderr.read()[-10_000:]
                 assert time.monotonic() < until, "no step was reached"
-                there = [int(file.name.rpartition("-")[2]) for file in tmp_path.glob("*-is-*")]
+                there = [int(file.name.rpartition("-")[2]) for file in folder.glob("*-is-*")]
                 time.sleep(0.05)
             if whom == "one of them":
                 os.kill(there[1], signal.SIGKILL)
@@ -118,15 +117,18 @@ def test_two_processes_are_killed_in_the_middle_and_resume(tmp_path, tmp_path_fa
             for each in (run.pid, *there):  # each has a session of its own
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(each, signal.SIGKILL)
-    assert not list(tmp_path.glob("*.json"))
-    launch(scheme, *command)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    losses, tensors = alone(tmp_path_factory.getbasetemp() / "one-float64" / name, name, torch.float64)
-    assert first == second == pytest.approx(losses, abs=5e-6)
-    found = load_file(tmp_path / name / "final" / "adapter.safetensors")
+    assert not list(folder.glob("*.json"))
+
+
+def check_training(folder: Path, losses: list[float], one: Path, name: str, bound: float) -> None:
+    """What two processes have left in a folder is what one process comes to."""
+    expected, tensors = alone(one / name, name, getattr(torch, one.name.removeprefix("one-")))
+    assert losses == pytest.approx(expected, abs=5e-6), name  # transformers forms them in float32
+    found = load_file(folder / "final" / "adapter.safetensors")
     assert found.keys() == tensors.keys()
     for key, value in tensors.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-13, msg=key)
+        torch.testing.assert_close(found[key], value, rtol=0, atol=bound, msg=f"{name}: {key}")
+    assert not list(folder.glob("**/*model*.safetensors"))  # the base is in no file
 
 
 def check_collectives(found: dict, folder: Path) -> None:

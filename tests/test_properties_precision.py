@@ -30,7 +30,7 @@ from helpers import (
     weights_of,
     widened,
 )
-from rows import Kind, called, every_called_pair, every_factored_pair, every_pair, has, layer_kind, states
+from rows import Kind, called, every_pair, has, layer_kind, states
 from torch import Tensor, nn
 
 from svdpeft import TinyLoRA, attach
@@ -42,19 +42,42 @@ HALVES = (torch.float32, torch.bfloat16)
 
 @pytest.mark.filterwarnings("ignore:.*trains whole in torch.bfloat16")
 @every_pair
-def test_start_is_the_base_bit_for_bit(method: Method, kind: Kind):
+def test_in_every_dtype(method: Method, kind: Kind):
+    """At the start the base, bit for bit; moved, and merged and folded, rounded once; autocast; every bit returns."""
     with Checks() as check:
         for dtype in (torch.float64, *HALVES) if has(kind, "float64") else HALVES:
-            with check(str(dtype)):
-                starts_as_the_base(method, kind, dtype)
+            model, x = host(kind, dtype=dtype)
+            expected, wide = frozen(model, x), copy.deepcopy(model.layer).double()
+            plain = under_autocast(model.layer, x) if dtype == torch.float32 else None
+            adapter = adapt(model, method)
+            base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
+            with check(f"starts as the base in {dtype}"):
+                starts_as_the_base(model, adapter, kind, x, expected)
+            if not method.factored or dtype == torch.float64:
+                continue
+            if called(kind) and plain is not None:
+                with check("starts as the base under autocast"):
+                    out = under_autocast(model.layer, x)
+                    assert torch.equal(out, plain) or not adapter.sites["layer"].method.exact_start
+            perturb(adapter)
+            with check(f"weights in {dtype}"):
+                weights_within_rounding(model, adapter, kind, base, dtype)
+            if called(kind):
+                with check(f"outputs in {dtype}"):
+                    outputs_within_rounding(model, wide, kind, x, adapter, base["layer.weight"], dtype)
+            if called(kind) and plain is not None:
+                with check("autocast keeps the dtype and the value"):
+                    autocast_keeps_the_dtype_and_the_value(model, kind, x, adapter, base["layer.weight"], plain)
+            with check(f"every bit returns in {dtype}"):
+                for _ in range(3):  # ten in float64: test_properties_walk.py
+                    merge(adapter)
+                    adapter.unmerge()
+                assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
 
 
-def starts_as_the_base(method: Method, kind: Kind, dtype: torch.dtype) -> None:
-    model, x = host(kind, dtype=dtype)
-    expected = frozen(model, x)
-    adapter = adapt(model, method)
+def starts_as_the_base(model: Host, adapter: Adapter, kind: Kind, x: Tensor, expected: Tensor) -> None:
     exact = all(site.method.exact_start for site in adapter.sites.values())
-    wide = dtype == torch.float64  # elsewhere a small step off the base may be rounded away
+    wide = expected.dtype == torch.float64  # elsewhere a small step off the base may be rounded away
     assert torch.equal(frozen(model, x), expected) == exact or not (exact or wide)
     for site in adapter.sites.values():
         assert bool((site.delta() == 0).all()) == exact
@@ -71,28 +94,6 @@ def written(adapter: Adapter, state: str) -> Iterator[None]:
     go(adapter, state)
     yield
     back(adapter, state)
-
-
-@every_factored_pair
-def test_low_precision_is_rounded_once(method: Method, kind: Kind):
-    """Weights and outputs, adapted, merged and folded, against float64; ten cycles give every bit back."""
-    with Checks() as check:
-        for dtype in HALVES:
-            model, x = host(kind, dtype=dtype)
-            layer = copy.deepcopy(model.layer).double()
-            adapter = adapt(model, method)
-            base = {name: w.clone() for name, w in weights_of(model, adapter).items()}
-            perturb(adapter)
-            with check(f"weights in {dtype}"):
-                weights_within_rounding(model, adapter, kind, base, dtype)
-            if called(kind):
-                with check(f"outputs in {dtype}"):
-                    outputs_within_rounding(model, layer, kind, x, adapter, base["layer.weight"], dtype)
-            with check(f"every bit returns in {dtype}"):
-                for _ in range(10):
-                    merge(adapter)
-                    adapter.unmerge()
-                assert all(equal_bits(w, base[name]) for name, w in weights_of(model, adapter).items())
 
 
 def weights_within_rounding(
@@ -129,31 +130,26 @@ def outputs_within_rounding(
             close_to_rounding(layer(x), exact, size, dtype)
 
 
-@every_called_pair
-def test_autocast_keeps_the_dtype_and_the_value(method: Method, kind: Kind):
-    model, x = host(kind, dtype=torch.float32)
-    found, layer = layer_kind(kind), model.layer
+def under_autocast(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = layer(x)
-    adapter = adapt(model, method)
-    site = adapter.sites["layer"]
-    if site.method.exact_start:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(layer(x), plain)
-    perturb(adapter)
+        return layer(x)
+
+
+def autocast_keeps_the_dtype_and_the_value(
+    model: Host, kind: Kind, x: Tensor, adapter: Adapter, base: Tensor, plain: Tensor
+) -> None:
+    found, layer, site = layer_kind(kind), model.layer, adapter.sites["layer"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         product = site._product("cpu", folded=False)
     if product is not None:  # formed in the factors' own precision: only what it does to the input is in bfloat16
         assert torch.equal(product.dense(), site.method.product(site.factors).dense())
     wide = dequantised(kind).double()
-    base = weights_of(model, adapter)["layer.weight"]
     w = (base + site.delta()).double()
     exact = found.add_bias(wide.layer, found.run(wide.layer, widened(x), w))
     size = magnitude(found, wide.layer, x, base, site)
     for state in set(states(kind)) - {"merge"}:
         with written(adapter, state):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = layer(x)
+            out = under_autocast(layer, x)
             assert out.dtype == plain.dtype
             close_to_rounding(out, exact, size, torch.bfloat16)
             for p in adapter.parameters():

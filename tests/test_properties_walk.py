@@ -25,6 +25,7 @@ from helpers import (
     differs,
     equal_bits,
     expected_of,
+    factors_of,
     frozen,
     go,
     host,
@@ -33,6 +34,7 @@ from helpers import (
     paths,
     perturb,
     refused,
+    seeded,
     shared_of,
     snapshot,
     updated,
@@ -193,6 +195,18 @@ def rank_is_as_stated_before_training(walk: Walk) -> None:
         assert small.scale == 1
         gram_left, gram_right = small.L.mT @ small.L, small.A @ small.A.mT
         close(gram_left.detach(), gram_right.detach())  # balanced: both are Σ
+
+
+@AT_START.append
+@factored
+def same_seed_same_factors_whatever_the_random_state(walk: Walk) -> None:
+    model, _ = host(walk.kind)
+    seeded(1)
+    state = torch.get_rng_state()
+    again = factors_of(adapt(model, walk.method, train=("head",)))
+    assert torch.equal(state, torch.get_rng_state())
+    for name, factors in factors_of(walk.adapter).items():
+        assert all(equal_bits(t, again[name][role]) for role, t in factors.items())
 
 
 # -- moved off the start --------------------------------------------------------------------------------------

@@ -413,7 +413,7 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     rows = [f"{version}-{position}" for version, position in ROWS]
     (root / "rows.json").write_text(json.dumps([row for row in rows if row not in wrong]))
     (root / "reader.py").write_text(READER)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONHASHSEED": "77"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "PYTHONHASHSEED": "77"}
     subprocess.run([sys.executable, str(root / "reader.py"), str(root)], check=True, env=environment, timeout=1800)
     return wrong | json.loads((root / "wrong.json").read_text())
 

@@ -71,6 +71,17 @@ def test_a_transposition_in_a_start_is_caught():
         adapter.delta("layer")
 
 
+def test_what_was_right_of_one_object_does_not_let_another_pass():
+    """The sizes that an annotation takes from self are looked at in every call."""
+    adapter = svdpeft.attach(nn.ModuleDict({"layer": nn.Linear(5, 4)}), svdpeft.PiSSA(rank=2), ["layer"])
+    site = adapter.sites["layer"]
+    for _ in range(2):
+        site.matrix()
+    site.shape = (1, 5, 4)
+    with pytest.raises(TypeCheckError, match=r"Site\.matrix"):
+        site.matrix()
+
+
 def test_an_override_in_a_test_can_be_held_to_the_contract():
     @held
     class Wrong(svdpeft.PiSSA):

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torture.training import resume, trainer_in, values
+from torture.training import main, resume, trainer_in, values
 
 from svdpeft import OFT, SORSA, AdaLoRA, Budget, LoRA, attach, last_checkpoint
 from svdpeft.training.callback import StepCallback
@@ -118,12 +116,7 @@ def _die_at(number: int) -> None:
 
 
 def test_trainings_that_are_killed(tmp_path: Path):
-    program = Path(__file__).parent / "torture" / "training.py"
-    environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), "2"], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    main(tmp_path, 2, steps=8)
 
 
 # -- steps that are left out ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -16,5 +16,6 @@ def ordinary() -> Iterator[None]:
     tensors without values, on another device than its layer, or of such as cannot train. Generators of random starts
     are the CPU's, so that a seed means the same everywhere.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
+    elsewhere = torch.empty(0).device.type != "cpu"  # else no block: within one every call goes through Python
+    with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
         yield

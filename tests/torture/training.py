@@ -95,13 +95,13 @@ def killed_until_it_ends(folder: Path, stock: bool, steps: int, draw: random.Ran
         kills += 1
 
 
-def main(folder: Path, count: int) -> None:
-    """At least so many kills of each of the two trainers."""
+def main(folder: Path, count: int, steps: int = 30) -> None:
+    """At least so many kills of each of the two trainers, in trainings of so many steps."""
     for stock in (False, True):
         draw, kills, ended = random.Random(0), 0, 0
         while kills < count:
             where = folder / f"{stock}-{ended}"
-            kills += killed_until_it_ends(where, stock, 30, draw)
+            kills += killed_until_it_ends(where, stock, steps, draw)
             ended += 1
             shutil.rmtree(where)
         name = "AdapterCallback" if stock else "svdpeft.Trainer"
