@@ -13,6 +13,7 @@ from svdpeft import SVFT, LoRA, PiSSA, attach
 from svdpeft.layers.base import POSITIONS, SMALL
 from svdpeft.layers.conv import Conv
 from svdpeft.layers.linear import Linear
+from svdpeft.methods.base import Method
 from svdpeft.sites.weights import stored
 from svdpeft.targets.inventory import kind_of
 
@@ -170,6 +171,15 @@ def test_the_cheaper_path_is_chosen_from_shapes():
     for batch, m, n, r in [(1, 512, 512, 300), (1, 10, 20, 1), (4, 8, 72, 4), (1, 512, 513, 512)]:
         thin, dense = POSITIONS * r * (m + n), POSITIONS * m * n + r * m * n
         assert kind.prefers_dense((batch, m, n), r, False) == (batch * m * n <= SMALL and dense < thin)
+    # Frozen L and A have no gradient: through them two products each and not three, of a dense ΔW one less to make it.
+    assert kind.prefers_dense((1, 192, 576), 192, False)
+    assert not kind.prefers_dense((1, 192, 576), 192, False, frozen=True)
+    assert kind.prefers_dense((1, 192, 192), 192, False, frozen=True)
+
+
+@pytest.mark.parametrize(("method", "dense"), [(SVFT(), False), (SVFT(pattern="banded"), False), (LoRA(192), True)])
+def test_a_site_knows_whether_its_bases_are_frozen(method: Method, dense: bool):
+    assert attach(nn.Sequential(nn.Linear(576, 192)), method).sites["0"].dense == dense
 
 
 def test_depthwise_is_dense_and_says_so():

@@ -1,5 +1,6 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
+from svdpeft.decomposition.bands import Band
 from svdpeft.decomposition.cache import svd_cache, svd_cache_until_attached, uncached
 from svdpeft.decomposition.canonical import canonical, canonical_signs, fixed_numbers
 from svdpeft.decomposition.clusters import kmeans
@@ -33,6 +34,7 @@ __all__ = [
     "EXACT",
     "SVD",
     "TERMS",
+    "Band",
     "Driver",
     "Product",
     "all_finite",

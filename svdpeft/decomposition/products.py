@@ -1,6 +1,6 @@
 """Factor algebra: an update kept as a product of thin factors.
 
-Δ = scale · L C A          L (*b, m, r)    C none, (*b, r) or (*b, r, r)    A (*b, r, n)
+Δ = scale · L C A          L (*b, m, r)    C none, (*b, r), (*b, r, r) or a band of it    A (*b, r, n)
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from svdpeft.decomposition.bands import Band
+
 
 class Product(NamedTuple):
-    """The product ``scale · L C A``; ``C`` is ``None`` (identity), a diagonal (*b, r), or a matrix (*b, r, r).
+    """The product ``scale · L C A``; ``C`` is ``None`` (identity), a diagonal (*b, r), a matrix (*b, r, r) or a band.
 
     Example:
         >>> p = Product(torch.ones(3, 1), torch.tensor([2.0]), torch.ones(1, 2), scale=0.5)
@@ -23,7 +25,7 @@ class Product(NamedTuple):
     """
 
     L: Float[Tensor, "*b m r"]
-    C: Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None
+    C: Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | Band | None
     A: Float[Tensor, "*b r n"]
     scale: float = 1.0
 
@@ -48,12 +50,18 @@ class Product(NamedTuple):
         """Return L C, (*b, m, r): the scale is left out."""
         if self.C is None:
             return self.L
+        if isinstance(self.C, Band):
+            return self.C.after(self.L)
         return self.L * self.C.unsqueeze(-2) if self.C.ndim < self.L.ndim else self.L @ self.C
 
     def dense(self) -> Float[Tensor, "*b m n"]:
         """Return the whole matrix, (*b, m, n)."""
         left = self.cored()
         return (left if self.scale == 1 else left * self.scale) @ self.A  # scaled while it is thin
+
+    def plain(self) -> Product:
+        """Return the same product with a core that is a tensor, for who takes no band."""
+        return self._replace(C=self.C.matrix()) if isinstance(self.C, Band) else self
 
     def absolute(self) -> Float[Tensor, "*b m n"]:
         """Return the dense product of the factors' absolute values: what rounding of the product is relative to."""
@@ -78,7 +86,8 @@ def difference(now: Product, start: Product) -> Product:
     than to the weight's principal part, as it would be for ``[LC | −L₀C₀] [A ; A₀]``.
     """
     assert now.scale == start.scale, "both products belong to one site"
-    if now.A is start.A and now.L is start.L and now.C is not None and start.C is not None:
+    now, start = now.plain(), start.plain()
+    if now.A is start.A and now.L is start.L and isinstance(now.C, Tensor) and isinstance(start.C, Tensor):
         a, b = now.C, start.C  # a difference of cores: r×r and not m×r
         if a.ndim != b.ndim:
             a, b = (torch.diag_embed(c) if c.ndim < now.L.ndim else c for c in (a, b))

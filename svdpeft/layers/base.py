@@ -152,17 +152,21 @@ class LayerKind(ABC):
         """
         return only_tensor(tensors)
 
-    def prefers_dense(self, shape: tuple[int, int, int], rank: int, mixes: bool) -> bool:
-        """Whether building ΔW costs fewer multiplications than going through the factors.
+    def prefers_dense(self, shape: tuple[int, int, int], rank: int, mixes: bool, frozen: bool = False) -> bool:
+        """Whether a training step that builds ΔW costs fewer multiplications than one through the factors.
+
+        A product costs one of its size in the forward, and one in the backward for each of its two that has a gradient.
 
         Args:
             shape: (batch, m, n) of the site.
             rank: columns of the update.
             mixes: whether the core is a matrix, r² more multiplications per position.
+            frozen: whether L and A have no gradient.
         """
         batch, m, n = shape
-        thin = POSITIONS * (rank * (m + n) + mixes * rank * rank)
-        dense = POSITIONS * m * n + rank * m * n + mixes * m * rank * rank
+        outer = 2 if frozen else 3  # products of the size of the one with L, or with A
+        thin = POSITIONS * (outer * rank * (m + n) + 3 * mixes * rank * rank)
+        dense = 3 * POSITIONS * m * n + outer * (rank * m * n + mixes * m * rank * rank)
         return batch * m * n <= SMALL and dense < thin
 
 
@@ -184,6 +188,7 @@ class CalledKind(LayerKind):
         True
     """
 
+    bands: bool = False  # it takes a core that is a band as it is
     multiplies: bool = True  # its own forward is a product that factors of the whole weight can replace
 
     def called(self, module: nn.Module) -> bool:
@@ -199,7 +204,8 @@ class CalledKind(LayerKind):
         Args:
             module: the layer.
             x: its input, in the dtype of the product.
-            product: of thin factors: L (*b, m, r), C none, (*b, r) or (*b, r, r), A (*b, r, n), s its ``scale``.
+            product: of thin factors: L (*b, m, r), C none, (*b, r) or (*b, r, r), A (*b, r, n), s its ``scale``;
+                for a kind of ``bands`` C can also be one.
 
         Returns:
             A tensor of the shape of the layer's output, differentiable in ``x`` and in the factors.
@@ -212,6 +218,10 @@ class CalledKind(LayerKind):
     @abstractmethod
     def add_bias(self, module: nn.Module, out: Tensor) -> Tensor:
         """Return ``out`` plus the layer's bias, if it has one."""
+
+    def suited(self, product: Product) -> Product:
+        """Return a product with a core that this kind takes."""
+        return product if self.bands else product.plain()
 
     def inputs(self, module: nn.Module, x: Tensor) -> Float[Tensor, "... n"]:
         """Return the vectors that the layer's matrices multiply, (*b, *positions, n), of kinds that ``sees`` is of."""
@@ -232,7 +242,7 @@ class CalledKind(LayerKind):
         return None
 
     def add(self, module: nn.Module, x: Tensor, out: Float[Tensor, "*out"], product: Product) -> Float[Tensor, "*out"]:
-        """Add the update to the layer's fresh output, in place."""
+        """Add the update to the layer's fresh output, in place at least where that has no gradient."""
         return out.add_(self.apply(module, x, product))
 
     def add_matrix(

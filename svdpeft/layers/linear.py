@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svdpeft.decomposition import Product
+from svdpeft.decomposition import Band, Product
 from svdpeft.layers import quantised
 from svdpeft.layers.base import CalledKind, Example
 from svdpeft.registry import KINDS
@@ -27,6 +27,7 @@ class Linear(CalledKind):
     )
     linear: bool = True
     sees: bool = True
+    bands: bool = True
 
     def called(self, module: nn.Module) -> bool:
         # Torch's own word for the output projection that nn.MultiheadAttention reads and never calls.
@@ -39,7 +40,8 @@ class Linear(CalledKind):
         return matrix
 
     def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        return F.linear(self._down(x, product), product.L) * product.scale
+        out = F.linear(self._down(x, product), product.L)
+        return out if product.scale == 1 else out * product.scale
 
     def run(self, module: nn.Module, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
@@ -58,6 +60,8 @@ class Linear(CalledKind):
         # quantised layer's own kernel gives the output.
         z = self._down(x, product).to(out.dtype)
         rows = out.view(-1, out.shape[-1])
+        if out.requires_grad:
+            rows = rows.clone()  # one copy here: the gradient of a view that was changed in place takes three
         rows.addmm_(z.reshape(-1, z.shape[-1]), product.L.mT, alpha=product.scale)
         return rows.view(out.shape)  # not `out`: torch 2.11 takes it for a leaf in a second adapter's in-place addition
 
@@ -75,4 +79,6 @@ class Linear(CalledKind):
         z = F.linear(x, product.A)
         if product.C is None:
             return z
+        if isinstance(product.C, Band):
+            return product.C.through(z)
         return z * product.C if product.C.ndim == 1 else F.linear(z, product.C)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
-from svdpeft.layers.base import LayerKind, Ranges
+from svdpeft.layers.base import CalledKind, LayerKind, Ranges
 from svdpeft.layers.view import View
 
 
@@ -33,6 +33,7 @@ class Part(View):
         self.name = whole.name
         self.linear = whole.linear
         self.sees = whole.sees
+        self.bands = isinstance(whole, CalledKind) and whole.bands
 
     def fields(self) -> dict[str, Any]:
         return {"of": self.total, "ranges": [list(rows) for rows in self.rows]}

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import band_count, band_index, random_index, scatter_core, top_index
+from svdpeft.decomposition import Band, band_count, band_index, random_index, scatter_core, top_index
 from svdpeft.methods.base import Factors, Given, Reference, Tensors, generator
 from svdpeft.methods.base.frozen_bases import FrozenBases
 from svdpeft.registry import METHODS
@@ -130,8 +130,10 @@ class SVFT(FrozenBases):
             score = (u[..., :shared, :].mT @ vh[..., :shared].mT).abs()  # (*b, k, k): |⟨u_i, v_j⟩|
         return top_index(score, count)
 
-    def change(self, f: Factors) -> Tensor:
+    def change(self, f: Factors) -> Tensor | Band:
         values = f.C * torch.sigmoid(f.gate) if self.reference_init else f.C
+        if self.pattern == "banded":
+            return Band.of(values, f.index, self._rank, self.off_diagonals)
         return values if self.pattern == "plain" else scatter_core(values, f.index, self._rank)
 
     def count(self, batch: int, m: int, n: int) -> int:

@@ -56,7 +56,7 @@ class LayerCall:
         dense, product = self.site.prefers_dense(product), product.to(out.dtype)
         if dense:
             return self.kind.add_matrix(self.module, x, out, product.dense())
-        return self.kind.add(self.module, x, out, product)
+        return self.kind.add(self.module, x, out, self.kind.suited(product))
 
     def _stored(self) -> Tensor:
         return self.site.weight.original.to(self.like.dtype)

@@ -154,7 +154,7 @@ class Site:
             x = x.to(out.dtype)
         if product is None:
             return self._add_change(place, x, out, own)
-        product = product.to(out.dtype)
+        product = kind.suited(product).to(out.dtype)
         if out.is_nested:  # a padded batch of torch's own encoder, on which nothing works in place
             return out + kind.apply(place.module, x, product)
         if self.dense:
@@ -191,8 +191,9 @@ class Site:
 
     def prefers_dense(self, product: Product) -> bool:
         """Whether building the product costs less than going through its factors."""
-        mixes = product.C is not None and product.C.ndim == product.L.ndim
-        return self.kind.prefers_dense(self.shape, product.rank, mixes)
+        mixes = isinstance(product.C, Tensor) and product.C.ndim == product.L.ndim
+        own = {id(p) for p in self.factors.parameters() if not p.requires_grad}
+        return self.kind.prefers_dense(self.shape, product.rank, mixes, {id(product.L), id(product.A)} <= own)
 
     def check_stepped(self, place: Place) -> None:
         """Refuse to train on where a method's own step was left out: it would be another method without a word."""
@@ -230,6 +231,7 @@ class Site:
             x = x.to(autocast)
         product = self._product(device, folded=True)
         assert product is not None, "only factors can hold the whole weight"
+        product = kind.suited(product)
         return kind.add_bias(place.module, kind.apply(place.module, x, product.to(autocast)))
 
     # -- coming and going -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from svdpeft.decomposition import SVD, Driver, Product, check_rank, difference, truncated_svd
+from svdpeft.decomposition import SVD, Band, Driver, Product, check_rank, difference, truncated_svd
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.base.factors import Factors
 from svdpeft.methods.base.given import Given
@@ -53,8 +53,8 @@ class Factored(PerSite):
     anchored: ClassVar[bool] = True  # the start LCA is subtracted; False where it is zero
     resolved: ClassVar = ("rank",)
 
-    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None:
-        """Return C as an operator: ``None``, a diagonal (*b, r) or a matrix (*b, r, r)."""
+    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | Band | None:
+        """Return C as an operator: ``None``, a diagonal (*b, r), a matrix (*b, r, r) or a band of it."""
         return f.C if "C" in f._parameters else None
 
     def default_rank(self, m: int, n: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from svdpeft.decomposition import Product
+from svdpeft.decomposition import Band, Product
 from svdpeft.methods.base.factored import Decomposed, Unscaled
 from svdpeft.methods.base.factors import Factors, Tensors
 from svdpeft.methods.base.given import Given
@@ -26,16 +26,18 @@ class FrozenBases(Decomposed, Unscaled):
     anchored: ClassVar = False  # Σ_r is kept itself, under its own name
 
     @abstractmethod
-    def change(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"]:
-        """Return C − Σ_r, a diagonal (*b, r) or a matrix (*b, r, r): exactly zero at the start."""
+    def change(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | Band:
+        """Return C − Σ_r, a diagonal (*b, r), a matrix (*b, r, r) or a band of it: exactly zero at the start."""
 
     def bases(self, w: Float[Tensor, "*b m n"], given: Given) -> Tensors:
         """What is frozen: L = U_r, sigma = the diagonal of Σ_r, A = V_rᵀ."""
         u, s, vh = self.svd(w, given)
         return {"L": u, "sigma": s, "A": vh}
 
-    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"]:
+    def core(self, f: Factors) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | Band:
         change = self.change(f)
+        if isinstance(change, Band):
+            return change.plus(f.sigma)
         return change + (f.sigma if change.ndim == f.sigma.ndim else torch.diag_embed(f.sigma))
 
     def anchor(self, f: Factors) -> Product:
