@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.methods.base import Given, Reference, Scaled, Tensors
+from svdpeft.methods.base.directions import trailing
 from svdpeft.registry import METHODS
 
 
@@ -70,6 +71,9 @@ class Astra(Scaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         second, wide = given.seen("second", "Astra").to(w.device, torch.float64), w.double()
-        q = torch.linalg.eigh(wide @ second @ wide.mT).eigenvectors  # the smallest first
-        left = q[..., : self._rank] if self.end == "tail" else q[..., -self._rank :]
+        outputs = wide @ second @ wide.mT
+        if self.end == "head":
+            left = torch.linalg.eigh(outputs).eigenvectors[..., -self._rank :]
+        else:
+            left = trailing(outputs, self._rank, min(w.shape[-1], given.statistics.count if given.statistics else 0))
         return {"L": left.to(w), "A": (left.mT @ wide).to(w)}

@@ -13,11 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from svdpeft.decomposition import truncated_svd
 from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
+from svdpeft.methods.base.directions import leading
 from svdpeft.registry import METHODS
 
 
@@ -81,17 +80,10 @@ class LoRAGA(Decomposed, Scaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         g = given.seen("gradient", "LoRAGA").to(w.device)
-        *_, m, n = w.shape
-        r, q = self._rank, min(2 * self._rank, m, n)
-        u, s, vh = truncated_svd(g, q, self.driver, seed=given.seed, where=f"the gradient of {given.name}")
-        q = int((s > max(m, n) * torch.finfo(g.dtype).eps * s[..., :1]).sum(-1).amin())
-        if q < r:
-            raise ValueError(
-                f"the gradient of {given.name} ({m}x{n}) has {q} singular values above rounding, and LoRAGA of rank "
-                f"{r} starts from at least {r}: calibrate with more examples, or take a rank of at most "
-                f"{max(q, 1)} there"
-            )
-        u, s = u[..., :q], s[..., :q]
+        m = w.shape[-2]
+        r = self._rank
+        u, s, vh = leading(g, given, "LoRAGA", self.driver, least=r, most=2 * r)
+        q = s.shape[-1]
         left, right = u[..., q - r :], vh[..., :r, :]
         c = m**0.25 / math.sqrt(self.gamma)
         if self.variant == "peft":

@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import SVD, fixed_numbers
+from svdpeft.decomposition import SVD
 from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
+from svdpeft.methods.base.directions import trailing
 from svdpeft.registry import METHODS
 
 
@@ -76,15 +77,7 @@ class LoRANull(Decomposed, Scaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         second = given.seen("second", "LoRANull").to(w.device, torch.float64)
-        null = self._null(second, given.statistics.count if given.statistics else 0)
+        null = trailing(second, self._rank, given.statistics.count if given.statistics else 0)  # (*b, n, r)
         u, s, vh = self.svd(w.double() @ null, given)  # of a thin matrix; W0 N Nᵀ has the same u and s
         left, right = SVD(u, s, vh @ null.mT).balanced()
         return {"L": left.to(w), "A": right.to(w)}
-
-    def _null(self, second: Tensor, count: int) -> Tensor:
-        """The last r eigenvectors, (*b, n, r); of more that no input has reached the same ones for every solver."""
-        n = second.shape[-1]
-        null = torch.linalg.eigh(second).eigenvectors[..., : max(n - count, self._rank)]  # the smallest first
-        if null.shape[-1] == self._rank:
-            return null
-        return torch.linalg.qr(null @ (null.mT @ torch.from_numpy(fixed_numbers(n, self._rank)).to(null))).Q

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from svdpeft.decomposition import SVD, truncated_svd
+from svdpeft.decomposition import SVD
 from svdpeft.methods.base import Decomposed, Given, Reference, Scaled, Tensors
+from svdpeft.methods.base.directions import leading
 from svdpeft.registry import METHODS
 
 
@@ -30,7 +31,8 @@ class LoRAOne(Decomposed, Scaled):
     When to use:
         Where training is short and a few batches of its data give gradients (8 examples in the published runs). The
         start differs from the base model by little, in every weight by the same norm, whatever the gradient's size.
-        An adapter is a LoRA of rank r: nothing is subtracted.
+        An adapter is a LoRA of rank r: nothing is subtracted. A gradient of
+        lower rank, of too few examples, is an error.
 
     Paper and code:
         The published README has Σ_r whole in both factors; the code divides by σ₁ and takes roots, which is what is
@@ -78,7 +80,6 @@ class LoRAOne(Decomposed, Scaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         g = given.seen("gradient", "LoRAOne").to(w.device)
-        where = f"the gradient of {given.name}"
-        u, s, vh = truncated_svd(-g, self._rank, self.driver, seed=given.seed, where=where)
+        u, s, vh = leading(-g, given, "LoRAOne", self.driver, least=self._rank, most=self._rank)
         left, right = SVD(u, s / (self.gamma * s[..., :1]), vh).balanced()
         return {"L": left.to(w), "A": right.to(w)}

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import truncated_svd
 from svdpeft.methods.base import Decomposed, Given, Reference, Tensors, Unscaled
+from svdpeft.methods.base.directions import leading
 from svdpeft.registry import METHODS
 
 
@@ -76,8 +76,7 @@ class LoRASB(Decomposed, Unscaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         step = -self.eta * given.seen("gradient", "LoRASB").to(w.device).sign()
-        where = f"the gradient of {given.name}"
-        u, s, vh = truncated_svd(step, self._rank, self.driver, seed=given.seed, where=where)
+        u, s, vh = leading(step, given, "LoRASB", self.driver, least=self._rank, most=self._rank)
         return {"L": u.to(w), "C": torch.diag_embed(s).to(w), "A": vh.to(w)}
 
     def count(self, batch: int, m: int, n: int) -> int:
