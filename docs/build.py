@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import re
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.methods.base import Factored, PerSite
 from svdpeft.registry import METHODS
 from svdpeft.sites.weights import stored
-from svdpeft.zoo import SIDE, Card, card
+from svdpeft.zoo import FAMILIES, SIDE, Card, card, search
 
 FOLDER = Path(__file__).parent / "methods"
 EXAMPLE = """\
@@ -34,6 +35,11 @@ CALIBRATE = """\
 batches = torch.randn(8, 16, 256)  # yours: a few batches of the data to adapt to
 calibration = svdpeft.calibrate({arguments})
 """
+OUT_OF_SCOPE = """\
+## Not here
+
+Methods that change no weight: prompt and prefix tuning, which put trained vectors in front of a text, and mixtures in
+which a router chooses among adapters (Poly, X-LoRA). An adapter here is a change of weights, which can be merged."""
 FROZEN, TRAINED, INK = "#c9d3e0", "#f2a65a", "#1f2933"
 HEIGHT, WIDTH, THIN = 1.6, 2.0, 0.45  # of W, and of the inner side of L and A
 
@@ -94,21 +100,28 @@ def index() -> str:
         "# The method zoo",
         f"{len(METHODS)} methods. Values are those of one {SIDE}×{SIDE} layer with the method's defaults. “LoRA rank” "
         "is the rank of the plain LoRA that holds the trained adapter exactly. A method's page says why it is not "
-        "defined on a kind of layer.",
-        "| method | trains | values | exact start | LoRA rank | works on | source |\n"
+        "defined on a kind of layer. `svdpeft methods --search TEXT` finds one by a word of its description.",
+    ]
+    for each, what in FAMILIES.items():
+        lines += [f"## {what[0].upper()}{what[1:]}", _rows(search(families=[each]))]
+    lines += [OUT_OF_SCOPE]
+    return "\n\n".join(lines) + "\n"
+
+
+def _rows(cards: Sequence[Card]) -> str:
+    """The table of a family."""
+    rows = [
+        "| method | trains | values | exact start | LoRA rank | works on | source |",
         "| --- | --- | ---: | --- | ---: | --- | --- |",
     ]
-    rows = []
-    for name in METHODS:
-        c = card(name)
+    for c in cards:
         source = c.cls.reference
         link = f"[{source.arxiv}](https://arxiv.org/abs/{source.arxiv})" if source and source.arxiv else ""
         rows.append(
-            f"| [{c.cls.__name__}]({name}.md) | {c.trains} | {f'{c.values:,}' if c.values else ''} | "
+            f"| [{c.cls.__name__}]({c.name}.md) | {c.trains} | {f'{c.values:,}' if c.values else ''} | "
             f"{'yes' if c.exact_start else 'no'} | {c.export_rank or '–'} | {c.works} | {link} |"
         )
-    lines[-1] += "\n" + "\n".join(rows)
-    return "\n\n".join(lines) + "\n"
+    return "\n".join(rows)
 
 
 def _glance(c: Card) -> str:

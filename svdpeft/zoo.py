@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svdpeft.methods.base import Factored, Given, Method, PerSite
+from svdpeft.methods.base import Factored, Given, Method, PerSite, Transform
 from svdpeft.methods.base.allocation import Budget
 from svdpeft.methods.dora import DoRA
 from svdpeft.methods.lora import LoRA
-from svdpeft.registry import KINDS, METHODS
+from svdpeft.methods.whole import Whole
+from svdpeft.registry import KINDS, METHODS, near_miss
 
 SIDE = 4096  # of the square layer whose values the tables count
 QUANTISED = "a quantised base"
+FAMILIES = {
+    "split": "the factors of a split of the weight",
+    "core": "a core between frozen bases",
+    "data": "factors started from data",
+    "low-rank": "a low-rank update that starts at zero, or beside the weight",
+    "shared": "tensors that several sites share",
+    "transform": "another function of the weight",
+    "base": "parameters of the base, or values in their place",
+}
 SECTIONS = ("When to use", "Paper and code", "Args", "Returns", "Raises", "Example")
 
 
@@ -23,6 +34,7 @@ class Card:
 
     Args:
         name: in the registry.
+        family: one of ``FAMILIES``, by what trains.
         title: its name and one sentence.
         formula: in plain text, as the file begins.
         citation: the source in one line.
@@ -39,6 +51,7 @@ class Card:
     """
 
     name: str
+    family: str
     cls: type[Method]
     title: str
     formula: str
@@ -74,6 +87,7 @@ def card(name: str) -> Card:
     summary, sections = _sections(own)
     shared: dict[str, Any] = {
         "name": name,
+        "family": family(cls),
         "cls": cls,
         "title": paragraphs[0],
         "formula": paragraphs[1] if len(paragraphs) > 1 else "",
@@ -109,6 +123,57 @@ def card(name: str) -> Card:
         works="pairs of attention weights" if method.pairs else f"all but {missing}" if missing else "all kinds",
         combines=_combines(cls),
     )
+
+
+def family(cls: type[Method]) -> str:
+    """Return the family that a method is filed under: what it says, or what follows from its tensors.
+
+    Example:
+        >>> from svdpeft.registry import METHODS
+        >>> [family(METHODS[name]) for name in ("pissa", "svft", "vera", "oft", "full")]
+        ['split', 'core', 'shared', 'transform', 'base']
+    """
+    if not issubclass(cls, PerSite) or issubclass(cls, Whole):
+        return "base"
+    method = cls()
+    if method.family:
+        return method.family
+    if method.needs:
+        return "data"
+    if issubclass(cls, Transform):
+        return "transform"
+    if cls.group is not PerSite.group:
+        return "shared"
+    if not {"L", "A"} & set(method.trains):
+        return "core"
+    return "low-rank" if method.draws else "split"
+
+
+def search(text: str = "", families: Sequence[str] = ()) -> list[Card]:
+    """Return the cards of the methods whose name, description or source has a text, family by family.
+
+    Args:
+        text: in any case; every word of it must be there.
+        families: the only ones that are looked at; all unless said.
+
+    Raises:
+        ValueError: there is no such family.
+
+    Example:
+        >>> [c.name for c in search("butterfly")]
+        ['boft']
+    """
+    for each in families:
+        if each not in FAMILIES:
+            raise ValueError(f"no family is called {each!r}: {near_miss(each, FAMILIES)}")
+    words, cards = text.casefold().split(), [card(name) for name in METHODS]
+    found = [c for c in cards if all(word in _text(c) for word in words) and c.family in (families or FAMILIES)]
+    return sorted(found, key=lambda c: list(FAMILIES).index(c.family))
+
+
+def _text(c: Card) -> str:
+    """What is searched."""
+    return " ".join((c.name, c.cls.__name__, c.title, c.summary, c.citation, *c.sections.values())).casefold()
 
 
 def _quantised(cls: type[PerSite]) -> str:

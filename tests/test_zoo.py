@@ -14,7 +14,7 @@ import svdpeft
 from svdpeft.cli import app
 from svdpeft.methods.base import PerSite
 from svdpeft.registry import KINDS, METHODS
-from svdpeft.zoo import card
+from svdpeft.zoo import FAMILIES, card, family
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "methods"
@@ -93,9 +93,47 @@ def test_the_table_on_the_command_line():
     for name in METHODS:
         assert name in result.output
     listed = json.loads(CliRunner().invoke(app, ["methods", "--json"]).output)
-    assert [row["name"] for row in listed] == list(METHODS)
+    assert sorted(row["name"] for row in listed) == sorted(METHODS)
+    assert [row["family"] for row in listed] == sorted((row["family"] for row in listed), key=list(FAMILIES).index)
     lora = next(row for row in listed if row["name"] == "lora")
     assert (lora["values"], lora["export_rank"], lora["exact_start"]) == (8 * 8192, 8, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["--family", "shared", "--search", "random"], ["randlora", "vera"]),
+        (["--search", "givens butterfly"], []),
+        (["--search", "BUTTERFLY"], ["boft"]),
+        (["--search", "2409.00055"], ["sorsa"]),
+    ],
+    ids=str,
+)
+def test_methods_are_found_by_family_and_by_words(asked, expected):
+    result = CliRunner().invoke(app, ["methods", "--json", *asked])
+    if not expected:
+        assert result.exit_code == 2
+        assert "no method has 'givens butterfly'" in result.output
+        return
+    assert {row["name"] for row in json.loads(result.output)} >= {*expected}
+    assert len(json.loads(result.output)) < 5
+
+
+def test_a_family_that_does_not_exist_is_named():
+    result = CliRunner().invoke(app, ["methods", "--family", "cores"])
+    assert result.exit_code == 2
+    assert "no family is called 'cores': did you mean 'core'?" in result.output
+
+
+def test_every_method_has_a_family_that_its_tensors_tell():
+    families = {name: family(METHODS[name]) for name in METHODS}
+    assert {*families.values()} == {*FAMILIES}
+    for name in METHODS:
+        cls = METHODS[name]
+        if families[name] in ("split", "low-rank"):
+            assert {"L", "A"} & set(cls().trains)
+        if families[name] == "data":
+            assert cls().needs
 
 
 def test_citations_on_the_command_line():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +17,18 @@ from svdpeft.cli.completion import method_names
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, for its card.", autocompletion=method_names)] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one: split, core, data, low-rank, shared, transform or base; may be repeated."),
+    ] = None,
+    search: Annotated[str, typer.Option(help="Only methods whose name, description or source has these words.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List the methods, or print one method's card."""
-    from svdpeft.registry import METHODS
+    """List the methods by what trains, or print one method's card.
+
+    Example: svdpeft methods --family core --search orthogonal
+    """
+    from svdpeft import zoo
     from svdpeft.zoo import SIDE, card
 
     if name is not None:
@@ -32,24 +41,20 @@ def methods(
         else:
             _print_card(c)
         return
-    cards = [card(each) for each in METHODS]
+    try:
+        cards = zoo.search(search, family or ())
+    except ValueError as error:
+        fail(error)
+    if not cards:
+        fail(ValueError(f"no method has {search!r}{' in ' + ' or '.join(family) if family else ''}"))
     if as_json:
         print(json.dumps([{**vars(c), "cls": c.cls.__name__} for c in cards]))
         return
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    table.add_column("trains", max_width=22)
-    table.add_column(f"{SIDE}x{SIDE}", justify="right", no_wrap=True)
-    table.add_column("start", no_wrap=True)
-    table.add_column("LoRA", justify="right", no_wrap=True)
-    table.add_column("works on")
-    for c in cards:
-        start = "exact" if c.exact_start else "off"
-        values = f"{c.values:,}" if c.values else ""
-        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), c.works)
-    console.print(table)
+    for each in dict.fromkeys(c.family for c in cards):
+        console.print(f"\n[bold]{each}[/bold]  {zoo.FAMILIES[each]}", highlight=False)
+        console.print(_table([c for c in cards if c.family == each]))
     console.print(
-        f"{SIDE}x{SIDE}: values that train at one such layer with the defaults. start: whether the model starts "
+        f"\n{SIDE}x{SIDE}: values that train at one such layer with the defaults. start: whether the model starts "
         "as the base. LoRA: rank of the plain LoRA that holds the trained adapter, – where none does. `svdpeft methods "
         "NAME` says more, also why a method is not defined on a layer kind.",
         style="dim",
@@ -71,6 +76,25 @@ def cite(
     if not entries:
         fail(ValueError(f"{', '.join(names)}: no paper to cite"))
     print(entries)  # not through rich: an entry is for a file
+
+
+def _table(cards: Sequence[Any]) -> Table:
+    """Some of the methods, a line each; the columns are as wide in every family."""
+    from svdpeft.zoo import SIDE
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("method", no_wrap=True, min_width=18)
+    table.add_column("trains", width=20)
+    table.add_column(f"{SIDE}x{SIDE}", justify="right", no_wrap=True, min_width=10)
+    table.add_column("start", no_wrap=True)
+    table.add_column("LoRA", justify="right", no_wrap=True, min_width=4)
+    table.add_column("works on", min_width=16)
+    for c in cards:
+        missing = sum(bool(why) for why in c.kinds.values())
+        works = f"all but {missing} kinds" if missing else c.works
+        values, start = f"{c.values:,}" if c.values else "", "exact" if c.exact_start else "off"
+        table.add_row(c.name, c.trains, values, start, str(c.export_rank or "–"), works)
+    return table
 
 
 def _print_card(c: Any) -> None:

@@ -55,6 +55,7 @@ class AdaMSS(Decomposed, Unscaled):
     clusters: int = 5
     cluster_rank: int = 1
 
+    family: ClassVar = "core"
     learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     anchored: ClassVar[bool] = False

@@ -40,6 +40,7 @@ class MiSS(Unscaled):
 
     trains: ClassVar = ("L",)
     anchored: ClassVar[bool] = False
+    family: ClassVar = "low-rank"
     learning_rates: ClassVar = {"vision": 3e-3, "language": 2e-4}
     latex: ClassVar[str] = r"W' = W_0 + L\,[\,I_r\; I_r\; \cdots\; I_r\,],\qquad L_0 = 0"
     reference: ClassVar = Reference(

@@ -35,6 +35,7 @@ class Hooks(Method):
     settable: ClassVar[tuple[str, ...]] = ()  # frozen one-element tensors that adapter.set() writes
     pairs: ClassVar[tuple[str, ...]] = ()  # it decomposes products of an attention's weights by head: "qk", "vo"
     needs: ClassVar[Literal["", "inputs", "gradients"]] = ""  # what of a calibration it starts from
+    family: ClassVar[str] = ""  # one of ``svdpeft.zoo.FAMILIES``, where it does not follow from what trains
     knob: ClassVar[str] = "rank"  # the hyper-parameter that a budget turns
 
     def knob_values(self, sites: Sequence[Given]) -> Sequence[Any]:
