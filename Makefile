@@ -17,7 +17,7 @@ test: lint
 tests: $(DONE)
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-# Every variant of every method on every layer; `make test` has a covering set of them.
+# Every variant of every method on every layer; `make test` has a covering set of them: docs/architecture.md, "Tests".
 test-all: lint types
 	$(BIN)/python -m pytest -n auto --dist loadgroup --all
 

@@ -1,7 +1,9 @@
 """The rows of the property tests, by the registries: every method, every layer kind, and their pairs.
 
 A default run has every method on every example layer, in one of its variants, and every variant on some layers that
-are called and some that are read. ``pytest --all`` has every variant on every layer.
+are called and some that are read: what is asked of one adapter at a time. What is asked of files, of several adapters
+and of switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has every variant on
+every example of everything.
 """
 
 from __future__ import annotations
@@ -197,6 +199,15 @@ def pairs() -> tuple[tuple[Method, Kind], ...]:
     return tuple((method, kind) for same in variants() for kind, its in spread(same).items() for method in its)
 
 
+@functools.cache
+def of_each_kind() -> tuple[tuple[Method, Kind], ...]:
+    """A method and an example of every kind, the one that is their turn; with ``--all`` all pairs."""
+    found: dict[tuple[str, str], list[tuple[Method, Kind]]] = {}
+    for method, kind in pairs():
+        found.setdefault((method.name, kind[0]), []).append((method, kind))
+    return tuple(pair for names, same in found.items() for pair in some(same, *names))
+
+
 def spread(same: list[Method]) -> dict[Kind, list[Method]]:
     """Which variants of one method meet which kinds: each kind one, each variant some kinds of either sort."""
     taken: dict[Kind, list[Method]] = {}
@@ -226,6 +237,5 @@ every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
 every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
 every_trainable = pytest.mark.parametrize("kind", [kind for kind in kinds() if has(kind, "training")], ids=label)
 every_pair = rows("method, kind", pairs())
-every_factored_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored])
-every_called_pair = rows("method, kind", [(m, k) for m, k in pairs() if m.factored and called(k)])
+of_each_factored = rows("method, kind", [(m, k) for m, k in of_each_kind() if m.factored])
 one_each = pytest.mark.parametrize("method", one_of_each(factored=True), ids=label)

@@ -39,7 +39,7 @@ from svdpeft.finetuning.words import read_values
 from svdpeft.models import language, rwkv
 from svdpeft.models.embedded import AssetError
 from svdpeft.registry import TASKS
-from svdpeft.tasks import humaneval
+from svdpeft.tasks import humaneval, probes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -168,6 +168,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(plan, "load", small)
     monkeypatch.setattr(language, "folder_of", Path)  # what is written there is made for each command
     monkeypatch.setattr(reading, "read_spec", shortened)
+    monkeypatch.setattr(probes, "WINDOWS", 2)  # of a text that a language model may have forgotten
     tokenizer = small_tokenizer()
     llama(tokenizer, torch.float32).save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")

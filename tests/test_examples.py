@@ -26,16 +26,23 @@ others = pytest.mark.filterwarnings("ignore")  # what the trainers of others war
 Here = Callable[..., str]
 
 
-def run(*arguments: object) -> str:
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Here:
+    """Run a script in this process, where torch and transformers are imported already; what it has printed."""
+
+    def run(script: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return run
 
 
-def test_scientific_computing(tmp_path):
+def test_scientific_computing(here: Here, tmp_path: Path):
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
-    printed = run(EXAMPLES / "scientific_computing.py", "--quick", "--json", numbers, "--plot", picture)
+    printed = here("scientific_computing.py", "--quick", "--json", numbers, "--plot", picture)
     record = json.loads(numbers.read_text())
     rows = {row["method"]: row for row in record["rows"]}
     pretrained = rows.pop("pretrained")
@@ -53,33 +60,19 @@ def test_scientific_computing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "picture.png"]
 
 
-def test_ship(tmp_path):
-    printed = run(EXAMPLES / "ship.py", "--out", tmp_path)
+def test_ship(here: Here, tmp_path: Path):
+    printed = here("ship.py", "--out", tmp_path)
     told = re.findall(r"^(.*): largest difference (\S+)$", printed, re.M)
     assert len(told) == 5
     assert max(float(difference) for _, difference in told) < 1e-4
     assert {"model.pth", "model.pt2"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_own_pictures(tmp_path):
-    printed = run(EXAMPLES / "own_pictures.py", "--out", tmp_path / "adapter")
+def test_own_pictures(here: Here, tmp_path: Path):
+    printed = here("own_pictures.py", "--out", tmp_path / "adapter")
     (accuracy,) = re.findall(r"seen: (\S+);", printed)
     assert float(accuracy) > 0.9
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Here:
-    """Run a script in this process, where torch and transformers are imported already; what it has printed."""
-
-    def run(script: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        printed = capsys.readouterr()
-        return printed.out + printed.err
-
-    return run
 
 
 def losses(printed: str) -> list[float]:

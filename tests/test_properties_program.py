@@ -18,7 +18,6 @@ from rows import (
     every_factored,
     every_method,
     has,
-    methods,
     one_of_each,
     order,
     rows,
@@ -34,7 +33,7 @@ from svdpeft.registry import METHODS
 
 LINEAR = ("linear", 0)
 READ = ("rwkv", 0)  # an example whose weights are read
-THREE = [(m, k) for m in methods(factored=True) for k in (LINEAR, READ, *some(QUANTISED, m))]
+THREE = [(m, k) for m in one_of_each(factored=True) for k in (LINEAR, READ, *some(QUANTISED, m))]
 
 
 @every_method

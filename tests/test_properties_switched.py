@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from helpers import adapt, close, equal_bits, frozen, host, merge, perturb, refused
-from rows import EVERYTHING, Kind, order, pairs, rows
+from rows import EVERYTHING, Kind, of_each_kind, order, rows
 from safetensors.torch import save_file
 
 from svdpeft import LoRA, attach, combine, load
 from svdpeft.methods.base import Factored, Method
 
-HALF = [(m, k) for m, k in pairs() if m.factored and (EVERYTHING or order("switched", m, k) % 2)]
+HALF = [(m, k) for m, k in of_each_kind() if m.factored and (EVERYTHING or order("switched", m, k) % 2)]
 
 
 @rows("method, kind", HALF)

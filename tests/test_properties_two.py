@@ -25,7 +25,7 @@ from helpers import (
     updated,
     weights_of,
 )
-from rows import Kind, every_factored, every_factored_pair, some, states
+from rows import Kind, every_factored, of_each_factored, some, states
 from torch import Tensor
 
 from svdpeft import LoRA
@@ -48,7 +48,7 @@ def pair(model: Host, method: Method) -> tuple[Adapter, Adapter]:
     return one, two
 
 
-@every_factored_pair
+@of_each_factored
 def test_two_adapters_add_up_switch_off_alone_and_leave(method: Method, kind: Kind):
     model, x = host(kind)
     base, before = frozen(model.layer, x), snapshot(model)

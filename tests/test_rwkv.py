@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, close, equal_bits, perturb
-from rows import EVERYTHING, label, methods, variants
+from rows import label, methods, some, variants
 from rwkv_models import ROOT, Fla7, Plain7, every_version, expected, file, logits, loss, model, state, tokens
 from torch import Tensor, nn
 
@@ -351,17 +352,12 @@ def test_rows_of_a_batch_do_not_see_each_other(version: int):
 # -- d: every method on every matrix ---------------------------------------------------------------------------------
 
 
-def turns(same: list[Any], turn: int) -> list[Any]:
-    """Which variants of a method one of the three versions has: each version one, each variant a version."""
-    return same if EVERYTHING else same[turn::3] or [same[turn % len(same)]]
-
-
-ROWS = [
+# Each method in one of its variants on one of the versions, the ones that are its turn; with ``--all`` all on all.
+ROWS = sorted(
     (version, FACTORED.index(method))
-    for turn, version in enumerate((4, 6, 7))
     for same in variants(factored=True)
-    for method in turns(same, turn)
-]
+    for version, method in some(list(itertools.product((4, 6, 7), same)), "rwkv", same[0].name)
+)
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"rwkv{row[0]}-{label(FACTORED[row[1]])}")
 READER = (
     f"""
