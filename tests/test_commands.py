@@ -168,7 +168,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(plan, "load", small)
     monkeypatch.setattr(language, "folder_of", Path)  # what is written there is made for each command
     monkeypatch.setattr(reading, "read_spec", shortened)
-    monkeypatch.setattr(probes, "WINDOWS", 2)  # of a text that a language model may have forgotten
+    for size, less in (("WINDOWS", 2), ("WINDOW", 64)):  # of a text that a language model may have forgotten
+        monkeypatch.setattr(probes, size, less)
     tokenizer = small_tokenizer()
     llama(tokenizer, torch.float32).save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")
