@@ -73,7 +73,7 @@ def test_a_rank_per_site(cls: type[PerSite]):
         with pytest.raises((TypeError, ValueError)):
             cls(rank={".*": 2})  # type: ignore[call-arg]
     elif defined(cls):
-        lives(cls(rank={"layer": 2, ".*": 1}))  # type: ignore[call-arg]
+        lives(cls(rank={"layer": 2, ".*": 4}))  # type: ignore[call-arg]
 
 
 @every_class

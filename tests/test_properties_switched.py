@@ -64,7 +64,7 @@ def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_p
 
     # A LoRA takes its update.
     deltas = {name: adapter.delta(name) for name in adapter.sites}
-    full = any(site.method.product(site.factors) is None for site in adapter.sites.values())
+    full = any(site.method.as_product(site.factors, site.base_matrix) is None for site in adapter.sites.values())
     room = {name: min(site.shape[1:]) for name, site in adapter.sites.items()}
     adapter.detach()
     slot = attach(model, LoRA(rank=room, alpha=5.0), model.targets, train=["head.weight"], name="slot")

@@ -182,7 +182,8 @@ def rank_is_as_stated_before_training(walk: Walk) -> None:
                 export_ranks(adapt(host(walk.kind)[0], walk.method))
             continue
         assert 1 <= stated[name] <= min(m, n)
-        product = site.method.update(copy.deepcopy(site.factors).double())
+        factors = copy.deepcopy(site.factors).double()
+        product = site.method.as_product(factors, lambda site=site: site.base_matrix().double())
         dense = product.dense().detach()
         assert dense.shape[-2:] == (m, n)
         ranks = torch.linalg.matrix_rank(dense, rtol=1e-9)

@@ -160,7 +160,7 @@ def _check(adapters: Sequence[tuple[Adapter, float]], rank: int | None, how: str
 def _update(its: Weighted, how: How, density: float, seed: str) -> tuple[Product, float | None]:
     """The update of one site, and which of its singular values are rounding: of float64 where factors are put side by
     side, of the matrices (``None``) where it is formed whole."""
-    products = [(w, site.method.product(site.factors)) for w, site in its]
+    products = [(w, site.method.as_product(site.factors, site.base_matrix)) for w, site in its]
     parts = [(w * p.scale * p.cored(), p.A) for w, p in products if p is not None]
     if how == "sum" and len(parts) == len(its):
         left, right = torch.cat([left for left, _ in parts], -1), torch.cat([right for _, right in parts], -2)

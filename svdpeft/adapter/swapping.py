@@ -106,7 +106,7 @@ def _as_lora(name: str, site: Site, method: PerSite, factors: Factors) -> list[t
             f"the values at {name} are of {method}, and {site.method} is attached there: attach LoRA(rank=…), which "
             "holds the update of any method up to its rank, and load the values into that"
         )
-    product = method.product(factors)
+    product = method.as_product(factors, site.base_matrix)
     if product is None:
         raise CheckpointError(f"{method} at {name} has an update of full rank: no LoRA can hold it")
     left, right = (site.factors.tensors()[role] for role in "LA")

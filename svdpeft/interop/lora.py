@@ -43,7 +43,7 @@ def as_lora(sites: Sequence[Site], max_rank: int | None = None) -> tuple[Product
 
 
 def _product(site: Site, truncates: bool) -> Product:
-    product = site.method.product(site.factors)
+    product = site.method.as_product(site.factors, site.base_matrix)
     if product is None:
         if not truncates and not (isinstance(site.method, Whole) and isinstance(site.kind, Part)):  # rows are few
             raise ValueError(

@@ -237,6 +237,14 @@ class CalledKind(LayerKind):
         """``run`` with the layer's whole weight; where the kind shows a part of it, the rest of the output is zero."""
         return self.run(module, x, w)
 
+    def narrow(self, out: Float[Tensor, "... k"]) -> Float[Tensor, "... m"]:
+        """Return the outputs of the rows that the kind shows; only of kinds that are ``linear``."""
+        return out
+
+    def spread(self, out: Float[Tensor, "... m"]) -> Float[Tensor, "... k"]:
+        """The inverse of ``narrow``, with zeros for all other rows."""
+        return out
+
     def per_row(self, module: nn.Module, x: Tensor, values: Float[Tensor, "*b m"]) -> Tensor | None:
         """Values (*b, m), one per row of the matrices, as what multiplies an output; ``None``: rows are no outputs."""
         return None

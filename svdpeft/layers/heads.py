@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from svdpeft.decomposition import Product
 from svdpeft.layers.base import LayerKind
-from svdpeft.layers.part import Part
 from svdpeft.layers.view import View
 
 
@@ -59,4 +58,4 @@ class Heads(View):
         if self.axis == "columns":
             return F.linear(z.flatten(-2), left.movedim(0, 1).flatten(1)) * product.scale
         out = torch.einsum("...hr,hmr->...hm", z, left).flatten(-2) * product.scale
-        return self.whole.spread(out) if isinstance(self.whole, Part) else out
+        return self._layer.spread(out)

@@ -80,8 +80,13 @@ class Part(View):
     def add_matrix(self, module: nn.Module, x: Tensor, out: Tensor, matrix: Tensor) -> Tensor:
         return self._layer.add_rows(module, x, out, matrix, self._positions(matrix.device), self.total)
 
+    def narrow(self, out: Tensor) -> Tensor:
+        if len(self.rows) == 1:  # a view
+            start, stop, step = self.rows[0]
+            return out[..., start:stop:step]
+        return out.index_select(-1, self._positions(out.device))
+
     def spread(self, out: Tensor) -> Tensor:
-        """The outputs of these rows, (..., rows), among zeros for all others, (..., total)."""
         return self._among_zeros(out.unsqueeze(-1)).squeeze(-1)
 
     def _among_zeros(self, part: Tensor) -> Tensor:

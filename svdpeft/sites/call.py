@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,10 +31,7 @@ class LayerCall:
         factor = self.kind.per_row(self.module, self.x, values)
         if factor is None:
             return self._dense(values.unsqueeze(-1) * self.w0)
-        if self.own is None:
-            base = self.kind.run_like(self.module, self.x, self._stored(), self.like)
-        else:
-            base = self.own - self.kind.add_bias(self.module, self.own.new_zeros(()))
+        base = self._base()
         return factor.to(base.dtype) * base
 
     def columns(self, values: Float[Tensor, "*b n"]) -> Float[Tensor, "*out"]:
@@ -49,14 +47,27 @@ class LayerCall:
         assert factor is not None
         return factor.to(self.like.dtype)
 
-    def add(self, out: Float[Tensor, "*out"], product: Product, dropout: float) -> Float[Tensor, "*out"]:
-        x = self.x
+    def outputs(self, x: Tensor | None = None) -> Float[Tensor, "... m"]:
+        whole = self._base() if x is None else self.kind.run_whole(self.module, x, self._stored())
+        return self.kind.narrow(whole)
+
+    def placed(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "*out"]:
+        return self.kind.spread(y)
+
+    def add(self, out: Float[Tensor, "*out"] | None, product: Product, dropout: float = 0.0) -> Float[Tensor, "*out"]:
+        x, out = self.x, torch.zeros_like(self.like) if out is None else out
         if dropout and self.module.training and x.is_floating_point():
             x = F.dropout(x, dropout)
         dense, product = self.site.prefers_dense(product), product.to(out.dtype)
         if dense:
             return self.kind.add_matrix(self.module, x, out, product.dense())
         return self.kind.add(self.module, x, out, self.kind.suited(product))
+
+    def _base(self) -> Tensor:
+        """W0 x of the layer's whole weight."""
+        if self.own is None:
+            return self.kind.run_like(self.module, self.x, self._stored(), self.like)
+        return self.own - self.kind.add_bias(self.module, self.own.new_zeros(()))
 
     def _stored(self) -> Tensor:
         return self.site.weight.original.to(self.like.dtype)

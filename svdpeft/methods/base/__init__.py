@@ -18,7 +18,7 @@ from svdpeft.methods.base.method import Method
 from svdpeft.methods.base.persite import PerSite, grouped
 from svdpeft.methods.base.progress import Progress
 from svdpeft.methods.base.reference import Reference
-from svdpeft.methods.base.transform import Transform
+from svdpeft.methods.base.transform import ThinTransform, Transform
 
 __all__ = [
     "Call",
@@ -36,6 +36,7 @@ __all__ = [
     "Scaled",
     "Statistics",
     "Tensors",
+    "ThinTransform",
     "Transform",
     "Triplets",
     "Unscaled",

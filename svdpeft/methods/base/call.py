@@ -51,6 +51,14 @@ class Call(Protocol):
         """Return one value per row, (m,), as what multiplies an output; only where ``frozen`` can be asked for."""
         ...
 
-    def add(self, out: Float[Tensor, "*out"], product: Product, dropout: float) -> Float[Tensor, "*out"]:
-        """Add s L C A x to ``out``, in place, with this dropout on x in training."""
+    def outputs(self, x: Tensor | None = None) -> Float[Tensor, "... m"]:
+        """Return W0 x of the site's own rows, (..., m), of the layer's input or another; only where ``frozen`` is."""
+        ...
+
+    def placed(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "*out"]:
+        """Return outputs of the site's own rows, (..., m), as one of the layer: of a part, zero everywhere else."""
+        ...
+
+    def add(self, out: Float[Tensor, "*out"] | None, product: Product, dropout: float = 0.0) -> Float[Tensor, "*out"]:
+        """Add s L C A x to ``out``, in place, or to zero, with this dropout on x in training."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -114,6 +114,15 @@ class PerSite(Hooks):
     def product(self, f: Factors, folded: bool = False) -> Product | None:
         """Return what is added to the weight as a product of thin factors; ``None`` where it is not one."""
         return None
+
+    def as_product(self, f: Factors, w0: Callable[[], Tensor]) -> Product | None:
+        """Return W' − W0 as a product of thin factors, also where these are made from the weight; else ``None``.
+
+        Args:
+            f: the site's tensors.
+            w0: gives the weight as matrices, (*b, m, n); only called where it is needed.
+        """
+        return self.product(f)
 
     def anchor(self, f: Factors) -> Product | None:
         """Return s [L C A]start, the part of W0 that the factors took over; ``None`` where it is zero."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
+from svdpeft.decomposition import Product
 from svdpeft.methods.base.call import Call
 from svdpeft.methods.base.factors import Factors
 from svdpeft.methods.base.persite import PerSite
@@ -51,3 +53,34 @@ class Transform(PerSite):
     def act(self, f: Factors, call: Call) -> Float[Tensor, "*out"]:
         """Return ΔW x of a layer in its own call, without its bias; only asked where ``acts`` says so."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ThinTransform(Transform):
+    """Abstract: W' = T(W0), where the change is a product of thin factors that are made from the weight.
+
+    So no layer that is called builds ΔW, and a LoRA file can hold it.
+
+    Example:
+        >>> from svdpeft.methods.base import Factors
+        >>> method = svdpeft.HRA(rank=2)  # two reflections of the input: W0 (H − I) has rank two
+        >>> f = Factors({"U": torch.eye(4)[:, :2]}, ("U",))
+        >>> method.thin(f, torch.ones(3, 4)).rank, method.delta(f, torch.ones(3, 4))[0].tolist()
+        (2, [-2.0, -2.0, 0.0, 0.0])
+    """
+
+    @abstractmethod
+    def thin(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Product:
+        """Return W' − W0 of matrices w0, (*b, m, n), as a product, exactly zero at an exact start."""
+
+    def as_product(self, f: Factors, w0: Callable[[], Tensor]) -> Product:
+        return self.thin(f, w0())
+
+    def delta(self, f: Factors, w0: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b m n"]:
+        return self.thin(f, w0).dense()
+
+    def acts(self, linear: bool) -> bool:
+        return True
+
+    def act(self, f: Factors, call: Call) -> Float[Tensor, "*out"]:
+        return call.add(None, self.thin(f, call.w0))
