@@ -25,11 +25,12 @@ test-all: lint types
 bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 
-# Saves that are killed, 250 of them, 100,000 damaged adapters, two minutes of threads that share a model, trainings and
+# Saves that are killed, 250 of them, 100,000 damaged adapters, 4,000 files of each other reader, two minutes of threads that share a model, trainings and
 # comparisons that are killed: what tests/ has a few seconds of.
 torture: $(DONE)
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/saving.py $$folder 250; status=$$?; rm -r $$folder; exit $$status
 	$(BIN)/python tests/torture/damage.py 100000
+	$(BIN)/python tests/torture/readers.py 4000
 	$(BIN)/python tests/torture/serving.py 120
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/training.py $$folder 100; status=$$?; rm -r $$folder; exit $$status
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/comparing.py $$folder 100; status=$$?; rm -r $$folder; exit $$status

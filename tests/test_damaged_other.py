@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torture.damage import NASTY, changed
+from torture.readers import READERS
+from torture.readers import damaged as torture
 
 import svdpeft
 from svdpeft import SORSA, Calibration, CheckpointError, LoRA, attach, import_peft
@@ -148,6 +150,14 @@ def test_what_is_no_configuration_of_peft(peft: Path, tmp_path: Path, config: st
         import_peft(model, tmp_path)
 
 
+def test_a_scale_of_peft_that_no_float_can_be(peft: Path, tmp_path: Path):
+    config = json.loads((peft / "adapter_config.json").read_text()) | {"lora_alpha": 10**400}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((peft / "adapter_model.safetensors").read_bytes())
+    with refused(model := plain(), str(tmp_path), "OverflowError"):
+        import_peft(model, tmp_path)
+
+
 # -- RWKV's ----------------------------------------------------------------------------------------------------
 
 
@@ -232,3 +242,33 @@ def test_bytes_that_are_no_toml(tmp_path: Path):
         for read in (read_spec, lambda file: read_order(file, {})):
             with pytest.raises(ValueError, match=r"order\.toml: "):
                 read(tmp_path / "order.toml")
+
+
+# -- every reader ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_of_every_reader(name: str, tmp_path: Path):
+    """``make torture`` has thousands."""
+    READERS[name].write(tmp_path / "files")
+    READERS[name].read(tmp_path / "files")
+    torture(READERS[name], tmp_path / "files", 20)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", "[]", "config.json is damaged: it holds a list"),
+        ("config.json", DEEP, "config.json is damaged"),
+        ("model.safetensors.index.json", '{"weight_map": []}', r"its weight_map is \[\]"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": [[]]}}', r"a is in \[\[\]\], no file beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}', "no file beside it"),
+    ],
+    ids=range(5),
+)
+def test_a_folder_of_a_model_with_something_wrong(tmp_path: Path, file: str, content: str, words: str):
+    """A file of another folder was read, and one of that name would have been written beside the new folder."""
+    READERS["model-folder"].write(tmp_path / "files")
+    (tmp_path / "files" / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        READERS["model-folder"].read(tmp_path / "files")

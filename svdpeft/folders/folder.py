@@ -54,7 +54,7 @@ class Folder:
                 f"{self.path} has neither {SINGLE} nor {INDEX}: load the model and save it again, by "
                 "model.save_pretrained(folder), or timm's save_for_hf(model, folder, safe_serialization=True)"
             )
-        self.files = list(dict.fromkeys(self.index["weight_map"].values())) if self.index else [SINGLE]
+        self.files = list(dict.fromkeys(self._weight_map().values())) if self.index else [SINGLE]
         self.metadata: dict[str, dict[str, str]] = {}  # of each file
         self.entries: dict[str, Entry] = {}
         for file in self.files:
@@ -83,8 +83,21 @@ class Folder:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file} is missing, damaged or cut off: {error}") from error
 
-    def _json(self, file: str) -> Any:
+    def _weight_map(self) -> dict[str, str]:
+        """Name of a tensor -> the file that it is in, which lies in the folder: one of that name is written, too."""
+        found = self.index.get("weight_map")
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path / INDEX} is damaged: its weight_map is {found!r:.80}")
+        for name, file in found.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{self.path / INDEX} is damaged: {name} is in {file!r:.80}, no file beside it")
+        return found
+
+    def _json(self, file: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / file).read_text())
-        except ValueError as error:  # no JSON, or no text
+            found = json.loads((self.path / file).read_text())
+        except (ValueError, RecursionError) as error:  # no JSON, no text, or more levels than Python calls itself for
             raise ValueError(f"{self.path / file} is damaged: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path / file} is damaged: it holds a {type(found).__name__}, not an object")
+        return found

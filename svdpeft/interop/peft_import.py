@@ -65,7 +65,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
     model, path = unwrapped(model), Path(folder)
     with undamaged(path, kind=ValueError):
         pairs, built, whole, values = _plan(read(path), model)
-    adapter = install(model, pairs, built, whole, {}, name, "train")
+        adapter = install(model, pairs, built, whole, {}, name, "train")  # a scale may be no float
     for tensor, value in adapter.own.holding(values):
         write(tensor, value)
     return adapter
