@@ -36,6 +36,9 @@ def test_a_band_is_the_matrix_of_its_entries(core: tuple[Band, Tensor]):
     assert band.to(torch.float32).diagonals.dtype == torch.float32
     close(band.plus(randn(r)).matrix(), matrix + randn(r).diag())
     z, left, right = randn(2, 3, r), randn(6, r), randn(r, 4)
+    with torch.no_grad():
+        close(band.through(z), z @ matrix.mT)
+        close(band.through(z.expand(999, 2, 3, r)), (z @ matrix.mT).expand(999, 2, 3, r))
     close(band.through(z), z @ matrix.mT)
     close(Product(left, band, right, 0.5).dense(), left @ matrix @ right * 0.5)
 

@@ -63,18 +63,20 @@ def _read(module: Any, parameter: str) -> Tensor | None:
     calls = _thread.calls.get(module, []) if eager else []
     # The call and what runs within it may be traced or not, each for itself.
     running = bool(calls) or getattr(module, TRACED, False) or (not eager and getattr(module, CALLED, False))
-    if weight is None or (eager and (module in _thread.forming or means_parameter(sys._getframe(2)))):
+    asked = [p for p in getattr(module, PLACES, ()) if p.parameter == parameter and not (p.can_call and running)]
+    if weight is None or not asked:  # as in every call of a layer with a hook
+        return weight
+    if eager and (module in _thread.forming or means_parameter(sys._getframe(2))):
         return weight
     places, here = [], scope() or {}
-    for place in getattr(module, PLACES, ()):
-        if place.parameter == parameter and not (place.can_call and running):
-            if eager:
-                place.was_read = True
-            acts = here.get(place.site, place.site.active)
-            if isinstance(acts, Rows):
-                acts.refuse_read(place.site.name)
-            if acts:
-                places.append(place)
+    for place in asked:
+        if eager:
+            place.was_read = True
+        acts = here.get(place.site, place.site.active)
+        if isinstance(acts, Rows):
+            acts.refuse_read(place.site.name)
+        if acts:
+            places.append(place)
     if not places:
         return weight
     if not eager:  # a compiler finds the repeated computation itself

@@ -215,7 +215,7 @@ class Site:
 
     def check_device(self, device: torch.device) -> None:
         """Refuse factors that have been moved away: torch adds a meta tensor to a real one without a word."""
-        found = next(self.factors.parameters()).device
+        found = next(iter(self.factors._parameters.values())).device  # type: ignore[union-attr]  # asked in every call
         if found != device:
             raise RuntimeError(
                 f"the factors of {self.name} are on {found} and the layer computes on {device}: keep "
