@@ -59,9 +59,14 @@ class Product(NamedTuple):
         left = self.cored()
         return (left if self.scale == 1 else left * self.scale) @ self.A  # scaled while it is thin
 
+    @property
+    def tensor_core(self) -> Float[Tensor, "*b r"] | Float[Tensor, "*b r r"] | None:
+        """C as a tensor, for who takes no band."""
+        return self.C.matrix() if isinstance(self.C, Band) else self.C
+
     def plain(self) -> Product:
-        """Return the same product with a core that is a tensor, for who takes no band."""
-        return self._replace(C=self.C.matrix()) if isinstance(self.C, Band) else self
+        """Return the same product with a core that is a tensor."""
+        return self._replace(C=self.tensor_core) if isinstance(self.C, Band) else self
 
     def absolute(self) -> Float[Tensor, "*b m n"]:
         """Return the dense product of the factors' absolute values: what rounding of the product is relative to."""

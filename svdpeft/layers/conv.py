@@ -37,7 +37,7 @@ class Conv(CalledKind):
     def apply(self, module: Any, x: Tensor, product: Product) -> Tensor:
         ones = (1,) * len(module.kernel_size)
         z = self.run(module, x, self.from_matrix(module, product.A))  # (N, g·r, *space)
-        z = through_core(z, product.C, ones)
+        z = through_core(z, product.tensor_core, ones)
         return pointwise(z, product.L * product.scale, ones)
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:

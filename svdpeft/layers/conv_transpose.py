@@ -58,7 +58,7 @@ class ConvTranspose(CalledKind):
     def _apply(self, module: Any, x: Tensor, product: Product, like: Tensor | None) -> Tensor:
         ones = (1,) * len(module.kernel_size)
         z = pointwise(x, product.A, ones)  # (N, g·r, *space)
-        z = through_core(z, product.C, ones)
+        z = through_core(z, product.tensor_core, ones)
         return self._run(module, z, self.from_matrix(module, product.L * product.scale), like)
 
     def _run(self, module: Any, x: Tensor, w: Tensor, like: Tensor | None) -> Tensor:

@@ -40,8 +40,8 @@ class Embedding(CalledKind):
 
     def apply(self, module: Any, x: Tensor, product: Product) -> Tensor:
         z = self.run(module, x, product.L)
-        if product.C is not None:
-            z = z * product.C if product.C.ndim == 1 else z @ product.C
+        if (core := product.tensor_core) is not None:
+            z = z * core if core.ndim == 1 else z @ core
         return z @ product.A * product.scale
 
     def run(self, module: Any, x: Tensor, w: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Heads(View):
         return self.whole.from_matrix(module, whole)
 
     def apply(self, module: nn.Module, x: Tensor, product: Product) -> Tensor:
-        left, core, right = product.L, product.C, product.A  # (H, m, r), (H, r) or (H, r, r), (H, r, n)
+        left, core, right = product.L, product.tensor_core, product.A  # (H, m, r), (H, r) or (H, r, r), (H, r, n)
         if self.axis == "rows":
             z = F.linear(x, right.flatten(0, 1)).unflatten(-1, (self.heads, -1))  # (..., H, r)
         else:
