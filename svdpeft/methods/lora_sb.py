@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from svdpeft.decomposition import truncated_svd
 from svdpeft.methods.base import Decomposed, Given, Reference, Tensors, Unscaled
-from svdpeft.methods.base.directions import leading
 from svdpeft.registry import METHODS
 
 
@@ -33,6 +33,7 @@ class LoRASB(Decomposed, Unscaled):
         Where r² values per weight must do and data for a few gradients are at hand: what LoRA-XS cannot reach, because
         it lies outside of the weight's leading directions, is in these bases. With orthonormal L and A the gradient of
         C is the best projection of G, so there is no scale to tune. Ranks are large (96), the rate 1e-4 to 2e-3.
+        Signs that agree in every row make a step of a lower rank than the gradient's: fixed directions fill it up.
 
     Paper and code:
         The code finds η from its schedule, lr/(warm-up · steps): about 1e-4 for 50 examples at the published settings.
@@ -76,7 +77,8 @@ class LoRASB(Decomposed, Unscaled):
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         step = -self.eta * given.seen("gradient", "LoRASB").to(w.device).sign()
-        u, s, vh = leading(step, given, "LoRASB", self.driver, least=self._rank, most=self._rank)
+        where = f"the gradient of {given.name}"
+        u, s, vh = truncated_svd(step, self._rank, self.driver, seed=given.seed, where=where)
         return {"L": u.to(w), "C": torch.diag_embed(s).to(w), "A": vh.to(w)}
 
     def count(self, batch: int, m: int, n: int) -> int:
