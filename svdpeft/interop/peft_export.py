@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,8 @@ class _Plan:
     """What of an adapter is written, checked.
 
     Args:
-        adapter: that is exported.
+        adapter: what is exported of it.
+        version: gives what it, or else the base, holds of a tensor of the model by its name; ``None``: the model's own.
         updates: of weights.
         rows: layer -> the site of its rows, and all layers that have the weight.
         replaced: weight -> what it is as a whole, where that is a site's.
@@ -134,6 +135,7 @@ class _Plan:
     """
 
     adapter: Contents
+    version: Callable[[str], Tensor | None]
     updates: Sequence[Update]
     rows: Mapping[str, tuple[Site, tuple[str, ...]]]
     replaced: Mapping[str, Tensor]
@@ -150,7 +152,8 @@ class _Plan:
         if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
             raise ValueError(f"max_rank {max_rank!r} is not a whole number of at least 1")
         contents = contents_of(adapter)
-        plan = cls(contents, *updates_of(contents, max_rank))
+        version = adapter.own.version if isinstance(adapter, Adapter) else contents.values.get
+        plan = cls(contents, version, *updates_of(contents, max_rank))
         plan._sort_whole()
         if not plan.updates:
             raise ValueError(f"adapter {contents.name!r} has no factors that a LoRA holds: there is nothing to export")
@@ -228,7 +231,7 @@ class _Plan:
         owner, _, attribute = name.rpartition(".")
         here = stored(self.adapter.model.get_submodule(owner), attribute)
         first = next((n for n, p in self.adapter.model.named_parameters() if p is here), name)
-        version = self.adapter.values.get(first)
+        version = self.version(first)
         return (here if version is None else version).detach().clone().contiguous()
 
     def _own_rows(self, layer: str) -> Sequence[str]:

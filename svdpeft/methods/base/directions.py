@@ -26,7 +26,8 @@ def leading(x: Float[Tensor, "*b m n"], given: Given, method: str, driver: Drive
     """
     *_, m, n = x.shape
     found = truncated_svd(x, min(most, m, n), driver, seed=given.seed, where=f"the gradient of {given.name}")
-    known = int((found.s > max(m, n) * torch.finfo(x.dtype).eps * found.s[..., :1]).sum(-1).amin())
+    rounding = int((found.s <= max(m, n) * torch.finfo(x.dtype).eps * found.s[..., :1]).sum(-1).amax())
+    known = found.s.shape[-1] - rounding
     if known < least:
         raise ValueError(
             f"the gradient of {given.name} ({m}x{n}) has {known} singular values above rounding, and {method} of rank "
