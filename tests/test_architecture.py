@@ -30,9 +30,9 @@ TIERS = [
     ("methods", "layers"),
     ("decomposition",),
     ("patterns",),
-    ("atomic", "registry"),
+    ("atomic", "bars", "registry"),
 ]
-ARROWS = 104  # between parts: a new one is a decision, and docs/architecture.md says the number
+ARROWS = 108  # between parts: a new one is a decision, and docs/architecture.md says the number
 LONGEST = 350  # lines of a file
 LONGER = {"svdpeft.adapter.adapter": 515}  # half of it are the docstrings of what users call
 
@@ -98,7 +98,7 @@ def test_no_arrow_between_parts_comes_unnoticed():
 def test_every_part_has_a_tier_and_nothing_lies_loose():
     assert {part(name) for name in MODULES} == {name for names in TIERS for name in names}
     loose = {file.stem for file in FILES if file.parent == ROOT / "svdpeft"}
-    assert loose == {"__init__", "atomic", "registry", "patterns", "zoo"}
+    assert loose == {"__init__", "atomic", "bars", "registry", "patterns", "zoo"}
 
 
 def test_methods_and_kinds_are_short_and_files_can_be_read():

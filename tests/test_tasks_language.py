@@ -182,12 +182,11 @@ def test_a_bar_goes_to_its_end_where_there_is_a_terminal(monkeypatch, rounds):
     monkeypatch.setattr(generation, "ROUND", rounds)
     bars = []
 
-    def bar(**options: Any) -> Any:
-        assert options["disable"] is None  # tqdm's word for "not a terminal"
-        bars.append(tqdm(**options | {"disable": False, "delay": 0, "file": io.StringIO()}))
+    def shown(total: int, what: str, unit: str) -> Any:
+        bars.append(tqdm(total=total, desc=what, unit=unit, file=io.StringIO()))
         return bars[-1]
 
-    monkeypatch.setattr(generation, "tqdm", bar)
+    monkeypatch.setattr(generation, "bar", shown)
     decode(Counter(), stopping_at(0), [torch.tensor([goal]) for goal in (2, 9, 3, 50, 1, 6)], 10, batch=2)
     assert bars[0].n == bars[0].total
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.origin import Origin, frozen
 from svdpeft.adapter.roster import records
+from svdpeft.bars import bar
 from svdpeft.decomposition import approximations, check_matrix, own_share_first, processes
 from svdpeft.methods.base import Factors, Given, Partner, PerSite, Statistics, check_patterns, grouped, share
 from svdpeft.registry import near_miss
@@ -48,7 +48,7 @@ def build(
     approximate: dict[int, bool] = {}
     order = own_share_first(len(choices))  # beside other processes with the same folder of decompositions
     first = processes()[0] == 0  # which has a bar for all
-    for i in tqdm(order, desc="decompose", unit="site", delay=2, leave=False, disable=None if first else True):
+    for i in bar(order, what="decompose", unit="site", hidden=not first):
         name = choices[i].name
         with approximations() as found:
             made[i] = resolved[name].factors(known[name].sharing(shared.get(name, {})))

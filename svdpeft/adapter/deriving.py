@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.building import given
 from svdpeft.adapter.file import CheckpointError, free_of, held
 from svdpeft.adapter.origin import Origin, frozen
+from svdpeft.bars import bar
 from svdpeft.decomposition.fingerprints import agrees
 from svdpeft.layers.base import LayerKind
 from svdpeft.methods.base import Given, share
@@ -162,7 +162,7 @@ def found_again(
         tied = share(method.share([_given(c, entries[c.name], record, path) for c in group]), method.trains)
         shared |= {choice.name: tied for choice in group}
     found: dict[str, dict[str, Tensor | None]] = {}
-    for choice in tqdm(mine, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+    for choice in bar(mine, what="decompose", unit="site"):
         start = _given(choice, entries[choice.name], record, path).sharing(shared.get(choice.name, {}))
         try:
             tensors = choice.method.factors(start).tensors()

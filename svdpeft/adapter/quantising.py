@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.dequantising import CONFIG, change_form
 from svdpeft.adapter.pretrained import NAME
 from svdpeft.adapter.roster import ROSTER, adapters_in
+from svdpeft.bars import bar
 from svdpeft.decomposition import SVD, truncated_svd
 from svdpeft.layers.quantised import Form, scheme
 from svdpeft.layers.quantising import Make, scheme_named, transformers_config
@@ -126,9 +126,7 @@ def quantize(
     if not layers:
         raise ValueError(f"the model has no nn.Linear to quantise: {'; '.join(f'{n}: {w}' for n, w in left.items())}")
     plans = {}
-    for name, (module, sites) in tqdm(
-        layers.items(), desc="quantize", unit="layer", delay=2, leave=False, disable=None
-    ):
+    for name, (module, sites) in bar(layers.items(), what="quantize", unit="layer", total=len(layers)):
         plans[name] = _plan(module, sites, make, iterations, nuclear)
     for name, (module, sites) in layers.items():
         change_form(module, "weight", plans[name].form)

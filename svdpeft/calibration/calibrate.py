@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.reach import WATCH, unwatch, watch
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.bars import bar
 from svdpeft.calibration.calibration import Calibration
 from svdpeft.layers.base import CalledKind
 from svdpeft.layers.quantised import scheme, weight
@@ -112,7 +112,7 @@ def calibrate(
         for each in watched.values() if gradients else ():
             each.parameter.requires_grad_(True)
         with torch.set_grad_enabled(gradients):
-            for batch in tqdm(batches, desc="calibrate", unit="batch", delay=2, leave=False, disable=None):
+            for batch in bar(batches, what="calibrate", unit="batch"):
                 now[0], number = mask(batch), number + 1
                 output = run(model, batch)
                 if gradients:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.building import given
+from svdpeft.bars import bar
 from svdpeft.decomposition import svd_cache
 from svdpeft.folders.folder import Folder
 from svdpeft.folders.skeleton import Skeleton
@@ -75,7 +75,7 @@ def decompose(
     choices = select(skeleton.model, [(pattern, method) for pattern in patterns], (), ()).choices
     computed = []
     with svd_cache(cache) as kept:
-        for choice in tqdm(choices, desc="decompose", unit="site", delay=2, leave=False, disable=None):
+        for choice in bar(choices, what="decompose", unit="site"):
             before = _count(kept)
             site = given(choice, seed, {}, skeleton.record)
             (at,) = method.resolve([site], clip=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.attach import site_of
 from svdpeft.adapter.file import check_ours
 from svdpeft.adapter.saving import Contents, save
+from svdpeft.bars import bar
 from svdpeft.decomposition import SVD, truncated_svd
 from svdpeft.folders.folder import Folder
 from svdpeft.folders.skeleton import Skeleton
@@ -114,7 +114,7 @@ def extract(
     own |= {id(stored(*place)): n for n, place in running_statistics(here.model).items()}
     sites, errors, values = dict[str, Site](), dict[str, float](), dict[str, Tensor]()
     done: set[int] = set()  # a tied tensor has several names
-    for key in tqdm(here.folder.entries, desc="extract", unit="tensor", delay=2, leave=False, disable=None):
+    for key in bar(here.folder.entries, what="extract", unit="tensor"):
         tensor = id(tensors.get(key))
         w0, w1 = here.read(key), there.tensor(key)
         wide = torch.promote_types(w0.dtype, w1.dtype)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.ambient import ordinary
 from svdpeft.adapter.checking import check_weight, warn_of_precision
 from svdpeft.atomic import replacing
+from svdpeft.bars import bar
 from svdpeft.decomposition import all_finite
 from svdpeft.folders import output
 from svdpeft.folders.changes import Change, changes
@@ -88,7 +88,7 @@ def merge(
     entries = output.entries(skeleton, dtype, shard_size)
     others: dict[Path, list[tuple[str, str, str]]] = {}  # adapters of a base in another precision
     lost: dict[str, float] = {}
-    progress = tqdm(total=len(entries), desc="merge", unit="tensor", delay=2, leave=False, disable=None)
+    progress = bar(total=len(entries), what="merge", unit="tensor")
 
     def value(name: str) -> Tensor:
         progress.update()

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.bars import bar
 from svdpeft.sites.place import is_factor
 from svdpeft.tasks.base import evaluating
 
@@ -115,8 +115,8 @@ def decode(
     texts, pending, steps = list(prompts), list(range(len(prompts))), 0
     check_room(model, prompts, max_new_tokens)
     total = len(prompts) * max_new_tokens
-    bar = tqdm(total=total, desc="decode", unit="token", delay=2, leave=False, disable=None)
-    with bar, evaluating(model) as device, _generation_config(model, config):
+    progress = bar(total=total, what="decode", unit="token")
+    with progress, evaluating(model) as device, _generation_config(model, config):
         while pending and steps < max_new_tokens:
             config.max_new_tokens = min(ROUND, max_new_tokens - steps)
             order, pending = sorted(pending, key=lambda i: len(texts[i])), []
@@ -130,7 +130,7 @@ def decode(
                     texts[i] = torch.cat((texts[i], row[: int(ends[0])] if len(ends) else row))
                     if not len(ends):
                         pending.append(i)
-                    bar.update(max_new_tokens - steps if len(ends) else config.max_new_tokens)
+                    progress.update(max_new_tokens - steps if len(ends) else config.max_new_tokens)
             steps += config.max_new_tokens
     continuations = [text[len(prompt) :].tolist() for text, prompt in zip(texts, prompts, strict=True)]
     return _read(tokenizer, continuations)
