@@ -183,7 +183,7 @@ def test_a_bar_goes_to_its_end_where_there_is_a_terminal(monkeypatch, rounds):
     bars = []
 
     def shown(total: int, what: str, unit: str) -> Any:
-        bars.append(tqdm(total=total, desc=what, unit=unit, file=io.StringIO()))
+        bars.append(tqdm(total=total, desc=what, unit=unit, disable=False, file=io.StringIO()))
         return bars[-1]
 
     monkeypatch.setattr(generation, "bar", shown)
