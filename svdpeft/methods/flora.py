@@ -9,25 +9,22 @@ Y. Wen, S. Chaudhuri. Batched Low-Rank Adaptation of Foundation Models. ICLR 202
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from svdpeft.decomposition import check_matrix, check_rank
-from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform, generator
-from svdpeft.patterns import chosen
+from svdpeft.decomposition import check_matrix
+from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.hadamard import Hadamard
 from svdpeft.registry import METHODS
-
-FEW = 4  # products with the frozen weight that cost less than an m×n matrix that autograd keeps
 
 
 @METHODS.register("flora")
 @dataclass(frozen=True)
-class FLoRA(Transform):
+class FLoRA(Hadamard):
     """A multiplicative update: every entry of the weight is scaled, and what is zero stays zero.
 
     When to use:
@@ -51,7 +48,6 @@ class FLoRA(Transform):
 
     rank: int | Mapping[str, int] = 1
 
-    resolved: ClassVar = ("rank",)
     learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = r"W' = W_0 \circ L A,\quad L A = \mathbf{1}\mathbf{1}^\top \text{ at the start}"
     reference: ClassVar = Reference(
@@ -62,21 +58,6 @@ class FLoRA(Transform):
         venue="International Conference on Learning Representations",
         arxiv="2312.05677",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.rank, int) and self.rank < 1:
-            raise ValueError(f"rank {self.rank} is below 1")
-
-    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> FLoRA:
-        rank = chosen(self.rank, site, roles)
-        return dataclasses.replace(self, rank=check_rank(min(rank, m, n) if clip else rank, m, n, site))
-
-    @property
-    def _rank(self) -> int:
-        """r at one site."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -91,24 +72,14 @@ class FLoRA(Transform):
         right[..., 0, :] = 1
         return {"L": left, "A": right}
 
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)
-
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         return w0 * (f.L.to(w0.dtype) @ f.A.to(w0.dtype) - 1)
 
     def absolute(self, f: Factors, w0: Tensor) -> Tensor:
         return w0.abs() * (f.L.abs() @ f.A.abs() + 3)  # of each term and of W0 itself
 
-    def acts(self, linear: bool) -> bool:
-        return linear and self._rank <= FEW
-
     def act(self, f: Factors, call: Call) -> Tensor:
         # With u = L₁ − 1 and v = A₁ − 1 the first term less W0 x is W0 (v∘x) + u∘W0 x + u∘W0 (v∘x): no big numbers
         # are subtracted, and it is zero at the start.
         u, v = f.L[..., 0] - 1, f.A[..., 0, :] - 1
-        change = call.rows(u) + call.per_row(u + 1) * call.columns(v)
-        for j in range(1, self._rank):
-            change = change + call.per_row(f.L[..., j]) * call.columns(f.A[..., j, :])
-        return change
+        return self.terms(f, call, call.rows(u) + call.per_row(u + 1) * call.columns(v), 1)

@@ -10,25 +10,22 @@ Language Models. ICLR 2025.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from svdpeft.decomposition import check_matrix, check_rank
-from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform, generator
-from svdpeft.methods.flora import FEW
-from svdpeft.patterns import chosen
+from svdpeft.decomposition import check_matrix
+from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.drawn import kaiming
+from svdpeft.methods.base.hadamard import Hadamard
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("hira")
 @dataclass(frozen=True)
-class HiRA(Transform):
+class HiRA(Hadamard):
     """Each entry of the weight grows or shrinks by a share of itself, and the shares have low rank.
 
     When to use:
@@ -51,7 +48,6 @@ class HiRA(Transform):
 
     rank: int | Mapping[str, int] = 32
 
-    resolved: ClassVar = ("rank",)
     draws: ClassVar = True
     learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-3}
     latex: ClassVar[str] = r"W' = W_0 \circ (\mathbf{1}\mathbf{1}^\top + L A),\quad L_0 = 0"
@@ -63,30 +59,11 @@ class HiRA(Transform):
         venue="International Conference on Learning Representations",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.rank, int) and self.rank < 1:
-            raise ValueError(f"rank {self.rank} is below 1")
-
-    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> HiRA:
-        rank = chosen(self.rank, site, roles)
-        return dataclasses.replace(self, rank=check_rank(min(rank, m, n) if clip else rank, m, n, site))
-
-    @property
-    def _rank(self) -> int:
-        """r at one site."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
-
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, n = w.shape
-        drawn = torch.rand(*batch, self._rank, n, generator=generator(given.seed), dtype=torch.float64)
-        return {"L": w.new_zeros(*batch, m, self._rank), "A": ((2 * drawn - 1) / math.sqrt(n)).to(w)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """r (m + n) per matrix."""
-        return batch * self._rank * (m + n)
+        a = kaiming(*batch, self._rank, n, source=generator(given.seed))
+        return {"L": w.new_zeros(*batch, m, self._rank), "A": a.to(w)}
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
         return w0 * (f.L.to(w0.dtype) @ f.A.to(w0.dtype))
@@ -94,11 +71,5 @@ class HiRA(Transform):
     def absolute(self, f: Factors, w0: Tensor) -> Tensor:
         return w0.abs() * (f.L.abs() @ f.A.abs())
 
-    def acts(self, linear: bool) -> bool:
-        return linear and self._rank <= FEW
-
     def act(self, f: Factors, call: Call) -> Tensor:
-        change = call.per_row(f.L[..., 0]) * call.columns(f.A[..., 0, :])
-        for j in range(1, self._rank):
-            change = change + call.per_row(f.L[..., j]) * call.columns(f.A[..., j, :])
-        return change
+        return self.terms(f, call, call.per_row(f.L[..., 0]) * call.columns(f.A[..., 0, :]), 1)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from comparison import REAL, Signs, load
 from safetensors import safe_open
+from torture.saving import dying_at
 
 from svdpeft.compare import records, report
 from svdpeft.compare.reading import read_spec
@@ -53,18 +54,7 @@ def work(folder: Path, spec: dict[str, Any], die_at: int = 0) -> None:
         spec: what is compared.
         die_at: twice the number of a rename, one less to die before it; 0: never.
     """
-    moves, move = 0, os.replace
-
-    def replace(source: str, target: str) -> None:
-        nonlocal moves
-        moves += 1
-        if moves == (die_at + 1) // 2 and die_at % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        move(source, target)
-        if moves == (die_at + 1) // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace if die_at else move
+    os.replace = dying_at(die_at)
     TASKS._classes["signs"], Signs.name, session.load = Signs, "signs", load  # type: ignore[assignment]
     compare(read_spec(**spec), folder, Engine(keep="all"))
     report.write(Store(folder))

@@ -50,20 +50,29 @@ def number_in(folder: Path) -> int:
     return number
 
 
-def loop(folder: Path, first: int, count: int, die_at: int, say: Callable[[int], object]) -> None:
-    """Save adapters; what ends it is a kill, or the rename of this number, which kills before (odd) or after it."""
+def dying_at(number: int) -> Callable[[str, str], None]:
+    """``os.replace`` that kills its process at a rename.
+
+    Args:
+        number: twice that of the rename, one less to die before it; 0: never.
+    """
     moves, move = 0, os.replace
 
     def replace(source: str, target: str) -> None:
         nonlocal moves
         moves += 1
-        if moves == (die_at + 1) // 2 and die_at % 2:
+        if moves == (number + 1) // 2 and number % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         move(source, target)
-        if moves == (die_at + 1) // 2:
+        if moves == (number + 1) // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = replace
+    return replace
+
+
+def loop(folder: Path, first: int, count: int, die_at: int, say: Callable[[int], object]) -> None:
+    """Save adapters; what ends it is a kill from outside, or one at a rename."""
+    os.replace = dying_at(die_at)
     model = base()
     for number in range(first, first + count):
         adapter = adapter_of(model, number)
