@@ -33,6 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['words.txt']
     """
     path = Path(path).resolve()
+    missing = sum(not folder.exists() for folder in path.parents)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -46,7 +47,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 file.chmod(mode)
             sync(file)  # a rename may reach the disk before the data does
         os.replace(new, path)
-        sync(path.parent)
+        for folder in path.parents[: missing + 1]:  # the name of a folder that was made lies in the one above it
+            sync(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

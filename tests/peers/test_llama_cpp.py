@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFWriter, get_tensor_name_map
-from gguf.quants import dequantize
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf_base import dequantised, finish
 from helpers import near_by_change
 from test_gguf import CONFIGS, expected_names, in_their_layout, model_of, smollm2, tuned
 from torch import nn
@@ -59,25 +59,6 @@ def write_base(model, path):
         written = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(written, np.ascontiguousarray(value.float().numpy()))
     finish(writer)
-
-
-def dequantised(source, path):
-    """A GGUF in float32: products of quantised weights round what goes into them, by some percent of the output."""
-    reader = GGUFReader(source)
-    writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
-    finish(writer)
-
-
-def finish(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def running(base, lora=None):
