@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import rwkv_models
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import svdpeft
 from svdpeft.adapter.file import held
 from svdpeft.cli import app
+from svdpeft.finetuning import tracing
 from svdpeft.finetuning.plan import plan
 from svdpeft.finetuning.replay import Calls, Shape
 from svdpeft.finetuning.session import call, loss
@@ -165,6 +167,21 @@ def test_gradients_that_stay_are_counted_where_steps_accumulate():
     assert twice - once <= 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("version", "cut"), [(4, True), (6, False), (7, True)])
+def test_a_text_that_is_read_token_by_token_is_run_in_part(version, cut, monkeypatch):
+    model = rwkv_models.model(version, torch.float32, layers=1)
+    adapter, shown = svdpeft.attach(model, svdpeft.SORSA(rank=2), ["rwkv"]), tokens(2, 56)
+    real = allocated(model, adapter, shown, None) + sum(tensor.nbytes for tensor in shown.values())
+    with shapes_only() as fake:
+        found = trace_step(fake, adapter, shown)
+        monkeypatch.setattr(tracing, "SHORT", 28)
+        whole = trace_step(fake, adapter, shown)
+    assert (found.tokens, whole.tokens) == (32 if cut else None, None)
+    assert ("run on 32" in str(found)) == cut
+    assert found.step == pytest.approx(whole.step, rel=0.02)
+    assert found.step == pytest.approx(real, rel=0.15)
+
+
 def test_a_step_of_too_many_calls_is_given_up():
     adapter = svdpeft.attach(llama(), svdpeft.LoRA(rank=4))
     with shapes_only() as fake, pytest.raises(Untraceable, match="TimeoutError: it has too many calls for 0 s"):
@@ -281,7 +298,10 @@ def test_the_command_prints_lines_or_json():
     found = json.loads(run.invoke(app, [*words, "--no-time", "--json"]).stdout)
     assert found["sites"] == 48
     assert found["attach_seconds"] is None
-    assert found["memory"]["total"] == sum(value for name, value in found["memory"].items() if name != "total")
+    parts = ("weights", "adapter", "optimizer", "step")
+    assert found["memory"].keys() == {*parts, "total", "tokens"}
+    assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
+    assert found["memory"]["tokens"] is None  # no text is cut short
 
 
 def test_a_configuration_has_no_weights_to_load():

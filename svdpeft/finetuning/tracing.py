@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from svdpeft.finetuning.session import call, loss
 
 ITEM, NONZERO = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
 EQUAL, FINITE = torch.ops.aten.equal.default, (torch.isfinite, Tensor.isfinite)
+SHORT = 16  # tokens: of a text that is run in the place of a longer one
 STATES = {"adamw": (2, 0), "adamw-8bit": (0, 2), "sgd": (0, 0)}  # per value that trains: others like it, and bytes
 
 
@@ -75,7 +76,7 @@ class Alive(TorchDispatchMode):
     def __init__(self, seconds: float = math.inf) -> None:
         super().__init__()
         self._seconds, self._end = seconds, time.monotonic() + seconds
-        self.now = self.peak = 0
+        self.now = self.peak = self.calls = 0
         self._known: set[int] = set()
 
     def count(self, *tensors: Tensor) -> int:
@@ -88,6 +89,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.monotonic() > self._end:
             raise TimeoutError(f"it has too many calls for {self._seconds:.0f} s")
+        self.calls += 1
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
@@ -120,12 +122,14 @@ class StepMemory:
         adapter: the factors of all sites.
         optimizer: what it keeps.
         step: activations, gradients and what passes by.
+        tokens: of the text that was run, where it was cut short; the rest of ``step`` grows as it did up to there.
     """
 
     weights: int
     adapter: int
     optimizer: int
     step: int
+    tokens: int | None = None
 
     @property
     def total(self) -> int:
@@ -134,7 +138,8 @@ class StepMemory:
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "adapter": self.adapter, "optimizer": self.optimizer, "step": self.step}
-        return " + ".join(f"{name} {size_of(part)}" for name, part in parts.items()) + f" = {size_of(self.total)}"
+        cut = "" if self.tokens is None else f" (token by token: run on {self.tokens}, and grown on from there)"
+        return " + ".join(f"{name} {size_of(part)}" for name, part in parts.items()) + f" = {size_of(self.total)}{cut}"
 
 
 def size_of(count: float) -> str:
@@ -159,7 +164,9 @@ def trace_step(
 ) -> StepMemory:
     """Return what one training step holds at its peak.
 
-    Nothing is computed, and the model keeps its values, its gradients and its modes.
+    Nothing is computed, and the model keeps its values, its gradients and its modes. A model that goes through a text
+    token by token (RWKV-4 and 7 without their kernels) makes as many calls again for each: two short texts are run, of
+    which the longer is ``StepMemory.tokens`` long, and every further token is taken to hold as much as theirs.
 
     Args:
         mode: of the block of ``shapes_only`` in which this is called.
@@ -168,40 +175,70 @@ def trace_step(
         accumulate: forwards per optimizer step; beyond one, gradients are there from the start.
         mixed_precision: ``"bf16"`` or ``"fp16"`` autocast.
         optimizer: one of ``STATES``.
-        seconds: that it may take. A model that goes through a text token by token makes very many calls.
+        seconds: that each run may take.
 
     Raises:
         Untraceable: the model does not run so, or it has taken longer.
     """
-    model = adapter.model
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    kept, modes = [parameter.grad for parameter in trained], [(module, module.training) for module in model.modules()]
-    # A counter among the buffers is small enough for torch to count with it: buffers are replaced for the time.
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    without_values(model, parameters=False)
-    alive = Alive(seconds)
-    shapes = [mode.from_tensor(tensor) for tensor in [*model.parameters(), *model.buffers()]]  # held until the end
-    factors = [mode.from_tensor(t) for tensors, _ in held(adapter.sites).values() for t in tensors.values()]
-    ours = alive.count(*factors)
-    weights = alive.count(*shapes)
     likes, more = STATES[optimizer]
     states = sum(parameter.numel() * (likes * parameter.element_size() + more) for parameter in trained)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "")
-    device = trained[0].device.type
+
+    def run(shown: Mapping[str, Tensor], backward: bool = True) -> tuple[StepMemory, int]:
+        with _emptied(adapter, trained):
+            alive = Alive(seconds)
+            shapes = [mode.from_tensor(tensor) for tensor in [*adapter.model.parameters(), *adapter.model.buffers()]]
+            factors = [mode.from_tensor(t) for tensors, _ in held(adapter.sites).values() for t in tensors.values()]
+            ours, weights = alive.count(*factors), alive.count(*shapes)
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter) if accumulate > 1 else None
+            alive.count(*(parameter.grad for parameter in trained if parameter.grad is not None))
+            with alive:
+                _step(adapter, {name: mode.from_tensor(value) for name, value in shown.items()}, low, backward)
+            return StepMemory(weights, ours, states, alive.peak - ours - weights), alive.calls
+
+    length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    if length <= 2 * SHORT:
+        return run(batch)[0]
+    half, more = (run(_cut(batch, tokens), backward=False)[1] for tokens in (SHORT // 2, SHORT))
+    if more - half < SHORT // 2:  # not a call for each further token
+        return run(batch)[0]
+    (short, _), (twice, _) = run(_cut(batch, SHORT)), run(_cut(batch, 2 * SHORT))
+    further = (twice.step - short.step) * (length - 2 * SHORT) // SHORT
+    return replace(twice, step=twice.step + further, tokens=2 * SHORT)
+
+
+def _step(adapter: Adapter, shown: Mapping[str, Tensor], low: torch.dtype | None, backward: bool) -> None:
+    """A forward, and what a trainer does with its loss."""
+    device = next(iter(shown.values())).device.type
     try:
-        model.train()
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter) if accumulate > 1 else None
-        alive.count(*(parameter.grad for parameter in trained if parameter.grad is not None))
-        with alive:
-            shown = {name: torch.empty_like(mode.from_tensor(value)) for name, value in batch.items()}
-            with torch.autocast(device, low) if low else nullcontext():
-                value = loss(call(model, shown), shown)
+        shown = {name: torch.empty_like(value) for name, value in shown.items()}
+        with torch.set_grad_enabled(backward), torch.autocast(device, low) if low else nullcontext():
+            value = loss(call(adapter.model, shown), shown)
+        if backward:
             penalty = adapter.penalty()
             (value if penalty is None else value + penalty).backward()
     except Exception as error:  # of any code of any model, which has never met a tensor without values
         why = str(error).strip().partition("\n")[0]
         raise Untraceable(f"a step does not run on shapes alone ({type(error).__name__}: {why})") from error
+
+
+def _cut(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The beginnings of the texts; a label of a text has one axis only."""
+    return {name: value[:, :length] if value.ndim > 1 else value for name, value in batch.items()}
+
+
+@contextmanager
+def _emptied(adapter: Adapter, trained: list[nn.Parameter]) -> Iterator[None]:
+    """A model in training without gradients, and with shapes in the place of its buffers."""
+    kept, modes = [p.grad for p in trained], [(module, module.training) for module in adapter.model.modules()]
+    # A counter among the buffers is small enough for torch to count with it: buffers are replaced for the time.
+    buffers = [(module, dict(module._buffers)) for module in adapter.model.modules()]
+    without_values(adapter.model, parameters=False)
+    adapter.model.train()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -209,7 +246,6 @@ def trace_step(
             module._buffers.update(own)
         for parameter, gradient in zip(trained, kept, strict=True):
             parameter.grad = gradient
-    return StepMemory(weights, ours, states, alive.peak - ours - weights)
 
 
 def without_values(model: nn.Module, parameters: bool = True) -> None:
