@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import svdpeft
 from svdpeft import SORSA, SVFT, Full, HeadOnly, LoRA, PiSSA, attach
-from svdpeft.sites.weights import stored
+from svdpeft.sites.weights import rounded_sum, stored
 
 
 class Tied(nn.Module):
@@ -250,6 +250,17 @@ def test_merge_report_measures_what_bfloat16_loses(size: float):
         assert lost < 0.05 if size == 1e-1 else lost > 0.01
     assert report.worst == max(report.lost.values())
     assert f"at most {report.worst:.2%} at {max(report.lost, key=report.lost.__getitem__)}" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-4, 1e-2, 1.0, 1e3])
+def test_what_rounding_loses_is_told_for_updates_of_every_size(size: float, dtype: torch.dtype):
+    """One that is lost in the sum already, in float32, and one beside which the weight is small."""
+    draws = torch.Generator().manual_seed(0)
+    w, added = torch.randn(64, 48, generator=draws).to(dtype), size * torch.randn(64, 48, generator=draws)
+    made, lost = rounded_sum(w, added, dtype)
+    missing = made.double() - (w.double() + added.double())
+    assert lost == pytest.approx(float(missing.norm() / added.double().norm()), rel=1e-3)
 
 
 def test_two_adapters_in_one_bfloat16_weight_are_rounded_once():

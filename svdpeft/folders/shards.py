@@ -1,7 +1,7 @@
 """Files of safetensors written tensor by tensor, and which tensor goes into which file.
 
 A file is 8 bytes with the length of its header, the header as JSON, and the bytes of the tensors. ``save_file`` wants
-all of them at once; here a tensor is made when its turn has come, and is gone before the next.
+all of them at once; here a tensor is made when its turn has come, while the one before is written, and is gone then.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ def write(
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = value(name)
+            tensor = value(name)  # is made while the one before goes to the disk
             assert (*tensor.shape, tensor.nbytes) == (*entries[name].shape, entries[name].size), name
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            written.result()
+            written = writer.submit(file.write, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        written.result()
 
 
 def partition(entries: Mapping[str, Entry], shard_size: int | str) -> dict[str, Entry]:

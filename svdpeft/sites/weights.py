@@ -58,9 +58,11 @@ def rounded_sum(
         exact = before + more
         rounded = rounding(exact)
         into.copy_(rounded)
-        came = exact - before  # what of ΔW has come into the sum, and below what has not (Knuth, TAOCP 2, 4.2.2)
-        missing = (before - (exact - came)) + (more - came)
-        off = missing if rounded.dtype == exact.dtype else (rounded.to(exact.dtype) - exact) - missing
+        if rounded.dtype == exact.dtype:  # what of ΔW has come into the sum, and what has not (Knuth, TAOCP 2, 4.2.2)
+            came = exact - before
+            off = (before - (exact - came)) + (more - came)
+        else:  # not against the sum, which may have lost a small ΔW whole; two coarse numbers have an exact difference
+            off = rounded.to(exact.dtype).sub_(before).sub_(more)
         sizes.append(torch.linalg.vector_norm(more))
         losses.append(torch.linalg.vector_norm(off))
     size, lost = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (sizes, losses))
