@@ -6,7 +6,7 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test tests test-all bench torture mutants test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz mutants test-newest test-lowest lint types docs coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
@@ -25,15 +25,25 @@ test-all: lint types
 bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 
-# Saves that are killed, 250 of them, 100,000 damaged adapters, 4,000 files of each other reader, two minutes of threads that share a model, trainings and
-# comparisons that are killed: what tests/ has a few seconds of.
+# What tests/ has a few seconds of, half an hour on two cores: 100,000 damaged adapters, 4,000 files of each other reader; saves,
+# trainings and comparisons that are killed, two minutes of threads that share a model.
 torture: $(DONE)
-	folder=$$(mktemp -d) && $(BIN)/python tests/torture/saving.py $$folder 250; status=$$?; rm -r $$folder; exit $$status
+	$(MAKE) --jobs 2 torture-files torture-kills
+
+torture-files: $(DONE)
 	$(BIN)/python tests/torture/damage.py 100000
 	$(BIN)/python tests/torture/readers.py 4000
-	$(BIN)/python tests/torture/serving.py 120
+
+torture-kills: $(DONE)
+	folder=$$(mktemp -d) && $(BIN)/python tests/torture/saving.py $$folder 250; status=$$?; rm -r $$folder; exit $$status
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/training.py $$folder 100; status=$$?; rm -r $$folder; exit $$status
 	folder=$$(mktemp -d) && $(BIN)/python tests/torture/comparing.py $$folder 100; status=$$?; rm -r $$folder; exit $$status
+	$(BIN)/python tests/torture/serving.py 120
+
+# Damaged files of every reader that are steered by the lines they reach, 2,000 each; atheris has wheels for Linux.
+fuzz: $(DONE)
+	$(LOCKED) --editable ".[fuzz]"
+	$(BIN)/python tests/torture/guided.py 2000
 
 # One deliberate defect after the other, and the test that notices: tests/mutants/README.md.
 mutants: $(DONE)
