@@ -33,7 +33,7 @@ CONFIG = transformers.LlamaConfig(
     attention_bias=True,
     architectures=["LlamaForCausalLM"],
 )
-OPTIONS = {"partial": {"layers": ["model.norm"]}, "dora": {}}
+OPTIONS = {"partial": {"layers": ["model.norm"]}, "dora": {}, "sc-lora": {"beta": 0.0}}
 
 
 def llama(device="cpu"):
