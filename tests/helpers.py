@@ -187,7 +187,8 @@ def seen_at(model: nn.Module, method: Any, targets: Any) -> dict[str, Statistics
         generator = torch.Generator().manual_seed(zlib.crc32(choice.name.encode()))
         x = torch.randn(*batch, n, 3 * n + 5, generator=generator, dtype=torch.float64) + 0.3
         gradient = torch.randn(*batch, m, n, generator=generator, dtype=torch.float64)
-        found[choice.name] = Statistics(x.shape[-1], x @ x.mT, x.sum(-1), gradient)
+        y = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
+        found[choice.name] = Statistics(x.shape[-1], x @ x.mT, x.sum(-1), gradient, y @ y.mT / n)
     return found
 
 

@@ -31,9 +31,10 @@ METHODS = {
     "lora": svdpeft.LoRA(rank=3),
     "vera": svdpeft.VeRA(rank=5),
     "adalora": svdpeft.AdaLoRA(rank=3, allocate={"target_rank": 2}),
+    "lora-dash": svdpeft.LoRADash(rank=3, directions=2, warmup=2),
 }
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-KEEP_STATE = {"sorsa-adaptive", "adalora"}
+KEEP_STATE = {"sorsa-adaptive", "adalora", "lora-dash"}
 TO_BE_KILLED = "adalora"  # it has the most to remember
 TARGETS = ("q_proj", "v_proj", "down_proj")
 STEPS, SAVED, KILLED = 3, 1, 2  # in all, until the checkpoint, and until the interruption

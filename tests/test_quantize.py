@@ -15,6 +15,7 @@ import svdpeft
 from svdpeft import SORSA, SVFT, DoRA, LoRA, MiLoRA, PiSSA, attach, load, quantize
 from svdpeft.layers.quantised import form_of, weight
 from svdpeft.layers.quantising import SCHEMES, scheme_named
+from svdpeft.methods.base import Statistics
 
 
 def net() -> nn.Sequential:
@@ -153,3 +154,92 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("svdpeft.layers.quantising.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"scheme 'nf4' needs bitsandbytes: pip install 'svdpeft\[quantised\]'"):
         quantize(net())
+
+
+# -- QERA ------------------------------------------------------------------------------------------------------
+
+
+def seen(model: nn.Module, x: Tensor) -> svdpeft.Calibration:
+    return svdpeft.calibrate(model, x.split(50), ["0"])
+
+
+def skewed() -> Tensor:
+    """Inputs of very different sizes that correlate."""
+    torch.manual_seed(1)
+    mixed = torch.randn(64, 64) / 8 + torch.eye(64)
+    return torch.randn(200, 64) @ (mixed * torch.logspace(-1.5, 1, 64))
+
+
+@pytest.mark.parametrize("moments", ["full", "diagonal"])
+@pytest.mark.parametrize("method", [LoRA(8), LoRA(8, alpha=16), SORSA(8)], ids=str)
+def test_qera(method: Any, moments: Any):
+    """The paper's two theorems, in float64: of all products of the rank the best for the outputs."""
+    model, x = net(), skewed()
+    w = model[0].weight.detach().double()
+    calibration = seen(model, x)
+    adapter = attach(model, method, ["0"])
+    begins = isinstance(method, SORSA)
+    report = quantize(model, adapter, "nf4", iterations=2 if begins else 1, calibration=calibration, moments=moments)
+    q = weight(model[0], "weight").double()
+    second = x.double().mT @ x.double() / len(x)
+    if moments == "diagonal":
+        second = second.diagonal().diag()
+    values, vectors = torch.linalg.eigh(second)
+    root = vectors * values.sqrt() @ vectors.mT
+    ab = low((w - q) @ root, 8) @ torch.linalg.inv(root)
+    if begins:  # Q is quantised anew, beside the product that was found for the Q before
+        rest = w - nf4((w - low(w, 8)).float()).double()
+        ab = low(rest @ root, 8) @ torch.linalg.inv(root)
+        torch.testing.assert_close(nf4((w - ab).float()).double(), q)
+    torch.testing.assert_close(adapter.delta("0").double(), ab, rtol=1e-3, atol=1e-4)
+    loss, error = report.losses["0"], w - q - ab
+    off = lambda e: float((x.double() @ e.mT).square().sum(-1).mean().sqrt())  # noqa: E731
+    assert loss.output == pytest.approx(off(error), rel=1e-3)
+    assert loss.plain_output == pytest.approx(off(w - nf4(w.float()).double()), rel=1e-3)
+    assert f"{report.reduction('output'):.1%} in the outputs" in str(report)
+
+
+def test_inputs_tell_what_to_take_up():
+    """Without them the outputs are farther off, with them the weights."""
+    lost = []
+    for calibrated in (False, True):
+        model, x = net(), skewed()
+        calibration = seen(model, x)
+        before = model[0](x).detach()
+        adapter = attach(model, LoRA(rank=8), ["0"])
+        report = quantize(model, adapter, iterations=1, calibration=calibration if calibrated else None)
+        lost.append((float((model[0](x) - before).detach().norm()), report.losses["0"].frobenius))
+    assert lost[1][0] < 0.8 * lost[0][0]
+    assert lost[1][1] > lost[0][1]
+
+
+def test_inputs_that_reach_few_directions_or_none():
+    model, x = net(), skewed()
+    few = {"0": Statistics(1, x[:1].mT @ x[:1], x[0])}
+    none = {"0": Statistics(1, torch.zeros(64, 64), torch.zeros(64))}
+    for calibration in (few, none):
+        twin = copy.deepcopy(model)
+        adapter = attach(twin, LoRA(rank=8), ["0"])
+        quantize(twin, adapter, iterations=1, calibration=calibration)
+        assert bool(adapter.delta("0").isfinite().all())
+        if calibration is few:  # one input's outputs are one direction
+            torch.testing.assert_close(twin[0](x[:1]), model[0](x[:1]), rtol=1e-4, atol=1e-4)
+    w: Any = model[0].weight.detach()
+    torch.testing.assert_close(adapter.delta("0"), low(w - nf4(w), 8), rtol=1e-4, atol=1e-5)  # LoftQ's
+
+
+def test_a_calibration_that_is_of_no_use_is_refused():
+    model, x = net(), skewed()
+    calibration = seen(model, x)
+    with refused(model, "a calibration says what an adapter takes up"):
+        quantize(model, calibration=calibration)
+    adapter = attach(model, PiSSA(rank=2), ["0"])
+    for options, words in (
+        ({"iterations": 0}, "at least one iteration"),
+        ({"iterations": 1}, "0: PiSSA begins with its own start"),
+        ({"moments": "none"}, "moments 'none' is neither"),
+        ({"calibration": {}}, "the calibration saw no inputs of 0, which takes 64"),
+        ({"calibration": svdpeft.calibrate(net(), [x], ["2"])}, "saw no inputs of 0"),
+    ):
+        with refused(model, words):
+            quantize(model, adapter, **{"calibration": calibration, **options})

@@ -12,7 +12,7 @@ import torch
 from helpers import factors_of
 from torch import Tensor, nn
 
-from svdpeft import EVA, CorDA, LoRAGA, LoRANull, attach
+from svdpeft import EVA, CorDA, GoRA, LoRAGA, LoRANull, SCLoRA, attach
 from svdpeft.decomposition import truncated_svd
 from svdpeft.methods.base import Statistics
 
@@ -56,6 +56,7 @@ def started(method: Any, tokens: int, rounding: float) -> dict[str, Tensor]:
     ("method", "tokens", "bound"),
     [
         *((method, 500, 1e-4) for method in (EVA(RANK), LoRAGA(RANK), LoRANull(RANK), CorDA(RANK))),
+        *((method, 500, 1e-4) for method in (SCLoRA(RANK, beta=0.0), GoRA(RANK))),
         (LoRAGA(RANK), 12, 1e-4),  # fewer than 2r directions
         (LoRANull(RANK), 3, 1e-4),  # a null space larger than r
         (CorDA(RANK), 3, 0.05),  # of what no token has reached its inverse covariance makes much

@@ -1,30 +1,34 @@
-"""Quantising a model, alone or under an adapter that takes up what it loses: QPiSSA, QSORSA, LoftQ.
+"""Quantising a model, alone or under an adapter that takes up what it loses: QPiSSA, QSORSA, LoftQ, QERA.
 
     W0 ≈ Q + s L C A        Q ← q(W0 − s L C A)        s L C A ← the best approximation of W0 − Q of rank r
 
 The base becomes Q and [L C A]start zero, so that all of s L C A is the update. A method with a start product begins
 with that, as QPiSSA does (F. Meng, Z. Wang, M. Zhang, NeurIPS 2024, arXiv:2404.02948); one without begins with q(W0),
 as LoftQ does (Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, ICLR 2024, arXiv:2310.08659).
+With a calibration the best approximation is that of the outputs, of least E‖(W0 − Q − s L C A) x‖², as QERA has it
+(C. Zhang, J. T. H. Wong, C. Xiao, G. A. Constantinides, Y. Zhao, ICLR 2025, arXiv:2410.06040).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.dequantising import CONFIG, change_form
+from svdpeft.adapter.moments import MOMENTS, Moment
 from svdpeft.adapter.pretrained import NAME
 from svdpeft.adapter.roster import ROSTER, adapters_in
 from svdpeft.bars import bar
 from svdpeft.decomposition import SVD, truncated_svd
 from svdpeft.layers.quantised import Form, scheme
 from svdpeft.layers.quantising import Make, scheme_named, transformers_config
-from svdpeft.methods.base import Factored
+from svdpeft.methods.base import Factored, Statistics
 from svdpeft.sites.reads import undressed
 from svdpeft.sites.site import Site
 from svdpeft.targets.inventory import by_identity, weights_of
@@ -39,12 +43,16 @@ class Loss(NamedTuple):
         frobenius: the Frobenius norm.
         plain_nuclear: the same of W0 − q(W0).
         plain_frobenius: the same of W0 − q(W0).
+        output: the root of the mean of ‖(W0 − Q − s L C A) x‖² over the calibration's inputs; NaN without one.
+        plain_output: the same of W0 − q(W0).
     """
 
     nuclear: float
     frobenius: float
     plain_nuclear: float
     plain_frobenius: float
+    output: float = float("nan")
+    plain_output: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ class QuantizeReport:
     left: Mapping[str, str]
 
     def reduction(self, norm: str = "nuclear") -> float:
-        """Return the mean of 1 − ‖W0 − (Q + s L C A)‖ / ‖W0 − q(W0)‖ over the layers, in the nuclear or the Frobenius
-        norm."""
+        """Return the mean of 1 − ‖W0 − (Q + s L C A)‖ / ‖W0 − q(W0)‖ over the layers, in the "nuclear" or
+        "frobenius" norm, or in the "output"."""
         shares = [
             1 - getattr(loss, norm) / before if (before := getattr(loss, f"plain_{norm}")) else 0.0
             for loss in self.losses.values()
@@ -73,6 +81,8 @@ class QuantizeReport:
     def __str__(self) -> str:
         text = f"{len(self.losses)} layers in {self.scheme}; of what that loses the adapter takes up "
         text += " and ".join(f"{self.reduction(norm):.1%} in the {norm} norm" for norm in ("nuclear", "frobenius"))
+        if not math.isnan(outputs := self.reduction("output")):  # with a calibration
+            text += f", {outputs:.1%} in the outputs"
         return "\n".join([text.replace("frobenius", "Frobenius"), *(f"  {n}: {why}" for n, why in self.left.items())])
 
 
@@ -83,6 +93,8 @@ def quantize(
     scheme: str = "nf4",
     iterations: int = 5,
     nuclear: bool = True,
+    calibration: Mapping[str, Statistics] | None = None,
+    moments: Literal["full", "diagonal"] = "full",
 ) -> QuantizeReport:
     """Quantise the weights of a model in place, and let an adapter that has not trained yet take up what is lost.
 
@@ -99,14 +111,18 @@ def quantize(
             SORSA) begins with that, and ends with Q: one iteration is QPiSSA as first published. One that starts from
             zero (LoRA) begins with Q: LoftQ. 0 leaves the adapter as it is, whatever its method.
         nuclear: whether the report has the nuclear norm, which takes all singular values of every layer twice.
+        calibration: what ``svdpeft.calibrate`` saw of the adapter's layers before. The adapter then takes up what
+            matters for the outputs: ‖(W0 − Q − s L C A) K‖ is least, K² = E[x xᵀ]. With LoRA and one iteration it is
+            QERA.
+        moments: ``"full"``, or ``"diagonal"``: inputs that do not correlate, without the root of an n×n matrix.
 
     Returns:
         What was lost in every layer, and what of the model is not quantised.
 
     Raises:
-        ValueError: a scheme that does not exist; a layer that is no ``nn.Linear``, or is quantised already; a method
-            whose update cannot hold an arbitrary product of its rank; an adapter that has trained, or is not alone.
-            Nothing has changed then.
+        ValueError: a scheme that does not exist; a calibration that nothing asks for, or that did not see a layer; a
+            layer that is no ``nn.Linear``, or is quantised already; a method whose update cannot hold an arbitrary
+            product of its rank; an adapter that has trained, or is not alone. Nothing has changed then.
         ImportError: the scheme's library is not installed.
 
     Example:
@@ -119,6 +135,10 @@ def quantize(
     model, make = unwrapped(model), scheme_named(scheme)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations {iterations!r} is no whole number from 0")
+    if moments not in MOMENTS:
+        raise ValueError(f"moments {moments!r} is neither 'full' nor 'diagonal'")
+    if calibration is not None and (adapter is None or not iterations):
+        raise ValueError("a calibration says what an adapter takes up: give the adapter, and at least one iteration")
     if adapter is None and adapters_in(model):
         raise ValueError("the model has an adapter, to which the weights that it was made for would be lost: name it")
     layers = quantisable(model) if adapter is None else _adapted(model, adapter, iterations)
@@ -127,7 +147,8 @@ def quantize(
         raise ValueError(f"the model has no nn.Linear to quantise: {'; '.join(f'{n}: {w}' for n, w in left.items())}")
     plans = {}
     for name, (module, sites) in bar(layers.items(), what="quantize", unit="layer", total=len(layers)):
-        plans[name] = _plan(module, sites, make, iterations, nuclear)
+        seen = None if calibration is None else [Moment.of(site, calibration, moments) for site in sites]
+        plans[name] = _plan(module, sites, make, iterations, nuclear, seen)
     for name, (module, sites) in layers.items():
         change_form(module, "weight", plans[name].form)
         for site, values in zip(sites, plans[name].factors, strict=True):
@@ -225,7 +246,14 @@ class _Plan(NamedTuple):
     loss: Loss
 
 
-def _plan(module: nn.Module, sites: Sequence[Site], make: Make, iterations: int, nuclear: bool) -> _Plan:
+def _plan(
+    module: nn.Module,
+    sites: Sequence[Site],
+    make: Make,
+    iterations: int,
+    nuclear: bool,
+    seen: Sequence[Moment] | None,
+) -> _Plan:
     stored: Any = module._parameters["weight"]
     w = stored.detach().to(torch.promote_types(stored.dtype, torch.float32))
 
@@ -239,12 +267,20 @@ def _plan(module: nn.Module, sites: Sequence[Site], make: Make, iterations: int,
         low = sum((_stored(site, start.dense()) for site, start in zip(sites, starts, strict=True) if start), start=low)
         form = quantised(low)
         factors = [_from_zero(site, {}) for site in sites]
+    if seen is not None and iterations <= begins:
+        raise ValueError(
+            f"{sites[0].name}: {type(sites[0].method).__name__} begins with its own start, so that one iteration asks "
+            "nothing of the calibration: give iterations=2 or more, or take LoRA"
+        )
     for done in range(iterations - begins if sites else 0):
         rest, triplets = w - form.values(), []
-        for site in sites:
+        for i, site in enumerate(sites):
             method: Any = site.method
             driver: Any = getattr(method, "driver", "auto")
-            triplets.append(truncated_svd(site.kind.to_matrix(module, rest), method._rank, driver, where=site.name))
+            part = site.kind.to_matrix(module, rest)
+            if seen is not None:
+                part = seen[i].nearest(part, method._rank, driver, site.name)
+            triplets.append(truncated_svd(part, method._rank, driver, where=site.name))
         low = sum(
             (_stored(site, (t.u * t.s.unsqueeze(-2)) @ t.vh) for site, t in zip(sites, triplets, strict=True)), 0.0
         )
@@ -252,7 +288,13 @@ def _plan(module: nn.Module, sites: Sequence[Site], make: Make, iterations: int,
         if begins or done < iterations - 1:
             form = quantised(low)
     now, before = w - form.values() - low, w - plain.values()
-    return _Plan(form, factors, Loss(*_norms(now, nuclear), *_norms(before, nuclear)))
+    outputs = () if seen is None else (_outputs(module, sites, error, seen) for error in (now, before))
+    return _Plan(form, factors, Loss(*_norms(now, nuclear), *_norms(before, nuclear), *outputs))
+
+
+def _outputs(module: nn.Module, sites: Sequence[Site], error: Tensor, seen: Sequence[Moment]) -> float:
+    parts = zip(sites, seen, strict=True)
+    return sum(moment.square(site.kind.to_matrix(module, error)) for site, moment in parts) ** 0.5
 
 
 def _stored(site: Site, matrix: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from svdpeft.atomic import replacing
 from svdpeft.methods.base import Statistics
 
 FORMAT = "svdpeft calibration 1"
-FIELDS = ("second", "total", "gradient")
+FIELDS = ("second", "total", "gradient", "kept")
 
 
 class Calibration(Mapping[str, Statistics]):
@@ -38,10 +38,32 @@ class Calibration(Mapping[str, Statistics]):
     def __repr__(self) -> str:
         what = [
             f"{field} of {count} sites"
-            for field, key in (("inputs", "second"), ("gradients", "gradient"))
+            for field, key in (("inputs", "second"), ("gradients", "gradient"), ("inputs to preserve", "kept"))
             if (count := sum(getattr(s, key) is not None for s in self._sites.values()))
         ]
         return f"Calibration({', '.join(what)})"
+
+    def preserving(self, kept: Mapping[str, Statistics]) -> Calibration:
+        """Return the same with the inputs on data whose outputs are to stay, E[x xᵀ] (*b, n, n), for ``SCLoRA``.
+
+        Args:
+            kept: what ``calibrate`` saw of the same model on those data; sites that only it has are left out.
+
+        Raises:
+            ValueError: it has not seen the inputs of a site.
+
+        Example:
+            >>> model, task, kept = nn.Sequential(nn.Linear(6, 4)), [torch.randn(20, 6)], [torch.randn(20, 6)]
+            >>> svdpeft.calibrate(model, task).preserving(svdpeft.calibrate(model, kept))
+            Calibration(inputs of 1 sites, inputs to preserve of 1 sites)
+        """
+        found = {}
+        for name, seen in self._sites.items():
+            other = kept.get(name, Statistics())
+            if other.second is None:
+                raise ValueError(f"the calibration on what is to be kept has no inputs of {name}")
+            found[name] = seen._replace(kept=other.second / other.count)
+        return Calibration(found)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into one file, which is there whole or not at all.
@@ -94,6 +116,8 @@ def _statistics(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tenso
     second, total = found.get("second"), found.get("total")
     if second is not None and (total is None or second.shape != (*total.shape, total.shape[-1])):
         raise ValueError(f"at {name} Σxxᵀ has shape {list(second.shape)}, which does not fit Σx")
+    if (kept := found.get("kept")) is not None and (second is None or kept.shape != second.shape):
+        raise ValueError(f"at {name} the inputs to preserve have shape {list(kept.shape)}, those of the task another")
     if type(entry["count"]) is not int or entry["count"] < 0:
         raise ValueError(f"at {name} {entry['count']!r} is no number of vectors")
     return Statistics(entry["count"], **found)

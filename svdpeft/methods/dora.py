@@ -104,7 +104,7 @@ class DoRA(Transform):
         words = [str(self.inner)]
         words += ["magnitude='columns'"] if self.magnitude == "columns" else []
         words += ["norm_gradient=True"] if self.norm_gradient else []
-        return f"DoRA({', '.join(words)})"
+        return f"{type(self).__name__}({', '.join(words)})"
 
     # -- the weight -----------------------------------------------------------------------------------------------
 

@@ -23,12 +23,14 @@ class Statistics(NamedTuple):
         second: Σ x xᵀ, (*b, n, n).
         total: Σ x, (*b, n).
         gradient: mean over the batches of ∂loss/∂W, (*b, m, n).
+        kept: mean of x xᵀ on data whose outputs are to stay, (*b, n, n).
     """
 
     count: int = 0
     second: Float[Tensor, "*b n n"] | None = None
     total: Float[Tensor, "*b n"] | None = None
     gradient: Float[Tensor, "*b m n"] | None = None
+    kept: Float[Tensor, "*b n n"] | None = None
 
 
 class Partner(NamedTuple):
@@ -100,10 +102,10 @@ class Given:
         """
         if self.statistics is None or (found := getattr(self.statistics, what)) is None:
             needed = "gradients" if what == "gradient" else "inputs"
-            raise ValueError(
-                f"{method} starts from the {needed} of {self.name}: pass "
-                f"attach(..., calibration=svdpeft.calibrate(model, batches, {needed}=True))"
-            )
+            call, of = f"svdpeft.calibrate(model, batches, {needed}=True)", self.name
+            if what == "kept":
+                call, of = f"{call}.preserving(svdpeft.calibrate(model, kept))", f"{of} on data that are to be kept"
+            raise ValueError(f"{method} starts from the {needed} of {of}: pass attach(..., calibration={call})")
         return found
 
     def check_seen(self, needs: str, method: str) -> None:
