@@ -68,7 +68,7 @@ class AdaMSS(Decomposed, Unscaled):
         venue="Advances in Neural Information Processing Systems",
     )
     draws: ClassVar = True
-    latex: ClassVar[str] = r"W'_{c_i} = (W_0)_{c_i} + B_i A_i V_r^\top,\quad i = 1 \dots K"
+    latex: ClassVar[str] = r"W'_{c_i} = (W_0)_{c_i} + B_i A_i V_r^\top,\quad i = 1 \ldots K"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,7 +73,7 @@ class FRoD(Unscaled):
     )
     resolved: ClassVar = ()
     draws: ClassVar = True
-    latex: ClassVar[str] = r"W' = W_0 + U \big(\operatorname{diag}(\lambda - \lambda_0) + S\big) V^\top"
+    latex: ClassVar[str] = r"W' = W_0 + U \bigl(\operatorname{diag}(\lambda - \lambda_0) + S\bigr) V^\top"
 
     def __post_init__(self) -> None:
         super().__post_init__()

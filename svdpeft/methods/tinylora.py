@@ -66,7 +66,7 @@ class TinyLoRA(Decomposed, Unscaled):
         arxiv="2602.04118",
     )
     draws: ClassVar = True
-    latex: ClassVar[str] = r"W' = W_0 + U_r \Sigma_r \Big(\sum_{i=1}^{u} v_i P_i\Big) V_r^\top"
+    latex: ClassVar[str] = r"W' = W_0 + U_r \Sigma_r \Bigl(\sum_{i=1}^{u} v_i P_i\Bigr) V_r^\top"
 
     def __post_init__(self) -> None:
         super().__post_init__()
