@@ -6,7 +6,8 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz mutants test-newest test-lowest lint types docs coverage-models lock
+.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz mutants test-newest test-lowest lint types
+.PHONY: docs docs-site docs-links coverage-models lock
 
 demo: $(DONE)
 	$(BIN)/svdpeft compare --no-search --out runs/demo
@@ -61,6 +62,16 @@ coverage-models: $(DONE)
 # A page and a picture per method, made from the classes.
 docs: $(DONE)
 	$(BIN)/python docs/build.py
+
+# The documentation as a site, build/site/index.html. Every warning is an error, a dead link within the site among them;
+# SVDPEFT_INTERSPHINX=1 links to the references of torch and others, whose lists of names it fetches.
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -c docs
+docs-site: $(DONE)
+	$(SPHINX) . build/site
+
+# Whether the addresses of others still answer.
+docs-links: $(DONE)
+	$(SPHINX) -b linkcheck . build/links
 
 lint: $(DONE)
 	$(BIN)/ruff check

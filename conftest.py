@@ -12,6 +12,7 @@ import shapes  # noqa: F401  before svdpeft, whose shapes it has checked
 
 import svdpeft
 
+collect_ignore = ["docs/conf.py", "docs/site"]  # Sphinx's
 torch.set_num_threads(2)
 
 

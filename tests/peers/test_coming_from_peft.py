@@ -1,4 +1,4 @@
-"""The table of docs/adapters.md, "Coming from PEFT": each row does there what its counterpart does here."""
+"""The table of docs/from-peft.md, "Every name": each row does there what its counterpart does here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
-PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "from-peft.md"
 ROWS: dict[str, Callable[..., None]] = {}
 IDS = torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(1))
 
@@ -36,7 +36,7 @@ def row(*cells: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def table() -> list[str]:
-    section = PAGE.read_text().split("## Coming from PEFT")[1]
+    section = PAGE.read_text().split("## Every name")[1]
     return [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.startswith("| `")]
 
 
