@@ -61,7 +61,6 @@ html_context = {"default_mode": "auto"}  # light or dark, as the system has it
 html_theme_options = {
     "logo": {"text": "svdpeft"},
     "show_prev_next": False,
-    "collapse_navigation": True,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
