@@ -29,12 +29,14 @@ METHODS = {
     "pissa": svdpeft.PiSSA(rank=3),
     "svft": svdpeft.SVFT(pattern="banded"),
     "lora": svdpeft.LoRA(rank=3),
+    "lora-corrected": svdpeft.LoRA(rank=3),
     "vera": svdpeft.VeRA(rank=5),
     "adalora": svdpeft.AdaLoRA(rank=3, allocate={"target_rank": 2}),
     "lora-dash": svdpeft.LoRADash(rank=3, directions=2, warmup=2),
 }
+AROUND = {"lora-corrected": {"loraplus_ratio": 2.0, "gradients": "lora-pro"}}  # arguments of the trainer
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-KEEP_STATE = {"sorsa-adaptive", "adalora", "lora-dash"}
+NOT_WITH_DEEPSPEED = {"sorsa-adaptive", "adalora", "lora-dash", "lora-corrected"}  # they keep a state, or act on gradients
 TO_BE_KILLED = "adalora"  # it has the most to remember
 TARGETS = ("q_proj", "v_proj", "down_proj")
 STEPS, SAVED, KILLED = 3, 1, 2  # in all, until the checkpoint, and until the interruption
@@ -107,6 +109,7 @@ def train(folder: Path, name: str, dtype: torch.dtype, **options: Any) -> list[f
             seed=3,
         ),
         train_dataset=data(),
+        **AROUND.get(name, {}),
         **options,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -217,7 +220,7 @@ def main(folder: Path, dtype: torch.dtype) -> None:
         if (folder / "killed").exists():
             found["killed"] = train(folder / "killed", TO_BE_KILLED, dtype, resume=True)
         for name in METHODS:
-            if zero and name in KEEP_STATE:
+            if zero and name in NOT_WITH_DEEPSPEED:
                 try:
                     train(folder / name, name, dtype)
                 except ValueError as error:

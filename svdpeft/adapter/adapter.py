@@ -17,6 +17,7 @@ from svdpeft.adapter import blocks, steering
 from svdpeft.adapter.dequantising import dequantise, quantise_again, stay_plain
 from svdpeft.adapter.deriving import Bases, cost
 from svdpeft.adapter.file import Source, State
+from svdpeft.adapter.gradients import Rule, rule_for
 from svdpeft.adapter.pretrained import SavePretrained, plain
 from svdpeft.adapter.reach import run_once, unwatch
 from svdpeft.adapter.roster import ROSTER, Roster, enlist, held_elsewhere
@@ -419,14 +420,16 @@ class Adapter:
         """Return what the methods add to the loss, a differentiable scalar, or ``None`` where there is nothing."""
         return self._steps.penalty()
 
-    def before_step(self, peak_lr: float, total_steps: int | None = None) -> None:
+    def before_step(self, peak_lr: float, total_steps: int | None = None, gradients: str | Rule | None = None) -> None:
         """Let the methods change the gradients: after clipping, before the optimizer's step.
 
         Args:
             peak_lr: the largest learning rate of the schedule.
             total_steps: optimizer steps of the whole training, for methods with a schedule of their own.
+            gradients: a rule for L and A beside that: ``"riemannian"``, ``"lora-pro"`` or a function
+                (``svdpeft.adapter.gradients``); refused by a ``ValueError`` where a method has no such two factors.
         """
-        self._steps.before(peak_lr, total_steps)
+        self._steps.before(peak_lr, total_steps, rule_for(gradients, self.methods) if gradients is not None else None)
 
     def after_step(self, lr_scale: float = 1.0, total_steps: int | None = None) -> None:
         """Let the methods change the factors after the optimizer's step, before the gradients are cleared.

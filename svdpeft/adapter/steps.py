@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from svdpeft.adapter.assembling import assembled, in_place
+from svdpeft.adapter.gradients import Rule, correct
 from svdpeft.methods.base import Factors, PerSite, Progress
 from svdpeft.sites.shards import gathered
 from svdpeft.sites.site import Site
@@ -22,8 +23,9 @@ class Steps:
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
+        self.sites = list(sites)
         groups: dict[str, tuple[PerSite, list[Factors]]] = {}
-        for site in sites:
+        for site in self.sites:
             groups.setdefault(repr(site.method.general()), (site.method, []))[1].append(site.factors)
         self.groups = list(groups.values())
         self.taken = 0  # optimizer steps so far
@@ -44,8 +46,8 @@ class Steps:
             return []
         return [p for p, grad in zip(every, gradients, strict=True) if not torch.isfinite(gathered(grad)).all()]
 
-    def before(self, peak_lr: float, total: int | None) -> None:
-        """Let the methods change the gradients."""
+    def before(self, peak_lr: float, total: int | None, rule: Rule | None = None) -> None:
+        """Let the methods change the gradients, and then a rule."""
         self._total = total
         self._begun = True
         if self._bad():  # what a scaler of float16 leaves out; of others nothing is to be learnt either
@@ -54,6 +56,8 @@ class Steps:
         for method, factors in self.groups:
             with in_place(factors, gradients=True) as whole:
                 method.before_step(whole, progress)
+        if rule is not None:
+            correct(rule, self.sites)
 
     def after(self, lr_scale: float, total: int | None) -> None:
         """Let the methods change the factors; a step that a scaler of float16 has left out is none."""

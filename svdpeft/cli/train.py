@@ -52,6 +52,10 @@ def train(
     train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own unless said.")] = None,
     head_lr: Annotated[float | None, typer.Option(help="Learning rate of a new classifier: that of --lr.")] = None,
+    loraplus_ratio: Annotated[float | None, typer.Option(help="LoRA+: rate of L by that of A.")] = None,
+    gradients: Annotated[
+        str | None, typer.Option(help="Rule for the gradients of L and A: riemannian, lora-pro.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training data: 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in the place of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per forward on one device: 8.")] = None,

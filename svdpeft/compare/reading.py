@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from svdpeft.compare.spec import Entry, Search, Spec, check_number, check_text
+from svdpeft.compare.spec import AROUND, Entry, Search, Spec, check_number, check_text
 from svdpeft.finetuning.words import modality_of, parse, read_values
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
@@ -20,8 +20,8 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
 
     Args:
         path: TOML file with any of ``Spec``'s fields; ``methods`` is a list of strings as on the command line or of
-            tables with ``name``, ``label``, ``lr`` and hyper-parameters; ``search`` a table of ``Search``'s fields, or
-            ``false``.
+            tables with ``name``, ``label``, ``lr``, ``loraplus_ratio``, ``gradients`` and hyper-parameters; ``search``
+            a table of ``Search``'s fields, or ``false``.
         task_options: hyper-parameters of the task that override the file's, such as ``{"train_size": 100}``.
         **options: fields that override the file; ``None`` is not given, also inside ``search``.
 
@@ -102,8 +102,9 @@ def read_methods(
         if not isinstance(table.get("name"), str):
             raise ValueError(f"the method {table} has no name=")
         name, label, lr = table.pop("name"), table.pop("label", None), table.pop("lr", None)
+        around = {each: table.pop(each) for each in AROUND if each in table}
         method = METHODS.make(name, table)
-        label = _label(method, table) if label is None else label
+        label = _label(method, table | around) if label is None else label
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"the label {label!r} of {name} is not a word")
         if lr is None:
@@ -114,7 +115,7 @@ def read_methods(
                 f'class learning_rates = {{"{modality}": 1e-3}}'
             )
         check_number(f"the learning rate of {label!r},", lr, 0)
-        entries.append(Entry(label, method, float(lr), tuple(table)))
+        entries.append(Entry(label, method, float(lr), tuple(table), **around))
     labels = [entry.label for entry in entries]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two methods are labelled {twice!r}: give one of them another label=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import sys
@@ -61,7 +62,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """How it trains."""
-        return self.spec.recipe(self.entry.lr, self.epochs)
+        return dataclasses.replace(self.spec.recipe(self.entry.lr, self.epochs), **self.entry.around())
 
     @property
     def kind(self) -> Any:
@@ -84,6 +85,7 @@ class Job:
             "epochs": self.epochs,
             # What an older comparison could not say is said where it is not what that did.
             **{n: value for n in RECIPE if (value := getattr(spec, n)) != Recipe.__dataclass_fields__[n].default},
+            **self.entry.around(),
             **({"threads": spec.threads} if spec.threads is not None else {}),
             **({"snapshots": spec.snapshots} if self.rung is None else {"rung": self.rung}),
         }

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from svdpeft.adapter.gradients import rule_for
+from svdpeft.adapter.loraplus import check_roles
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import TASKS, near_miss
 from svdpeft.training.recipe import DTYPES, Recipe
 
 Kind = Literal["grid", "halving"]
+AROUND = ("loraplus_ratio", "gradients")  # likewise, of one line of a comparison
 RECIPE = ("accumulate", "scheduler", "warmup", "weight_decay", "clip", "mixed_precision")  # fields of training.Recipe
 
 
@@ -43,12 +46,30 @@ class Entry:
         method: with its hyper-parameters.
         lr: learning rate that it is known to work at.
         asked: hyper-parameters that were asked for by name, should they be those that it has by itself.
+        loraplus_ratio: LoRA+, the rate of L as a multiple of that of A.
+        gradients: a rule for the gradients of L and A.
+
+    Raises:
+        ValueError: the method has no L and A that both train.
     """
 
     label: str
     method: Method
     lr: float
     asked: tuple[str, ...] = ()
+    loraplus_ratio: float | None = None
+    gradients: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.loraplus_ratio is not None:
+            check_roles(self.loraplus_ratio, [self.method])
+        if self.gradients is not None:
+            check_text("gradients", self.gradients)
+            rule_for(self.gradients, [self.method])
+
+    def around(self) -> dict[str, Any]:
+        """What is around its steps, where anything is."""
+        return {name: value for name in AROUND if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -236,7 +257,7 @@ class Spec:
     def to_json(self) -> dict[str, Any]:
         """Return the specification as plain values; ``read_spec`` takes them back."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr} for e in self.methods]
+        methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr, **e.around()} for e in self.methods]
         search = dataclasses.asdict(self.search) if self.search else None
         lists = {name: list(plain[name]) for name in ("seeds", "exclude", "budgets")}
         targets = None if self.targets is None else list(self.targets)

@@ -159,6 +159,8 @@ class Session:
             adapter=adapter,
             args=recipe.arguments(folder, seed=setup.seed, **more),
             role_lr={"whole": setup.head_lr} if own and setup.head_lr is not None else None,
+            loraplus_ratio=recipe.loraplus_ratio,
+            gradients=recipe.gradients,
             train_dataset=self.data.train,
             eval_dataset=self.data.validation if validates else None,
             data_collator=self.data.collate,

@@ -27,6 +27,7 @@ from svdpeft.finetuning.session import Session
 from svdpeft.finetuning.tracing import Untraceable, shapes_only, trace_step
 from svdpeft.interop.card import CARD, card
 from svdpeft.training.checkpoints import last_checkpoint
+from svdpeft.training.recipe import Recipe
 from svdpeft.training.trackers import check_tracker
 
 SEEN, PATIENCE = 64, 20.0  # examples, and seconds, for the estimate of the memory
@@ -90,7 +91,7 @@ class Training:
             (
                 "steps",
                 f"{steps:,} of {recipe.batch_size * recipe.accumulate * devices} examples, "
-                f"{passes:.3g} × the data; {recipe.scheduler} from {recipe.lr:g}",
+                f"{passes:.3g} × the data; {recipe.scheduler} from {recipe.lr:g}{_around(recipe)}",
             ),
             ("memory", self._memory()),
             ("out", str(order.out)),
@@ -202,6 +203,12 @@ def _check_folder(order: Order, resume: bool) -> None:
         last = last_checkpoint(out)
     if last is None:
         raise ValueError(f"{out} has no checkpoint to resume from: nothing was saved, save_every says when")
+
+
+def _around(recipe: Recipe) -> str:
+    """What is said of the steps beside the rate."""
+    ratio = "" if recipe.loraplus_ratio is None else f", of L {recipe.loraplus_ratio:g} times that"
+    return ratio + ("" if recipe.gradients is None else f"; gradients {recipe.gradients}")
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> list[str]:

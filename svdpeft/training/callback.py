@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.file import FOLDER
+from svdpeft.adapter.gradients import Rule, rule_for
 from svdpeft.adapter.pretrained import NAME
 from svdpeft.adapter.turns import turns
 from svdpeft.atomic import replacing
@@ -33,10 +34,13 @@ class StepCallback(TrainerCallback):
 
     Args:
         adapter: attached to the model that is trained.
+        gradients: a rule for the gradients of L and A, as in ``Trainer``.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, gradients: str | Rule | None = None) -> None:
+        if gradients is not None:
+            rule_for(gradients, adapter.methods)
+        self.adapter, self.gradients = adapter, gradients
         self.skipped = 0  # steps in a row that a scaler of float16 left out
         self.left_out = 0  # of this training, which are no steps of the adapter
 
@@ -51,7 +55,7 @@ class StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.adapter.steps = state.global_step - self.left_out  # a resumed training goes on counting
-        self.adapter.before_step(args.learning_rate, state.max_steps - self.left_out)
+        self.adapter.before_step(args.learning_rate, state.max_steps - self.left_out, self.gradients)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,6 +80,7 @@ class AdapterCallback(StepCallback):
 
     Args:
         adapter: attached to the model that is trained.
+        gradients: a rule for the gradients of L and A, as in ``Trainer``.
 
     Example::
 

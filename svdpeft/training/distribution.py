@@ -14,16 +14,18 @@ from svdpeft.adapter.roster import adapters_in
 ASKED_FOR = "ACCELERATE_USE_FSDP"  # by accelerate's launcher, from its configuration
 
 
-def prepare(accelerator: Any, adapter: Adapter) -> None:
+def prepare(accelerator: Any, adapter: Adapter, corrects: bool = False) -> None:
     """Make ready for the sharding that the accelerator will do, or refuse it while nothing has changed.
 
     Args:
         accelerator: of the trainer.
         adapter: that is to be trained.
+        corrects: whether a rule for gradients is asked for.
 
     Raises:
         ValueError: FSDP that was asked for and is not used; FSDP1; weights that are in one process alone; trained
-            tensors that sites share, with FSDP; a method that acts on gradients or keeps a state, with DeepSpeed.
+            tensors that sites share, with FSDP; a method that acts on gradients or keeps a state, or a rule for
+            gradients, with DeepSpeed.
     """
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
         _prepare_fsdp(plugin, accelerator.device, adapter)
@@ -34,7 +36,7 @@ def prepare(accelerator: Any, adapter: Adapter) -> None:
             "configuration for whole copies of the model (DDP), such as examples/launch/ddp.yaml"
         )
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
-        _check_deepspeed(adapter)
+        _check_deepspeed(adapter, corrects)
 
 
 def _prepare_fsdp(plugin: Any, device: torch.device, adapter: Adapter) -> None:
@@ -73,7 +75,12 @@ def _prepare_fsdp(plugin: Any, device: torch.device, adapter: Adapter) -> None:
     plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(tied.values())]
 
 
-def _check_deepspeed(adapter: Adapter) -> None:
+def _check_deepspeed(adapter: Adapter, corrects: bool) -> None:
+    if corrects:
+        raise ValueError(
+            "a rule for gradients (gradients=…) corrects them before the step, and DeepSpeed takes its step within "
+            "backward and does not give them away: train with DDP or FSDP2"
+        )
     for method in (site.method for site in adapter.sites.values()):
         if method.changes_gradients or method.keeps_state:
             raise ValueError(

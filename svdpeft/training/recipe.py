@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svdpeft.adapter.gradients import rule_for
+from svdpeft.adapter.loraplus import check_ratio
 from svdpeft.registry import near_miss
 
 PRECISIONS = ("bf16", "fp16", "tf32")
@@ -30,9 +32,11 @@ class Recipe:
         mixed_precision: ``"bf16"`` or ``"fp16"`` autocast, ``"tf32"`` products; ``None``: the dtypes of the tensors.
         checkpoint_activations: compute them again in the backward pass instead of keeping them; whoever has the model
             switches it on there.
+        loraplus_ratio: LoRA+, the rate of L as a multiple of that of A; ``None``: one rate for both.
+        gradients: a rule for the gradients of L and A, ``"riemannian"`` or ``"lora-pro"``; ``None``: as they are.
 
     Raises:
-        ValueError: a number out of range, a scheduler or a precision that does not exist.
+        ValueError: a number out of range, a scheduler, a precision or a rule that does not exist.
 
     Example:
         >>> Recipe(lr=3e-5, batch_size=2, accumulate=64, warmup=0.03).batches(100_000)
@@ -50,6 +54,8 @@ class Recipe:
     clip: float = 1.0
     mixed_precision: str | None = None
     checkpoint_activations: bool = False
+    loraplus_ratio: float | None = None
+    gradients: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "steps"):
@@ -68,6 +74,10 @@ class Recipe:
             raise ValueError(
                 f"mixed_precision {self.mixed_precision!r}: {near_miss(str(self.mixed_precision), PRECISIONS)}"
             )
+        if self.loraplus_ratio is not None:
+            check_ratio(self.loraplus_ratio)
+        if self.gradients is not None:
+            rule_for(self.gradients, ())
         from transformers import SchedulerType
 
         if self.scheduler not in (known := [kind.value for kind in SchedulerType]):

@@ -19,6 +19,8 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import can_return_loss, find_labels
 
 from svdpeft.adapter.adapter import Adapter
+from svdpeft.adapter.gradients import Rule
+from svdpeft.adapter.loraplus import check_roles, rates
 from svdpeft.registry import near_miss
 from svdpeft.sites.shards import reshard
 from svdpeft.targets.wrappers import unwrapped
@@ -89,6 +91,9 @@ class Trainer(transformers.Trainer):
         args: ``transformers.TrainingArguments``.
         role_lr: learning rate by role of factor (``"L"``, ``"C"``, ``"A"``, ``"whole"``), where it differs from
             ``args.learning_rate``.
+        loraplus_ratio: LoRA+, the rate of L as a multiple of that of A.
+        gradients: a rule for the gradients of L and A, after clipping and before the optimizer's step:
+            ``"riemannian"``, ``"lora-pro"``, or a function (``svdpeft.adapter.gradients``).
         **kwargs: everything else that ``transformers.Trainer`` takes.
     """
 
@@ -98,11 +103,22 @@ class Trainer(transformers.Trainer):
         adapter: Adapter,
         args: transformers.TrainingArguments,
         role_lr: Mapping[str, float] | None = None,
+        loraplus_ratio: float | None = None,
+        gradients: str | Rule | None = None,
         **kwargs: Any,
     ) -> None:
         for role in role_lr or {}:
             if role not in adapter.roles():
                 raise ValueError(f"role_lr names the role {role!r}: {near_miss(role, adapter.roles())}")
+        self.role_lr = dict(role_lr or {})
+        if loraplus_ratio is not None:
+            check_roles(loraplus_ratio, adapter.methods)
+            self.role_lr = rates(loraplus_ratio, self.role_lr, args.learning_rate)
+        if self.role_lr and (kwargs.get("optimizers") or (None,))[0] is not None:
+            raise ValueError(
+                f"rates by role, of {', '.join(self.role_lr)}, are for the optimizer that the trainer makes, and here "
+                "is another: give that one groups of adapter.roles()"
+            )
         for split in ("train_dataset", "eval_dataset"):
             data = kwargs.get(split)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
@@ -115,8 +131,8 @@ class Trainer(transformers.Trainer):
             kwargs["data_collator"] = next((found for d in data if (found := Pairs.of(model, d))), None)
         super().__init__(model=model, args=args, **kwargs)
         self.adapter = adapter
-        self.role_lr = dict(role_lr or {})
-        self.add_callback(StepCallback(adapter))
+        self.gradients = gradients
+        self.add_callback(StepCallback(adapter, gradients))
         self._returns_loss = returns_loss(model, args.label_names)
         if (inner := unwrapped(model)) is not model:  # transformers takes the signature of a wrapper for the model's
             self.label_names = args.label_names or find_labels(type(inner))
@@ -238,7 +254,7 @@ class Trainer(transformers.Trainer):
         release(self.adapter)
         reshard(model.modules())
         check_trains(self.adapter, model, optimizer)
-        prepare(self.accelerator, self.adapter)
+        prepare(self.accelerator, self.adapter, self.gradients is not None)
         self._logged_at = (time.perf_counter(), self.state.global_step)
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir or ".", self.adapter)

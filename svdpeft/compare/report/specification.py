@@ -28,7 +28,8 @@ def toml(results: Results) -> str:
         name = entry["method"]["name"]
         knob = getattr(METHODS[name], "knob", None) if limited and name in METHODS else None
         method = {key: value for key, value in entry["method"].items() if key != knob}
-        lines.append(f"    {_value({'label': entry['label'], 'lr': entry['lr'], **method})},")
+        ours = {key: value for key, value in entry.items() if key != "method"}
+        lines.append(f"    {_value({**ours, **method})},")
     return "\n".join([*lines, "]"]) + "\n"
 
 

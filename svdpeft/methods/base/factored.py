@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -106,6 +106,12 @@ class Factored(PerSite):
     def now(self, f: Factors) -> Product:
         """Return s [L C A] as it is now."""
         return Product(f.L, self.core(f), f.A, self.scale)
+
+    @property
+    def pair(self) -> Callable[[Factors], Product] | None:
+        # A product of one's own is made of other tensors than L and A, and a shared one has no gradient of a site.
+        plain = type(self).now is Factored.now and type(self).group is Factored.group
+        return self.now if plain and {"L", "A"} <= set(self.trains) else None
 
     def anchor(self, f: Factors) -> Product | None:
         if not self.anchored:

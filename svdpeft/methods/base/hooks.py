@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from svdpeft.decomposition import Product
 from svdpeft.methods.base.factors import Factors, Tensors
 from svdpeft.methods.base.given import Given
 from svdpeft.methods.base.kind import Kind
@@ -57,6 +58,14 @@ class Hooks(Method):
     def dropout(self) -> float:  # a field of the methods that have one
         """Probability with which an entry of the adapter's input is dropped in training."""
         return 0.0
+
+    @property
+    def pair(self) -> Callable[[Factors], Product] | None:
+        """How the change s L C A is read of a site, where L and A are its own thin factors and both train.
+
+        What ``gradients=`` of a training is about, by a rule for two such factors; ``None``: the method has none.
+        """
+        return None
 
     # Tensors that several sites have in common.
 
