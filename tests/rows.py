@@ -126,6 +126,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hra": [{"rank": 2}, {"rank": 4, "gamma": 0.1}],
     "road": [{}, {"variant": 2}, {"variant": 4}],
     "fourierft": [{"frequencies": 30}, {"frequencies": 30, "alpha": 9.0, "reference_init": True}],
+    "waveft": [{"frequencies": 30, "alpha": 9.0}],
     "c3a": [{"block_size": 3}, {"block_size": 2, "reference_init": True}],
     "ether-plus": [{}, {"blocks": 2}],
     "full": [{}],

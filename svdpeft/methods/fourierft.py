@@ -11,21 +11,20 @@ Parameter-Efficient Fine-Tuning with Discrete Fourier Transform. ICML 2024, arXi
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, Transform, generator
+from svdpeft.methods.base import Call, Factors, Given, Reference, Tensors, generator
+from svdpeft.methods.base.spectrum import Spectrum
 from svdpeft.registry import METHODS
 
 
 @METHODS.register("fourierft")
 @dataclass(frozen=True)
-class FourierFT(Transform):
+class FourierFT(Spectrum):
     """A dense update from a sparse spectrum: n_f values per layer, whatever its size.
 
     When to use:
@@ -40,8 +39,6 @@ class FourierFT(Transform):
         PEFT's entries are those of its seed, 777, for every adapter; here those of the seed of the adapter.
 
     Args:
-        frequencies: n_f, at most m n; ``clip_rank`` lowers it there.
-        alpha: α.
         reference_init: start as the published code does.
 
     Example:
@@ -53,10 +50,6 @@ class FourierFT(Transform):
     alpha: float = 300.0
     reference_init: bool = False
 
-    trains: ClassVar = ("c",)
-    knob: ClassVar[str] = "frequencies"
-    resolved: ClassVar = ("frequencies",)
-    draws: ClassVar = True
     learning_rates: ClassVar = {"vision": 1e-1, "language": 5e-2}
     latex: ClassVar[str] = r"W' = W_0 + \alpha\, \mathrm{Re}\, \mathcal{F}^{-1}(S),\quad S_{E} = c"
     reference: ClassVar = Reference(
@@ -69,58 +62,22 @@ class FourierFT(Transform):
         arxiv="2405.03003",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frequencies < 1:
-            raise ValueError(f"frequencies {self.frequencies} is below 1")
-
-    def at(self, site: str, m: int, n: int, clip: bool = False, roles: Sequence[str] = ()) -> FourierFT:
-        if self.frequencies > m * n and not clip:
-            raise ValueError(
-                f"frequencies {self.frequencies} is more than the {m * n} entries of {site} ({m}x{n}); "
-                "clip_rank=True lowers it there"
-            )
-        return dataclasses.replace(self, frequencies=min(self.frequencies, m * n))
-
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
         return not self.reference_init
 
-    def group(self, given: Given) -> str:
-        _, m, n = given.shape
-        return f"fourierft {m}x{n} {self.frequencies}"
-
-    def share(self, group: Sequence[Given]) -> Tensors:
-        given = group[0]
-        _, m, n = given.shape
-        drawn = torch.randperm(m * n, generator=generator(given.seed_of(self.group(given))))
-        return {"index": drawn[: self.frequencies].to(given.device)}
-
     def start(self, w: Tensor, given: Given) -> Tensors:
-        shape = (*w.shape[:-2], self.frequencies)
         if self.reference_init:
+            shape = (*w.shape[:-2], self.frequencies)
             return {"c": torch.randn(shape, generator=generator(given.seed), dtype=torch.float64).to(w)}
-        return {"c": w.new_zeros(shape)}
-
-    def count(self, batch: int, m: int, n: int) -> int:
-        """n_f per matrix."""
-        return batch * self.frequencies
-
-    def knob_values(self, sites: Sequence[Given]) -> range:
-        return range(1, 1 + max(m * n for _, m, n in (site.shape for site in sites)))
+        return super().start(w, given)
 
     def delta(self, f: Factors, w0: Tensor) -> Tensor:
-        c = f.c.to(w0.dtype)
-        spectrum = c.new_zeros(*c.shape[:-1], w0.shape[-2] * w0.shape[-1])
-        spectrum = spectrum.index_copy(-1, f.index, c).unflatten(-1, w0.shape[-2:])
-        return self.alpha * torch.fft.ifft2(spectrum).real
+        return self.alpha * torch.fft.ifft2(self.spread(f.c.to(w0.dtype), f, *w0.shape[-2:])).real
 
     def absolute(self, f: Factors, w0: Tensor) -> Tensor:
         total = f.c.to(w0.dtype).abs().sum(-1)[..., None, None]  # every entry is a sum of all c
         return (abs(self.alpha) / (w0.shape[-2] * w0.shape[-1]) * total).expand_as(w0)
-
-    def acts(self, linear: bool) -> bool:
-        return linear
 
     def act(self, f: Factors, call: Call) -> Tensor:
         _, m, n = f.shape
