@@ -127,6 +127,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "road": [{}, {"variant": 2}, {"variant": 4}],
     "fourierft": [{"frequencies": 30}, {"frequencies": 30, "alpha": 9.0, "reference_init": True}],
     "waveft": [{"frequencies": 30, "alpha": 9.0}],
+    "vblora": [
+        {"rank": 2, "vectors": 5, "vector_length": 3},
+        {"rank": 3, "vectors": 4, "vector_length": 2, "top_k": 3, "reference_init": True},
+    ],
     "c3a": [{"block_size": 3}, {"block_size": 2, "reference_init": True}],
     "ether-plus": [{}, {"blocks": 2}],
     "full": [{}],

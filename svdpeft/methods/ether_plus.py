@@ -23,7 +23,7 @@ from torch import Tensor
 
 from svdpeft.decomposition import Product, check_matrix
 from svdpeft.methods.base import Factors, Given, Reference, Tensors, ThinTransform, generator
-from svdpeft.methods.c3a import common
+from svdpeft.methods.base.divisors import common
 from svdpeft.methods.hra import between, unit
 from svdpeft.registry import METHODS
 

@@ -1,4 +1,4 @@
-"""WaveFT against Hugging Face PEFT, on the same weights; what differs is named."""
+"""WaveFT and VB-LoRA against Hugging Face PEFT, on the same weights; what differs is named."""
 
 from __future__ import annotations
 
@@ -72,3 +72,30 @@ def test_their_waveft_without_a_transform_is_shira():
     layer.waveft_indices["default"] = torch.stack([f.index // 12, f.index % 12])
     give(layer.waveft_spectrum["default"], f.values / 4)
     same(ours, theirs, 12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_vblora(k: int):
+    """Known difference: PEFT starts off the base model; ``reference_init`` does so, too."""
+    config = peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=3, topk=k, target_modules=["0", "1"])
+    method = svdpeft.VBLoRA(rank=2, vectors=5, vector_length=3, top_k=k, reference_init=True)
+    ours, theirs, adapter = both(config, method, 12, 6, 9)
+    bank = theirs.base_model.vblora_vector_bank["default"]
+    assert bank.numel() == adapter.sites["0"].factors.bank.numel()
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == adapter.trainable_count
+    base = both(config, svdpeft.LoRA(rank=1), 12, 6, 9)[0]
+    for model in (ours, theirs):  # some 1e-4 per entry
+        off = (outputs(model, 12)[0] - outputs(base, 12)[0]).abs().max()
+        assert 1e-6 < off < 1e-2
+    for move in (False, True):
+        if move:
+            perturb(adapter)
+        give(bank, adapter.sites["0"].factors.bank)
+        for i, site in adapter.sites.items():
+            layer, f = theirs.base_model.model[int(i)], site.factors
+            assert layer.vblora_logits_A["default"].shape == f.right.shape
+            give(layer.vblora_logits_A["default"], f.right)
+            give(layer.vblora_logits_B["default"], f.left.transpose(0, 1))
+        same(ours, theirs, 12)
+    exact = both(config, svdpeft.VBLoRA(rank=2, vectors=5, vector_length=3, top_k=k), 12, 6, 9)[0]
+    assert torch.equal(outputs(exact, 12)[0], outputs(base, 12)[0])
