@@ -1,8 +1,9 @@
-"""WaveFT, VB-LoRA and LoReFT: their papers written out in NumPy float64."""
+"""WaveFT, VB-LoRA and GOFT: their papers written out in NumPy float64."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from oracle import Array, linear, near, output, rank_of, tensors
 from test_oracles_maps import moved
 from torch import nn
 
-from svdpeft import VBLoRA, WaveFT, attach
+from svdpeft import GOFT, VBLoRA, WaveFT, attach
+from svdpeft.methods.goft import stages
 
 # -- WaveFT --------------------------------------------------------------------------------------------------
 
@@ -144,3 +146,72 @@ def test_a_gradient_reaches_the_bank_from_every_layer():
     chosen = f.left.topk(2, dim=-1).indices
     others = torch.ones_like(f.left).scatter(-1, chosen, 0.0)
     assert not (f.left.grad * others).any(), "a logit that is not among the largest k has none"
+
+
+# -- GOFT ----------------------------------------------------------------------------------------------------
+
+
+def stage_matrices(n: int, blocks: list[Array]) -> list[Array]:
+    found, used, distance = [], 0, 1
+    while distance < n:
+        s = np.eye(n)
+        for i in range(0, n, 2 * distance):
+            if (k := i + distance) < n:
+                s[np.ix_([i, k], [i, k])] = blocks[used]
+                used += 1
+        found.append(s)
+        distance *= 2
+    assert used == n - 1 == len(blocks)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7), (5, 16), (3, 2)], ids=str)
+@pytest.mark.parametrize("variant", ["goft", "qgoft"])
+def test_goft(shape: tuple[int, int], variant: Any):
+    adapter, f, w, x, found = moved(GOFT(variant), shape)
+    if variant == "goft":
+        turns = [math.pi * math.tanh(p) for p in f["p"]]
+        blocks = [np.array([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in turns]
+    else:
+        blocks = list(f["S"])
+    product = np.linalg.multi_dot([np.eye(shape[1]), *stage_matrices(shape[1], blocks), np.eye(shape[1])])
+    near(found, x @ (w @ product).T)
+    near(adapter.delta("layer"), w @ product - w)
+    assert adapter.trainable_count == (shape[1] - 1) * (1 if variant == "goft" else 4)
+    orthogonal = np.abs(product @ product.T - np.eye(shape[1])).max() < 1e-12
+    assert orthogonal == (variant == "goft")
+
+
+def test_goft_turns_an_input_into_any_direction():
+    n = 6
+    model, w, _ = linear((n, n))
+    adapter = attach(model, GOFT())
+    target = np.random.default_rng(1).standard_normal(n)
+    target /= np.linalg.norm(target)
+    # From the last stage, which acts on an input first: what is not yet where it belongs waits in the lower index.
+    length = {i: target[i] for i in range(n)}
+    theta = np.zeros(n - 1)
+    for distance, which in stages(n):
+        for pair, i in zip(range(which.start, which.stop), range(0, n, 2 * distance), strict=False):
+            theta[pair] = math.atan2(length[i + distance], length[i])
+            length[i] = math.hypot(length[i], length[i + distance])
+    with torch.no_grad():
+        adapter.sites["layer"].factors.p.copy_(torch.from_numpy(np.arctanh(theta / math.pi)))
+    near((w + adapter.delta("layer").numpy())[:, 0], w @ target)
+
+
+def test_penalty_of_goft():
+    model = nn.ModuleDict({name: nn.Linear(9, 5, dtype=torch.float64) for name in "ab"})
+    adapter = attach(model, GOFT("qgoft", gamma=0.3))
+    assert not adapter.penalty().any()
+    perturb(adapter)
+    blocks = [b for site in adapter.sites.values() for b in site.factors.S.detach().numpy()]
+    near(adapter.penalty(), 0.3 * sum((b[:, 0] @ b[:, 1]) ** 2 for b in blocks))
+    assert attach(model, GOFT(), name="turns").penalty() is None
+    assert attach(model, GOFT("qgoft", gamma=0.0), name="free").penalty() is None
+    with pytest.raises(ValueError, match="variant 'givens' is neither 'goft' nor 'qgoft'"):
+        GOFT("givens")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gamma -1\.0 is negative"):
+        GOFT(gamma=-1.0)
+    with pytest.raises(ValueError, match="1 input: there is nothing to turn"):
+        attach(nn.ModuleDict({"a": nn.Linear(1, 5)}), GOFT())
