@@ -132,6 +132,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rank": 3, "vectors": 4, "vector_length": 2, "top_k": 3, "reference_init": True},
     ],
     "goft": [{}, {"variant": "qgoft", "gamma": 0.1}],
+    "loreft": [{"rank": 2}, {"rank": 3, "variant": "direft"}],
     "c3a": [{"block_size": 3}, {"block_size": 2, "reference_init": True}],
     "ether-plus": [{}, {"blocks": 2}],
     "full": [{}],

@@ -1,4 +1,4 @@
-"""WaveFT, VB-LoRA and GOFT: their papers written out in NumPy float64."""
+"""WaveFT, VB-LoRA, GOFT and LoReFT: their papers written out in NumPy float64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import perturb
-from oracle import Array, linear, near, output, rank_of, tensors
+from oracle import Array, every_shape, linear, near, output, rank_of, tensors
 from test_oracles_maps import moved
 from torch import nn
 
-from svdpeft import GOFT, VBLoRA, WaveFT, attach
+from svdpeft import GOFT, LoReFT, VBLoRA, WaveFT, attach
 from svdpeft.methods.goft import stages
 
 # -- WaveFT --------------------------------------------------------------------------------------------------
@@ -215,3 +215,60 @@ def test_penalty_of_goft():
         GOFT(gamma=-1.0)
     with pytest.raises(ValueError, match="1 input: there is nothing to turn"):
         attach(nn.ModuleDict({"a": nn.Linear(1, 5)}), GOFT())
+
+
+# -- LoReFT --------------------------------------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("variant", ["loreft", "direft"])
+def test_loreft(shape: tuple[int, int], rank: int, variant: Any):
+    model, _, _ = linear(shape)
+    start = tensors(attach(model, LoReFT(rank, variant)))
+    if variant == "loreft":
+        near(start["R"] @ start["R"].T, np.eye(rank))
+        np.testing.assert_array_equal(start["W"], start["R"])
+    else:
+        assert np.abs(start["R"]).max() <= 1 / math.sqrt(shape[0])
+        assert not start["W"].any()
+    adapter, f, w, x, found = moved(LoReFT(rank, variant), shape)
+    h = x @ w.T
+    edited = np.array([row + f["R"].T @ (f["W"] @ row - (f["R"] @ row if variant == "loreft" else 0)) for row in h])
+    near(found, edited)
+    assert rank_of(adapter.delta("layer").numpy()) == adapter.sites["layer"].method.export_rank(*shape) == rank
+    assert adapter.trainable_count == 2 * rank * shape[0]
+
+
+def test_a_step_of_loreft_leaves_its_directions_orthonormal():
+    model = nn.ModuleDict({name: nn.Linear(9, 6, dtype=torch.float64) for name in "ab"})
+    adapter = attach(model, LoReFT(rank=3))
+    perturb(adapter)
+    before = {name: (s.factors.R.detach().numpy().copy(), s.factors.W.clone()) for name, s in adapter.sites.items()}
+    adapter.after_step()
+    for name, site in adapter.sites.items():
+        r, w = before[name]
+        u, _, vh = np.linalg.svd(r, full_matrices=False)
+        near(site.factors.R, u @ vh)
+        assert torch.equal(site.factors.W, w)
+    free = attach(model, LoReFT(rank=3, variant="direft"), name="free")
+    perturb(free)
+    before_free = free.sites["a"].factors.R.clone()
+    free.after_step()
+    assert torch.equal(free.sites["a"].factors.R, before_free)
+
+
+def test_the_bias_is_not_edited():
+    layer = nn.Linear(5, 4, dtype=torch.float64)
+    perturb(attach(nn.ModuleDict({"layer": layer}), LoReFT(rank=2)))
+    x = torch.zeros(2, 5, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.bias.expand(2, -1))
+
+
+def test_ranks_of_loreft_that_do_not_fit():
+    with pytest.raises(ValueError, match="rank 7 is outside"):
+        attach(linear((6, 9))[0], LoReFT(rank=7))
+    assert attach(linear((6, 9))[0], LoReFT(rank=7), clip_rank=True).sites["layer"].method.rank == 6
+    assert attach(linear((9, 6))[0], LoReFT(rank={"layer": 7})).sites["layer"].method.export_rank(9, 6) == 6
+    with pytest.raises(ValueError, match="variant 'reft' is neither 'loreft' nor 'direft'"):
+        LoReFT(variant="reft")  # type: ignore[arg-type]
