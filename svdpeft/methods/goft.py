@@ -59,7 +59,7 @@ class GOFT(Transform):
 
     knob: ClassVar[str] = "variant"
     smallest: ClassVar = (1, 2)
-    learning_rates: ClassVar = {"vision": 1e-3, "language": 1e-4}
+    learning_rates: ClassVar = {"vision": 1e-2, "language": 1e-4}
     latex: ClassVar[str] = r"W' = W_0 \prod_{j} S_j,\quad S_j = \bigoplus_i \mathrm{Rot}(\theta_{ji})"
     reference: ClassVar = Reference(
         key="ma2024goft",
