@@ -36,7 +36,8 @@ METHODS = {
 }
 AROUND = {"lora-corrected": {"loraplus_ratio": 2.0, "gradients": "lora-pro"}}  # arguments of the trainer
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-NOT_WITH_DEEPSPEED = {"sorsa-adaptive", "adalora", "lora-dash", "lora-corrected"}  # they keep a state, or act on gradients
+# They keep a state, or act on gradients.
+NOT_WITH_DEEPSPEED = {"sorsa-adaptive", "adalora", "lora-dash", "lora-corrected"}
 TO_BE_KILLED = "adalora"  # it has the most to remember
 TARGETS = ("q_proj", "v_proj", "down_proj")
 STEPS, SAVED, KILLED = 3, 1, 2  # in all, until the checkpoint, and until the interruption

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import adapt, close, host, perturb
 from oracle import Array, near
 from own_data import assert_equal_bits, command, place, record, saved_models, training, weights
+from rows import label, methods
 from test_train import interrupted
 from test_trainer import WithLoss, arguments, collate, data, make, trainer, values
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from svdpeft.compare.run import Job
 from svdpeft.compare.store import Store
 from svdpeft.finetuning.order import read_order
 from svdpeft.layers.experts import Experts
-from svdpeft.methods.base import Factors
+from svdpeft.methods.base import Factored, Factors
 from svdpeft.training.distribution import prepare
 
 __all__ = ["place", "saved_models"]  # fixtures
@@ -211,6 +213,29 @@ def test_matrices_of_a_batch_have_a_rule_each(name: str):
             f = site.factors
             near(f.L.grad.reshape(-1, *f.L.shape[-2:])[i], of_left.numpy())
             near(f.A.grad.reshape(-1, *f.A.shape[-2:])[i], of_right.numpy())
+
+
+OF_THE_FORM = [m for m in methods(factored=True) if isinstance(m, Factored) and m.pair is not None]
+
+
+@pytest.mark.parametrize("method", OF_THE_FORM, ids=label)
+def test_a_pair_is_what_the_gradients_of_both_factors_are_made_of(method: Factored):
+    """Of every registered method that says so: ∂L = s G Pᵀ and ∂A = s QᵀG for the G of its change."""
+    model, _ = host(("linear", 0))
+    adapter = adapt(model, method)
+    perturb(adapter)
+    (site,) = adapter.sites.values()
+    f = site.factors
+    assert site.method.pair is not None
+    product = site.method.pair(f)
+    g = torch.randn(site.shape[1:], dtype=torch.float64)
+    change = site.method.product(f)
+    assert change is not None
+    of_left, of_right = torch.autograd.grad((g * change.dense()).sum(), [f.L, f.A])
+    core = torch.eye(product.rank, dtype=torch.float64) if product.C is None else product.tensor_core
+    core = torch.diag(core) if core.ndim == 1 else core
+    close(of_left, product.scale * g @ (core @ f.A).mT)
+    close(of_right, product.scale * (f.L @ core).mT @ g)
 
 
 # -- training --------------------------------------------------------------------------------------------------
