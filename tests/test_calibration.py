@@ -594,6 +594,7 @@ def test_a_vision_model_starts_at_its_base(method: Any):
         assert not torch.equal(model(batches[0]), expected)
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("method", [CorDA(rank=4), LoRAGA(rank=4)], ids=str)
 def test_a_language_model_starts_at_its_base(method: Any):
     model = real("smollm2-135m", dtype=torch.bfloat16).model

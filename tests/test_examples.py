@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import perturb
+from helpers import LIGHT, perturb
 
 import svdpeft
 
@@ -23,6 +23,7 @@ else:
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 others = pytest.mark.filterwarnings("ignore")  # what the trainers of others warn of
+pytestmark = pytest.mark.apart  # the libraries and models of others go with the process
 Here = Callable[..., str]
 
 
@@ -147,7 +148,7 @@ def installed(folder: Path) -> dict[str, str]:
         for group, points in project["entry-points"].items()
     )
     (about / "entry_points.txt").write_text("\n".join(lines))
-    path = os.pathsep.join([str(folder), str(EXAMPLES / "plugin"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(LIGHT), str(folder), str(EXAMPLES / "plugin"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

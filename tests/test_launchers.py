@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import LIGHT
 from launched import KEEP_STATE, METHODS, TO_BE_KILLED, train
 from safetensors.torch import load_file
 
@@ -37,7 +38,8 @@ def launching(scheme: str, *command: object) -> dict[str, Any]:
         "--config_file",
         ROOT / f"examples/launch/{scheme}.yaml",
     ]
-    before = {"PYTHONPATH": ROOT, "PATH": Path(sys.executable).parent}  # where this svdpeft and its command are
+    # Where this svdpeft and its command are.
+    before = {"PYTHONPATH": f"{LIGHT}{os.pathsep}{ROOT}", "PATH": Path(sys.executable).parent}
     more = {name: os.pathsep.join([str(path), os.environ.get(name, "")]) for name, path in before.items()}
     more["OMP_NUM_THREADS"] = "1"
     if scheme == "zero3" and not torch.cuda.is_available():

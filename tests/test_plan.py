@@ -142,6 +142,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(("make", "batch", "method", "precision"), STEPS)
 def test_a_traced_step_holds_what_a_real_one_does(make, batch, method, precision):
     model, shown = make(), batch()

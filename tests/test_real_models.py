@@ -10,6 +10,7 @@ from svdpeft.models import load
 from svdpeft.models.embedded import AssetError
 from svdpeft.tasks.mnist5k import Mnist5k
 
+pytestmark = pytest.mark.apart
 INPUTS = {
     "efficientnet-lite0": lambda: torch.randn(2, 3, 64, 64),
     "dinov2-vits14": lambda: torch.randn(2, 3, 56, 56),
