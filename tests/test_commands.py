@@ -23,6 +23,7 @@ import report_records
 import rwkv_models
 import torch
 from PIL import Image
+from rows import EVERYTHING
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_tasks_vision import flowers
@@ -147,7 +148,7 @@ def shortened(*args: Any, **options: Any) -> Any:
     few = {key: value for key, value in FEW[spec.task].items() if key in known}
     return dataclasses.replace(
         spec,
-        methods=spec.methods[-1:],
+        methods=spec.methods[1:2] if spec.model == "smollm2-135m" else spec.methods[-1:],  # LoRA decomposes nothing
         budgets=spec.budgets[:1],
         baseline=None,
         confidence=None,
@@ -306,7 +307,20 @@ def row(command: str) -> Any:
     return pytest.param(command, marks=[pytest.mark.apart] if "smollm2" in command else [])
 
 
-@pytest.mark.parametrize("command", map(row, commands()))
+def covering(found: Sequence[str]) -> list[str]:
+    """Those that have a word, but for the folder that they write, which none before them has; all with ``--all``."""
+    known: set[str] = set()
+    kept = []
+    for command in found:
+        words = words_of(command)
+        own = {word for i, word in enumerate(words) if words[i - 1] != "--out"}
+        if EVERYTHING or not own <= known:
+            kept.append(command)
+        known |= own
+    return kept
+
+
+@pytest.mark.parametrize("command", map(row, covering(commands())))
 def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     words = words_of(command)
     prepare(words, world, monkeypatch)

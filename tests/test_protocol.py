@@ -357,7 +357,7 @@ def test_two_workers_give_the_records_of_one(tmp_path, monkeypatch):
     spec = read_spec(
         model="efficientnet-lite0",
         methods="head-only,lora",
-        seeds=[0, 1],
+        seeds=[0],
         epochs=1,
         batch_size=8,
         search=False,
@@ -365,9 +365,7 @@ def test_two_workers_give_the_records_of_one(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LIGHT), os.environ.get("PYTHONPATH", "")]))
     together = runner.compare(spec, tmp_path / "two", runner.Engine(workers=2))
-    assert [(r["label"], r["identity"]["seed"]) for r in together] == [
-        (label, seed) for seed in (0, 1) for label in ("HeadOnly", "LoRA")
-    ]
+    assert [r["label"] for r in together] == ["HeadOnly", "LoRA"]
     assert all("error" not in r for r in together)
     torch.set_num_threads(2)
     alone = runner.compare(spec, tmp_path / "one")
