@@ -320,7 +320,7 @@ def covering(found: Sequence[str]) -> list[str]:
     return kept
 
 
-@pytest.mark.parametrize("command", map(row, covering(commands())))
+@pytest.mark.parametrize("command", [row(command) for command in covering(commands())])
 def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     words = words_of(command)
     prepare(words, world, monkeypatch)
