@@ -41,6 +41,12 @@ def _file(name):
     return name.partition("::")[0]
 
 
+def _unit(name):
+    """What a test goes to a worker with."""
+    part = f" {zlib.crc32(name.encode()) % PARTS}" if "/test_properties_" in name else ""
+    return _file(name) + part
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Long files first and properties last."""
@@ -59,10 +65,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadGroupScheduling):
         def _split_scope(self, name):
-            if (group := super()._split_scope(name)) != name:  # said by a test
-                return group
-            part = f" {zlib.crc32(name.encode()) % PARTS}" if "/test_properties_" in name else ""
-            return _file(name) + part
+            group = super()._split_scope(name)
+            return _unit(name) if group == name else group  # which tests may have said themselves
 
     config.option.loadscopereorder = False  # in the order above
     return Files(config, log)

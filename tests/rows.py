@@ -2,8 +2,8 @@
 
 A default run has every method on every example layer, in one of its variants, and every variant on some layers that
 are called and some that are read: what is asked of one adapter at a time. What is asked of dtypes, files, several
-adapters and switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has every variant on
-every example of everything.
+adapters and switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has every
+variant on every example of everything.
 """
 
 from __future__ import annotations
