@@ -316,13 +316,8 @@ def covering(found: Sequence[str]) -> list[str]:
     return kept
 
 
-def row(command: str) -> Any:
-    """What takes much memory is apart: a vocabulary of 49,152 words, a comparison, a plan."""
-    large = "smollm2" in command or command.split()[1] in ("compare", "plan")
-    return pytest.param(command, marks=[pytest.mark.apart] if large else [])
-
-
-@pytest.mark.parametrize("command", [row(command) for command in covering(commands())])
+@pytest.mark.apart  # with what each of them imports and loads
+@pytest.mark.parametrize("command", covering(commands()))
 def test_it_runs_as_it_is_printed(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     words = words_of(command)
     prepare(words, world, monkeypatch)
