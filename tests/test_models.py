@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svdpeft.models import Loaded, convert, embedded, load
 
+pytestmark = pytest.mark.apart
 PARAMETERS = {
     "efficientnet-lite0": 4_652_008,
     "dinov2-vits14": 22_056_192,
@@ -53,7 +54,6 @@ def run(loaded: Loaded, x: Tensor) -> Tensor:
     return loaded.model(x)
 
 
-@pytest.mark.apart
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_size_and_same_twice(name: str) -> None:
     options = {"dtype": torch.bfloat16} if name == "smollm2-135m" else {}  # in float32 it is half a gigabyte
@@ -147,7 +147,6 @@ def test_dinov2_equals_its_onnx_graph(converted_anew: None) -> None:
         assert (vit.forward_features(x) - expected).abs().max() < 1e-4  # of values up to 8
 
 
-@pytest.mark.apart
 def test_smollm2_knows_paris_and_splits_digits_first() -> None:
     loaded = model("smollm2-135m")
     assert loaded.modality == "language"
@@ -217,7 +216,6 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
         load("timm:deit_tiny_distilled_patch16_224", num_classes=5)
 
 
-@pytest.mark.apart
 def test_dtype() -> None:
     assert model("dinov2-vits14", dtype=torch.bfloat16).model.get_parameter("norm.weight").dtype == torch.bfloat16
     assert model("minilm-l6", dtype=torch.float64).model.dtype == torch.float64
