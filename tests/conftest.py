@@ -97,6 +97,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         child = os.fork()
     if not child:
         told = ("", "")
+        torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew, before several threads do so at once
         try:
             pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
         except pytest.skip.Exception as skipped:
