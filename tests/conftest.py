@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import resource
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,8 +86,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if exists(item)]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """What is marked ``apart`` runs in a fork, with which the memory of a whole pretrained model is gone for sure."""
+    if pyfuncitem.get_closest_marker("apart") is None or not hasattr(os, "fork") or torch.cuda.is_available():
+        return None
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that a worker listens with
+        child = os.fork()
+    if not child:
+        told = ("", "")
+        torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew, before several threads do so at once
+        try:
+            pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+        except pytest.skip.Exception as skipped:
+            told = ("skipped", str(skipped))
+        except BaseException:
+            told = ("failed", traceback.format_exc())
+        with open(writing, "w") as file:
+            json.dump(told, file)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        said = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    how, why = json.loads(said) if status == 0 else ("failed", f"the process apart ended with {status}")
+    if how == "skipped":
+        pytest.skip(why)
+    if how == "failed":
+        pytest.fail(why, pytrace=False)
+    return True
+
+
 RESIDENT = Path("/proc/self/statm")
-LARGE = 2**27  # bytes
+LARGE = 2**25  # bytes
 _least = [0]  # resident after the last release
 
 

@@ -8,6 +8,7 @@ import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from svdpeft.methods.base import Method, Statistics
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import MergeReport
 from svdpeft.targets.select import select
+
+LIGHT = Path(__file__).parent / "light"  # first on the path of a process, it starts without what it does not need
 
 # The one bound of float64. No method and no layer kind has its own.
 RTOL, ATOL = 1e-10, 1e-12

@@ -1,9 +1,9 @@
 """The rows of the property tests, by the registries: every method, every layer kind, and their pairs.
 
-A default run has every method on every example layer, in one of its variants, and every variant on some layers that
-are called and some that are read: what is asked of one adapter at a time. What is asked of files, of several adapters
-and of switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has every variant on
-every example of everything.
+A default run has every method on two examples of every kind of layer, in one of its variants, and every variant on some
+layers that are called and some that are read: what is asked of one adapter at a time. What is asked of dtypes, files,
+several adapters and switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has
+every variant on every example of everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Kind = tuple[str, int]  # a registered name and the position of one of its examp
 T = TypeVar("T")
 
 EVERYTHING = os.environ.get("SVDPEFT_TESTS") == "all"  # set by ``pytest --all``
-AT_LEAST = 2  # called layers, and read ones, that every variant meets in a default run
+EXAMPLES = 2  # of a kind of layer that every method meets in a default run, those that are its turn
+AT_LEAST = 2  # called layers, and read ones, that every variant meets then
 
 # Linear layers with a weight of integers: rows beside those of the registered kinds, by the name of their scheme.
 QUANTISED: tuple[Kind, ...] = tuple((name, 0) for name in SCHEMES)
@@ -231,10 +232,21 @@ def of_each_kind() -> tuple[tuple[Method, Kind], ...]:
     return tuple(pair for names, same in found.items() for pair in some(same, *names))
 
 
+def met(name: str) -> list[Kind]:
+    """The examples that a method meets, by its name."""
+    if EVERYTHING:
+        return list(kinds())
+    found: dict[str, list[Kind]] = {}
+    for kind in kinds():
+        if kind not in OTHERS or kind in some(OTHERS, name):
+            found.setdefault(kind[0], []).append(kind)
+    return [kind for its in found.values() for kind in sorted(its, key=lambda kind: order(name, kind))[:EXAMPLES]]
+
+
 def spread(same: list[Method]) -> dict[Kind, list[Method]]:
     """Which variants of one method meet which kinds: each kind one, each variant some kinds of either sort."""
     taken: dict[Kind, list[Method]] = {}
-    mine = [kind for kind in kinds() if kind not in OTHERS or kind in some(OTHERS, same[0].name)]
+    mine = met(same[0].name)
     for kind in mine:
         possible = [method for method in same if defined(method, kind)]
         taken[kind] = possible if EVERYTHING else sorted(possible, key=lambda method: order(method, kind))[:1]
@@ -260,5 +272,6 @@ every_kind = pytest.mark.parametrize("kind", kinds(), ids=label)
 every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if called(kind)], ids=label)
 every_trainable = pytest.mark.parametrize("kind", [kind for kind in kinds() if has(kind, "training")], ids=label)
 every_pair = rows("method, kind", pairs())
+of_each = rows("method, kind", of_each_kind())
 of_each_factored = rows("method, kind", [(m, k) for m, k in of_each_kind() if m.factored])
 one_each = pytest.mark.parametrize("method", one_of_each(factored=True), ids=label)

@@ -198,7 +198,9 @@ def test_workers_draw_no_bars_over_the_callers(done):
     assert {outcome.result["bars"] for outcome in outcomes.values() if outcome.result} == {False}
 
 
-HERE = [str(folder) for folder in Path(__file__).parents[:2]]  # where workers find this module and the package
+HERE = [
+    str(folder) for folder in (Path(__file__).with_name("light"), *Path(__file__).parents[:2])
+]  # of workers: this module, svdpeft
 SCRIPT = """
 import signal, sys, time
 from functools import partial

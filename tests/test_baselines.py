@@ -46,6 +46,7 @@ def test_a_model_without_them_is_refused(method, model):
 
 
 @pytest.mark.filterwarnings("ignore:.*trains whole in torch.bfloat16")
+@pytest.mark.apart
 @pytest.mark.parametrize("name", ["dinov2-vits14", "efficientnet-lite0", "smollm2-135m"])
 def test_counts_on_real_models(name):
     options = {"dtype": torch.bfloat16} if name == "smollm2-135m" else {"num_classes": 10}

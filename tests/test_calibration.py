@@ -573,6 +573,7 @@ def test_other_files_are_refused_by_name(tmp_path: Any):
 # -- real models ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("method", [CorDA(rank=4), LoRANull(rank=4), EVA(rank=4), LoRAGA(rank=4)], ids=str)
 def test_a_vision_model_starts_at_its_base(method: Any):
     model = real("dinov2-vits14", image_size=56).model
@@ -594,6 +595,7 @@ def test_a_vision_model_starts_at_its_base(method: Any):
         assert not torch.equal(model(batches[0]), expected)
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("method", [CorDA(rank=4), LoRAGA(rank=4)], ids=str)
 def test_a_language_model_starts_at_its_base(method: Any):
     model = real("smollm2-135m", dtype=torch.bfloat16).model

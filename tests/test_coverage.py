@@ -49,6 +49,7 @@ CASES |= {f"transformers-{case.family}": case for case in transformers_models.ca
 
 
 @pytest.mark.parametrize("name", [*TIMM, *(f"transformers-{name}" for name in TRANSFORMERS)])
+@pytest.mark.apart
 def test_every_weight_of_a_network_is_adapted_or_named_and_comes_back(name):
     row = check(CASES[name])
     assert row.adapted > 0

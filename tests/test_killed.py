@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import LIGHT
 from torture.saving import adapter_of, base, number_in
 
 from svdpeft import atomic
@@ -15,13 +16,18 @@ from svdpeft.adapter.file import TENSORS
 from svdpeft.atomic import STALE, replacing
 
 
-def test_saves_that_are_killed_or_beside_each_other(tmp_path: Path):
-    """8 at drawn moments; ``make torture`` has hundreds."""
-    program = Path(__file__).parent / "torture" / "saving.py"
-    environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path), "8"]
+def run(program: str, *arguments: object) -> None:
+    """One of the programs of ``make torture``."""
+    file = Path(__file__).parent / "torture" / f"{program}.py"
+    environment = os.environ | {"PYTHONPATH": f"{LIGHT}{os.pathsep}{file.parents[2]}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(file), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_saves_that_are_killed_or_beside_each_other(tmp_path: Path):
+    """8 at drawn moments; ``make torture`` has hundreds."""
+    run("saving", tmp_path, 8)
 
 
 def test_a_reader_that_sees_another_file_in_the_middle_reads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -101,8 +107,4 @@ def test_the_folder_is_on_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.M
 
 def test_comparisons_that_are_killed(tmp_path: Path):
     """One, until it ends; ``make torture`` has a hundred kills, and some of the command with two workers."""
-    program = Path(__file__).parent / "torture" / "comparing.py"
-    environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path), "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run("comparing", tmp_path, 1)

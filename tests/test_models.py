@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svdpeft.models import Loaded, convert, embedded, load
 
+pytestmark = pytest.mark.apart
 PARAMETERS = {
     "efficientnet-lite0": 4_652_008,
     "dinov2-vits14": 22_056_192,

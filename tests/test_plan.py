@@ -142,6 +142,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(("make", "batch", "method", "precision"), STEPS)
 def test_a_traced_step_holds_what_a_real_one_does(make, batch, method, precision):
     model, shown = make(), batch()
@@ -291,7 +292,7 @@ def test_what_cannot_be_planned_is_said_in_a_line(words, message):
 
 
 def test_the_command_prints_lines_or_json():
-    words = ["plan", "--model", "dinov2-vits14", "--method", "svft", "--image-size", "98", "--num-classes", "10"]
+    words = ["plan", "--model", "dinov2-vits14", "--method", "lora", "--image-size", "98", "--num-classes", "10"]
     run = CliRunner()
     plain = run.invoke(app, [*words, "--devices", "2", "--no-time"]).stdout.splitlines()
     assert [line.split()[0] for line in plain] == ["model", "method", "trains", "memory", "devices"]

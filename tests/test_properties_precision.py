@@ -30,7 +30,7 @@ from helpers import (
     weights_of,
     widened,
 )
-from rows import Kind, called, every_pair, has, layer_kind, states
+from rows import Kind, called, has, layer_kind, of_each, states
 from torch import Tensor, nn
 
 from svdpeft import TinyLoRA, attach
@@ -41,7 +41,7 @@ HALVES = (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("ignore:.*trains whole in torch.bfloat16")
-@every_pair
+@of_each
 def test_in_every_dtype(method: Method, kind: Kind):
     """At the start the base, bit for bit; moved, and merged and folded, rounded once; autocast; every bit returns."""
     with Checks() as check:

@@ -25,7 +25,7 @@ from helpers import (
     updated,
     weights_of,
 )
-from rows import Kind, every_factored, of_each_factored, some, states
+from rows import Kind, every_factored, of_each_factored, one_each, some, states
 from torch import Tensor
 
 from svdpeft import LoRA
@@ -145,7 +145,7 @@ def test_the_one_that_stays_has_no_part_in_what_others_train_whole():
         assert all(equal_bits(p.detach(), trained[name]) for name, p in model.head.named_parameters())
 
 
-@every_factored
+@one_each
 @pytest.mark.parametrize("first", ["fold", "merge"])
 @pytest.mark.parametrize("second", ["fold", "merge"])
 def test_second_adapter_comes_while_the_first_is_folded_or_merged(method: Method, first: str, second: str):
@@ -168,7 +168,7 @@ def test_second_adapter_comes_while_the_first_is_folded_or_merged(method: Method
     assert equal_bits(stored(model.layer, "weight"), weight)
 
 
-@every_factored
+@one_each
 @pytest.mark.parametrize("state", ["attached", "merge", "fold"])
 def test_permanent_merge_beside_another_adapter(method: Method, state: str):
     model, x = host(LINEAR)

@@ -4,12 +4,14 @@ import pytest
 import torch
 import transformers
 from helpers import digests
+from rows import some
 
 import svdpeft
 from svdpeft.models import load
 from svdpeft.models.embedded import AssetError
 from svdpeft.tasks.mnist5k import Mnist5k
 
+pytestmark = pytest.mark.apart
 INPUTS = {
     "efficientnet-lite0": lambda: torch.randn(2, 3, 64, 64),
     "dinov2-vits14": lambda: torch.randn(2, 3, 56, 56),
@@ -107,7 +109,7 @@ def test_the_tied_head_of_a_language_model_stays_tied():
     assert alone.sites["lm_head"].weight.stored is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("method", [svdpeft.SORSA(rank=4), svdpeft.SVFT(pattern="topk")], ids=str)
+@pytest.mark.parametrize("method", some([svdpeft.SORSA(rank=4), svdpeft.SVFT(pattern="topk")], "digits"), ids=str)
 def test_a_few_steps_on_real_digits_lower_the_loss(method, tmp_path):
     loaded = real("efficientnet-lite0", num_classes=10, image_size=32)
     try:

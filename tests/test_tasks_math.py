@@ -180,6 +180,7 @@ def test_the_real_gsm8k(tiny):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no GSM-8K in {SHARED}")
+@pytest.mark.apart
 def test_smollm2_on_real_problems():
     """Batches with padding say what the model says to each prompt alone; the loss is a language model's."""
     try:

@@ -15,6 +15,7 @@ import timm
 import torch
 from own_data import PAIRS, assert_equal_bits, command, jsonl, place, record, saved_models, training, weights, words
 from PIL import Image
+from rows import EVERYTHING
 from test_launchers import launch
 from test_svd_cache import refuse
 from timm.models import save_for_hf
@@ -386,6 +387,7 @@ def test_two_processes_write_one_adapter(place):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there accelerate trains with FSDP")
+@pytest.mark.skipif(not EVERYTHING, reason="in one process: tests/test_devices.py; --all has two")
 def test_fsdp_on_a_cpu_is_refused_where_accelerate_would_train_without_it(place):
     told = launch("fsdp2", "--no_python", "svdpeft", "train", *words(steps=1), folder=place, fails=True)
     assert "FSDP was asked for (ACCELERATE_USE_FSDP=true), and accelerate trains without it on cpu" in told

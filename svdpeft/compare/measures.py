@@ -12,6 +12,7 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.tasks.base import TaskData
 
 EXAMPLES = 4  # on which two states of a model are compared
+PART = 2**20  # values of a weight that are widened to float64 at once
 
 
 @torch.no_grad()
@@ -25,8 +26,9 @@ def outputs(model: nn.Module, data: TaskData) -> Tensor:
 
 
 def gap(y: Tensor, reference: Tensor) -> float:
-    """Return max|y − reference| / max|reference|."""
-    return float((y - reference).abs().max() / reference.abs().max())
+    """Return max|y − reference| / max|reference|, example by example: logits of a large vocabulary are large."""
+    apart = torch.stack([(one - other).abs_().max() for one, other in zip(y, reference, strict=True)])
+    return float(apart.max() / torch.stack(reference.aminmax()).abs().max())
 
 
 def merge_error(model: nn.Module, adapter: Adapter, data: TaskData) -> float:
@@ -52,7 +54,8 @@ def distance(model: nn.Module, base: nn.Module, head: Sequence[str] = ()) -> flo
     for name, now in model.named_parameters():
         if not any(name.startswith(f"{module}.") for module in head):
             then = before[name].to(now.device)
-            squares += torch.stack([(now - then).double().square().sum(), then.double().square().sum()]).cpu()
+            for new, old in zip(now.reshape(-1).split(PART), then.reshape(-1).split(PART), strict=True):
+                squares += torch.stack([(new - old).double().square().sum(), old.double().square().sum()]).cpu()
     changed, whole = squares.sqrt().tolist()
     return changed / whole
 
