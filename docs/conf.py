@@ -36,7 +36,7 @@ nitpicky = True
 nitpick_ignore_regex = [  # what others define, shapes, and names of types within: all else must be found
     ("py:.*", r"(collections|contextlib|huggingface_hub|jaxtyping|os|pathlib|torch|transformers)\..*"),
     ("py:class", r".*'|'.*|Float|Tensor|nn\.Module|svdpeft\.registry\.T|(list\[)?dict\[str"),
-    ("py:class", r"BaseWeight|BatchNorm|Condition|Patterns|Place"),
+    ("py:class", r"BaseWeight|BatchNorm|Condition|Patterns|Place|Rule"),
 ]
 
 # The inventories of others are fetched, which a build without a network cannot: SVDPEFT_INTERSPHINX=1 links to them.
