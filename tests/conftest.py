@@ -30,7 +30,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("deterministic")
-collect_ignore = ["mutants", "torture"]  # programs, no tests
+collect_ignore = ["light", "mutants", "torture"]  # programs, no tests
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads that wait for each other cost 50 times more
 
 
