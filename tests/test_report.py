@@ -322,6 +322,23 @@ def test_equal_methods_are_called_equal():
     assert [d["low"] for d in payload(found)["differences"] if d["label"] == "SVFT topk"] == [None]
 
 
+def test_every_method_has_its_place_among_all_in_the_text_and_on_the_page():
+    found = results()
+    (placed,) = found.standings.values()
+    assert {each.label for each in placed} == {row.label for row in found.rows}
+    text, page = report.markdown(found), report.page(found)
+    for each in placed:
+        ranks = f"{each.best} to {each.worst}" if each.best < each.worst else str(each.best)
+        low, high = (f"{100 * value:.1f}".replace("-", "−") for value in (each.low, each.high))
+        assert f"| {each.label} | {ranks} | " in text
+        assert f" | {low} to {high} |" in text
+        assert f"<td>{ranks}</td>" in page
+        assert f"<td>{low} to {high}</td>" in page
+    (tested,) = found.differences.values()
+    for d in tested:
+        assert f" | {100 * d.within:.1f} | {d.seeds} | " in text
+
+
 def test_sentences_and_tables_have_one_rule_for_percent():
     def large(head, runs, trials):
         for run in runs:

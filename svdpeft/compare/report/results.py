@@ -6,13 +6,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from svdpeft.compare.records import check, check_comparison, finished, newest, without_factors
 from svdpeft.compare.report.search import Search, tried
-from svdpeft.compare.statistics import Difference, Interval, differences, interval
+from svdpeft.compare.statistics import Difference, Interval, Standing, differences, interval, standings
 from svdpeft.compare.store import Damaged, Record, Store
 from svdpeft.registry import near_miss
 from svdpeft.tasks.base import higher_is_better
@@ -192,11 +193,7 @@ class Results:
         """By budget: every method against the baseline on the same test items, or why that cannot be said."""
         found: dict[str | int | None, list[Difference] | str] = {}
         for budget in self.budgets:
-            scores = {
-                row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
-                for row in self.rows
-                if (row.free or row.budget == budget) and not row.diverged  # the seeds that are left are no sample
-            }
+            scores = self._scores(budget)
             if self.baseline is None:
                 found[budget] = "no baseline is named: the folder has no comparison.json"
             elif self.baseline not in scores:
@@ -207,6 +204,23 @@ class Results:
                 except ValueError as error:
                     found[budget] = str(error)
         return found
+
+    @cached_property
+    def standings(self) -> dict[str | int | None, list[Standing]]:
+        """By budget: every method among all, best first; none where that cannot be said."""
+        found: dict[str | int | None, list[Standing]] = {}
+        for budget in self.budgets:
+            with suppress(ValueError):  # other test items for one than for another: ``differences`` says it
+                found[budget] = standings(self._scores(budget), self.higher, self.confidence)
+        return found
+
+    def _scores(self, budget: str | int | None) -> dict[str, dict[int, list[float]]]:
+        """By label and seed, the metric of every test item."""
+        return {
+            row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
+            for row in self.rows
+            if (row.free or row.budget == budget) and not row.diverged  # the seeds that are left are no sample
+        }
 
     @cached_property
     def searches(self) -> list[Search]:

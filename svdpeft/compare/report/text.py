@@ -12,6 +12,8 @@ from rich.text import Text
 from svdpeft.compare.report.cells import (
     COMMAND,
     SEARCHED,
+    STANDING,
+    STOOD,
     STOPPED,
     as_run,
     compared,
@@ -19,6 +21,7 @@ from svdpeft.compare.report.cells import (
     left_out,
     runs_of_methods,
     searched,
+    standing,
     stopped,
     table,
 )
@@ -103,6 +106,11 @@ def _differences(results: Results) -> Iterator[str]:
         yield f"{count}; the interval is at the level at which it was tested."
         texts = sentences(found, results.metric, results.percent)
         yield from ["", *(f"- {_plain(text)}" for text in texts), ""]
+    for budget, found in results.standings.items():
+        if found:
+            at = f" at a budget of {budget or 'none'}" if len(results.budgets) > 1 else ""
+            yield from [f"## Every method among all{at}", ""]
+            yield from [*_table(STANDING, [standing(each, budget, results) for each in found]), "", f"{STOOD}.", ""]
 
 
 def _searches(results: Results) -> Iterator[str]:
