@@ -233,9 +233,11 @@ class Results:
         whole = max(record["identity"]["epochs"] for record in self.records)
         found = []
         for key in sorted(groups, key=lambda key: (order.get(key, len(order)), *map(str, key))):
-            last = {t["identity"]["lr"]: t for t in sorted(groups[key], key=lambda trial: trial["rung"])}
+            rates: dict[float, list[Record]] = {}
+            for trial in groups[key]:
+                rates.setdefault(trial["identity"]["lr"], []).append(trial)
             metric = next((trial["metric"] for trial in groups[key] if "metric" in trial), self.metric)
-            points = tuple(tried(last[rate], whole) for rate in sorted(last))
+            points = tuple(tried(rates[rate], whole) for rate in sorted(rates))
             known = any(point.value is not None for point in points)
             found.append(Search(*key, metric, points, chosen.get(key) if known else None, _free(groups[key][0])))
         return found
