@@ -7,6 +7,7 @@ import math
 import statistics
 
 import pytest
+from PIL import Image
 from report_records import comparison, failed, store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from svdpeft.compare.report.columns import spread_text
 from svdpeft.compare.report.limits import limits, shown
 from svdpeft.compare.report.page import page
 from svdpeft.compare.report.payload import payload
+from svdpeft.compare.report.pictures import side_by_side
 from svdpeft.compare.report.specification import bibtex, toml
 
 SMALL = {"count": 4, "items": 60, "steps": 20}
@@ -337,6 +339,22 @@ def test_every_method_has_its_place_among_all_in_the_text_and_on_the_page():
     (tested,) = found.differences.values()
     for d in tested:
         assert f" | {100 * d.within:.1f} | {d.seeds} | " in text
+
+
+def test_comparisons_side_by_side_are_a_column_each_light_or_dark():
+    def unmeasured(head, runs, trials):
+        for run in runs:
+            run["forgetting"] = None
+
+    def image(comparisons, dark=False):
+        return Image.open(io.BytesIO(side_by_side(comparisons, dark))).convert("L")
+
+    one, two = image([results()]), image([results(), results(unmeasured)])
+    assert two.width > 1.6 * one.width
+    assert two.height == one.height
+    assert one.getpixel((1, 1)) == 255
+    assert image([results()], dark=True).getpixel((1, 1)) < 40
+    assert side_by_side([results()]) == side_by_side([results()])
 
 
 def test_sentences_and_tables_have_one_rule_for_percent():

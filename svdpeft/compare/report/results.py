@@ -87,10 +87,14 @@ class Row:
         return _over(statistics.median, (run["throughput"]["per_second"] for run in self.runs))
 
     @property
+    def forgotten(self) -> tuple[float, ...]:
+        """What the base lost, after − before, in every run in which it was measured."""
+        return tuple(number(f["after"]) - number(f["before"]) for run in self.runs if (f := run["forgetting"]))
+
+    @property
     def forgetting(self) -> float | None:
-        """What the base lost: after − before, the mean over seeds."""
-        changes = [number(f["after"]) - number(f["before"]) for run in self.runs if (f := run["forgetting"])]
-        return statistics.fmean(changes) if changes else None
+        """The mean of it over seeds."""
+        return _over(statistics.fmean, self.forgotten)
 
     def median(self, key: str) -> float | None:
         return _over(statistics.median, (run[key] for run in self.runs))
