@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from test_statistics import HOLM, SETTINGS, at_most, drawn
+from test_statistics import HOLM, SETTINGS, at_most, drawn, rejected
 
-from svdpeft.compare.statistics import Difference, MeanSquares, differences, sentences, standings
+from svdpeft.compare.statistics import Difference, MeanSquares, differences, levels, sentences, standings
 from svdpeft.compare.statistics.paired import _within, paired
 
 
@@ -179,6 +179,38 @@ def test_too_few_to_tell():
     assert [each.label for each in standings(three)] == ["M0", "M2"]
     with pytest.raises(ValueError, match="test items"):
         standings({"A": {0: [1, 2], 1: [1, 2]}, "B": {0: [1, 2], 1: [1, 2, 3]}})
+
+
+# -- several looks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looks", [[3, 5, 10], [2, 4, 6, 8, 10], [5, 10]])
+@pytest.mark.parametrize("sd", [(1.0, 0.05, 0.05), (0.1, 0.3, 1.0)], ids=["seeds", "all"])
+def test_looking_again_at_the_levels_of_the_plan_is_wrong_as_seldom_as_looking_once(looks, sd):
+    """And at the full level it is not, which is why there are such levels."""
+    count, alpha = 4000, 0.05
+    d = drawn(np.random.default_rng(33), count, looks[-1], 30, sd)
+    ever, naive = np.zeros(count, bool), np.zeros(count, bool)
+    for seeds, level in zip(looks, levels(looks, alpha), strict=True):
+        squares = MeanSquares.of(d[:, :seeds])
+        ever |= rejected(squares, level)
+        naive |= rejected(squares, alpha)
+    at_most(ever.mean(), alpha, count)
+    if sd[0] == 1.0:
+        assert ever.mean() > 0.035
+        assert naive.mean() > 0.07
+
+
+def test_the_levels_of_the_looks_add_up_and_one_look_has_all():
+    assert sum(levels([3, 5, 10], 0.01)) == pytest.approx(0.01)
+    assert levels([7], 0.05) == pytest.approx([0.05])
+    # α(1/2) of O'Brien and Fleming's function, as in the tables of Lan and DeMets
+    assert levels([5, 10], 0.05)[0] == pytest.approx(2 * stats.norm.sf(stats.norm.isf(0.025) * math.sqrt(2)))
+    for bad in ([], [1, 3], [5, 5], [10, 5]):
+        with pytest.raises(ValueError, match="numbers that rise from at least 2"):
+            levels(bad)
+    with pytest.raises(ValueError, match=r"alpha 5 is outside \(0, 1\)"):
+        levels([3], 5)
 
 
 # -- why the variances of methods are not pooled ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Which differences between methods are real at this sample size, and how many seeds would settle the others."""
 
+from svdpeft.compare.statistics.looks import levels
 from svdpeft.compare.statistics.paired import Difference, Interval, differences, interval
 from svdpeft.compare.statistics.standing import Standing, standings
 from svdpeft.compare.statistics.two_way import Components, MeanSquares, needed, power
@@ -14,6 +15,7 @@ __all__ = [
     "conclusion",
     "differences",
     "interval",
+    "levels",
     "needed",
     "power",
     "sentences",
