@@ -92,10 +92,12 @@ def test_one_seed_rules_nothing_out():
 
 def test_what_is_ruled_out_is_told_rounded_up():
     told = Difference("B", "A", 0.003, -0.011, 0.017, 0.5, 0.5, 1, 0.95, 5, 900, within=0.01201)
-    expected = "B and A cannot be told apart: B came out 0.3 points {} (95 % CI −1.1 to 1.7, p = 0.50); one of more "
-    assert sentences([told], "accuracy") == [expected.format("better") + "than 1.3 points is ruled out."]
+    assert sentences([told], "accuracy") == [
+        "B and A cannot be told apart: B came out 0.3 points better (95 % CI −1.1 to 1.7, p = 0.50); a difference of "
+        "more than 1.3 points is ruled out."
+    ]
     loss = dataclasses.replace(told, within=0.02)
-    assert sentences([loss], "loss")[0].endswith("; one of more than 0.02 nats is ruled out.")
+    assert sentences([loss], "loss")[0].endswith("; a difference of more than 0.02 nats is ruled out.")
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def _sentence(each: Difference, metric: str, percent: bool) -> str:
         seen = "the runs agree on every item" if each.same else f"{came} {bounds}"
         text = f"{label} and {baseline} cannot be told apart: {seen}"
         if not (each.same or math.isnan(each.within)):
-            text += f"; one of more than {_at_most(each.within * (100 if unit == 'points' else 1))} {unit} is ruled out"
+            bound = _at_most(each.within * (100 if unit == "points" else 1))
+            text += f"; a difference of more than {bound} {unit} is ruled out"
         if each.items_needed:
             text += (
                 f"; with these {each.items:,} test items no number of seeds would settle a difference of this size, "
