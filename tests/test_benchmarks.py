@@ -1,5 +1,6 @@
 """The committed comparisons: valid files, results that can be read, and a README that prints what was measured."""
 
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from rich.console import Console
 
 from svdpeft.compare.reading import read_spec
 from svdpeft.compare.report import read, terminal
+from svdpeft.compare.run import Job
+from svdpeft.compare.runner import lines
+from svdpeft.compare.search import search
 from svdpeft.compare.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +47,31 @@ def test_the_table_of_the_readme_is_what_was_measured():
     lines = [line.rstrip() for line in captured.get().splitlines()]
     table = lines[: lines.index("")]
     assert printed.splitlines() == table
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "rates"), [("cnn", 17, 5), ("vit", 17, 3), ("words", 8, 3), ("rwkv", 14, 3)]
+)
+def test_the_first_comparison_is_the_runs_that_were_planned(name, methods, rates, tmp_path):
+    """Ten seeds for each method and two for each of its rates, none in common, each a file of its own."""
+    spec = read_spec(ROOT / "benchmarks" / f"first-{name}.toml")
+    grid, store = lines(spec), Store(tmp_path)
+    assert len(grid) == methods
+    trained = []
+
+    def train(jobs):
+        trained.extend(jobs)
+        # the loss is least, and an accuracy highest, at the middle: no edge is followed
+        return [{"metric": "loss", "value": abs(math.log(job.entry.lr / middle[job.entry.label]))} for job in jobs]
+
+    middle = {entry.label: entry.lr for entry, _ in grid}
+    found = search(spec, grid, train)
+    assert {key[0]: each["lr"] for key, each in found.items()} == middle
+    runs = [Job(spec, entry, limit, seed) for entry, limit in grid for seed in spec.seeds]
+    assert (len(trained), len(runs)) == (methods * rates * 2, methods * 10)
+    assert len({store.name(job.entry.label, job.identity()) for job in [*trained, *runs]}) == len(trained) + len(runs)
+    assert not {job.seed for job in trained} & {job.seed for job in runs}
+    assert spec.search.further == 4
+    assert spec.baseline == "LoRA"
+    assert len(spec.budgets) == 1
+    assert {"LoRA", "PiSSA", "SORSA", "SORSA γ 0", "MiLoRA", "SVFT plain"} <= middle.keys()

@@ -98,6 +98,84 @@ def test_the_best_rate_at_the_edge_of_its_grid_is_said(tiny, tmp_path, monkeypat
     assert Search().rates(1e-3) == [1e-4, 0.000316228, 1e-3, 0.00316228, 1e-2]
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["up", "down"])
+@pytest.mark.parametrize("kind", ["grid", "halving"])
+def test_an_edge_is_followed_until_the_best_rate_lies_inside(tiny, tmp_path, monkeypatch, sign, kind):
+    seen = scripted(monkeypatch, lambda job: -abs(math.log10(job.entry.lr) + 3 - 3 * sign))
+    search = {"kind": kind, "trials": 3, "factor": 10, "further": 9}
+    spec = read_spec(**{**tiny, "epochs": 8, "search": search}, methods="full:lr=1e-3,lora:rank=2:lr=1e-2")
+    records = runner.compare(spec, tmp_path)
+    further = sorted({lr for lr, _, _ in seen} - {1e-4, 1e-3, 1e-2, 1e-1})
+    assert further == pytest.approx([1.0, 10.0] if sign > 0 else [1e-7, 1e-6, 1e-5])
+    assert {epochs for lr, epochs, _ in seen if lr in further} == {8.0}
+    assert {r["identity"]["lr"] for r in records} == {10.0 ** (3 * sign - 3)}
+    assert not any(r["search"]["edge"] for r in records)
+
+
+def test_an_edge_is_followed_no_further_than_said(tiny, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda job: job.entry.lr)
+    search = {"trials": 3, "factor": 10, "further": 2}
+    records = runner.compare(read_spec(**{**tiny, "search": search}, methods="full:lr=1e-3"), tmp_path)
+    assert records[0]["search"]["tried"] == [[lr, lr] for lr in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
+    assert records[0]["search"]["edge"]
+
+
+def test_a_rate_without_a_value_is_no_edge_to_follow(tiny, tmp_path, monkeypatch):
+    """What diverges beyond the edge ends the search, and a search without any value is not followed."""
+    seen = scripted(monkeypatch, lambda job: job.entry.lr if job.entry.lr < 0.1 else math.nan)
+    search = {"trials": 3, "factor": 10, "further": 9}
+    records = runner.compare(read_spec(**{**tiny, "search": search}, methods="full:lr=1e-3"), tmp_path / "a")
+    assert [lr for lr, _, _ in seen] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
+    assert records[0]["search"]["lr"] == 1e-2
+    assert not records[0]["search"]["edge"]
+    seen = scripted(monkeypatch, lambda job: math.nan)
+    runner.compare(read_spec(**{**tiny, "search": search}, methods="full:lr=1e-3"), tmp_path / "b")
+    assert len(seen) == 3
+
+
+def test_every_rate_is_trained_with_every_seed_of_the_search_and_their_mean_counts(tiny, tmp_path, monkeypatch):
+    lucky = {(1000, 1e-2): 0.9, (1001, 1e-2): 0.1, (1000, 1e-3): 0.6, (1001, 1e-3): 0.6, (1000, 1e-4): 1.0}
+
+    def worth(job):
+        return lucky.get((job.seed, job.entry.lr), math.nan)
+
+    scripted(monkeypatch, worth)
+    search = {"trials": 3, "factor": 10, "seeds": 2}
+    records = runner.compare(read_spec(**{**tiny, "search": search}, methods="full:lr=1e-3"), tmp_path)
+    assert records[0]["search"]["tried"] == [[1e-4, None], [1e-3, 0.6], [1e-2, 0.5]]
+    assert records[0]["identity"]["lr"] == 1e-3
+    assert {t["identity"]["seed"] for t in Store(tmp_path).read("trials")[0]} == {1000, 1001}
+
+
+def test_a_search_of_two_seeds_in_the_report(tiny, tmp_path):
+    spec = searched(tiny, trials=3, seeds=2, further=1)
+    runner.compare(spec, tmp_path)
+    results = report.write(Store(tmp_path))
+    trials, _ = Store(tmp_path).read("trials")
+    for found in results.searches:
+        for point in found.points:
+            mine = [t["value"] for t in trials if (t["label"], t["identity"]["lr"]) == (found.label, point.rate)]
+            assert len(mine) == 2
+            assert point.value == pytest.approx(sum(mine) / 2)
+    text = (tmp_path / "report.md").read_text()
+    assert "judged on the validation split by 2 trainings;" in text
+    assert read_spec(**tomllib.loads(text.split("```toml")[1].split("```")[0])).search == spec.search
+
+
+def test_a_search_says_what_is_new_only_where_it_is_used():
+    """Else a comparison of before could not be gone on with."""
+    assert set(Search().to_json()) == {"kind", "trials", "factor", "metric", "seed"}
+    assert Search(seeds=2, further=3).to_json().items() >= {"seeds": 2, "further": 3}.items()
+
+
+def test_no_run_has_a_seed_of_the_search(tiny):
+    with pytest.raises(ValueError, match="seed 1001 is the search's"):
+        read_spec(**{**tiny, "seeds": [0, 1001], "search": {"seeds": 2}})
+    for field, value in (("seeds", 0), ("further", -1), ("seeds", 1.5)):
+        with pytest.raises(ValueError, match=f"search {field} {value} is not a whole number"):
+            Search(**{field: value})
+
+
 @pytest.mark.parametrize("bad", ["fails", "nan"])
 def test_a_rate_that_fails_or_diverges_is_not_chosen(tiny, tmp_path, monkeypatch, bad):
     def worth(job):

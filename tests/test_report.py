@@ -7,6 +7,7 @@ import math
 import statistics
 
 import pytest
+from PIL import Image
 from report_records import comparison, failed, store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from svdpeft.compare.report.columns import spread_text
 from svdpeft.compare.report.limits import limits, shown
 from svdpeft.compare.report.page import page
 from svdpeft.compare.report.payload import payload
+from svdpeft.compare.report.pictures import side_by_side
 from svdpeft.compare.report.specification import bibtex, toml
 
 SMALL = {"count": 4, "items": 60, "steps": 20}
@@ -320,6 +322,39 @@ def test_equal_methods_are_called_equal():
         assert "equal on every item" in text
         assert "0.0 to 0.0" not in text
     assert [d["low"] for d in payload(found)["differences"] if d["label"] == "SVFT topk"] == [None]
+
+
+def test_every_method_has_its_place_among_all_in_the_text_and_on_the_page():
+    found = results()
+    (placed,) = found.standings.values()
+    assert {each.label for each in placed} == {row.label for row in found.rows}
+    text, page = report.markdown(found), report.page(found)
+    for each in placed:
+        ranks = f"{each.best} to {each.worst}" if each.best < each.worst else str(each.best)
+        low, high = (f"{100 * value:.1f}".replace("-", "−") for value in (each.low, each.high))
+        assert f"| {each.label} | {ranks} | " in text
+        assert f" | {low} to {high} |" in text
+        assert f"<td>{ranks}</td>" in page
+        assert f"<td>{low} to {high}</td>" in page
+    (tested,) = found.differences.values()
+    for d in tested:
+        assert f" | {100 * d.within:.1f} | {d.seeds} | " in text
+
+
+def test_comparisons_side_by_side_are_a_column_each_light_or_dark():
+    def unmeasured(head, runs, trials):
+        for run in runs:
+            run["forgetting"] = None
+
+    def image(comparisons, dark=False):
+        return Image.open(io.BytesIO(side_by_side(comparisons, dark))).convert("L")
+
+    one, two = image([results()]), image([results(), results(unmeasured)])
+    assert two.width > 1.6 * one.width
+    assert two.height == one.height
+    assert one.getpixel((1, 1)) == 255
+    assert image([results()], dark=True).getpixel((1, 1)) < 40
+    assert side_by_side([results()]) == side_by_side([results()])
 
 
 def test_sentences_and_tables_have_one_rule_for_percent():

@@ -23,6 +23,7 @@ from svdpeft.compare import records
 from svdpeft.compare.backends import in_process, map_jobs
 from svdpeft.compare.provenance import provenance
 from svdpeft.compare.run import Job, Training, run, trial
+from svdpeft.compare.search import search
 from svdpeft.compare.spec import Entry, Spec
 from svdpeft.compare.store import Store
 from svdpeft.methods.base import PerSite
@@ -78,7 +79,12 @@ def compare(spec: Spec, out: str | Path, engine: Engine = Engine()) -> list[dict
     spec = check(spec)
     store.claim({"spec": spec.to_json(), **provenance()})
     grid = lines(spec)
-    found = search(spec, grid, store, engine) if spec.search else {}
+
+    def train(trials: Sequence[Job]) -> list[dict[str, Any]]:
+        _do(trials, store, engine, "trials")
+        return [store.load("trials", _name(job, store)) for job in trials]
+
+    found = search(spec, grid, train) if spec.search else {}
     jobs = []
     for seed in spec.seeds:
         for entry, limit in grid:
@@ -138,54 +144,6 @@ def lines(spec: Spec) -> list[tuple[Entry, Any]]:
             if line not in found:
                 found.append(line)
     return found
-
-
-def search(
-    spec: Spec, grid: Sequence[tuple[Entry, Any]], store: Store, engine: Engine
-) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Try learning rates on the validation split, rung by rung, and return what was found for each line of the grid.
-
-    Returns:
-        By label and budget: the chosen ``lr``, the ``tried`` ones with their values at the last rung that they
-        reached, and whether the chosen one lies at the ``edge`` of its grid, so that a better one may lie outside.
-    """
-    assert spec.search is not None
-    seed = spec.search.seed
-    alive = {(entry.label, limit): spec.search.rates(entry.lr) for entry, limit in grid}
-    values: dict[tuple[str, Any], dict[float, dict[str, Any]]] = {key: {} for key in alive}
-    for rung, (count, share) in enumerate(spec.search.rungs()):
-        for key, rates in alive.items():
-            best = sorted(rates, key=lambda lr, key=key: _worth(values[key].get(lr)), reverse=True)
-            alive[key] = sorted(best[:count]) if rung else rates
-        jobs = [
-            Job(spec, replace(entry, lr=lr), limit, seed, rung, share)
-            for entry, limit in grid
-            for lr in alive[entry.label, limit]
-        ]
-        _do(jobs, store, engine, "trials")
-        for job in jobs:
-            values[job.entry.label, job.budget][job.entry.lr] = store.load("trials", _name(job, store))
-    result = {}
-    for entry, limit in grid:
-        key = entry.label, limit
-        best = max(alive[key], key=lambda lr, key=key: _worth(values[key][lr]))
-        if _worth(values[key][best]) == _WORST:
-            best = entry.lr  # no trial has a value: the run itself will say why
-        rates = sorted(values[key])
-        tried = [[lr, values[key][lr].get("value")] for lr in rates]
-        result[key] = {"lr": best, "tried": tried, "edge": best in (rates[0], rates[-1])}
-    return result
-
-
-_WORST = (-math.inf, -math.inf)
-
-
-def _worth(record: dict[str, Any] | None) -> tuple[float, float]:
-    """Sort key of a trial: by its metric, then by its loss; one that failed or diverged is the worst."""
-    if record is None or record.get("value") is None or record.get("loss", 0.0) is None:
-        return _WORST
-    value = record["value"] if higher_is_better(record["metric"]) else -record["value"]
-    return value, -record.get("loss", math.inf)
 
 
 def check(spec: Spec) -> Spec:

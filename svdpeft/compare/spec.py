@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Search:
-    """How the learning rate of each method is found on the validation split: the same number of trials for all.
+    """How the learning rate of each method is found on the validation split: the same grid and seeds for all.
 
     The rates lie on a log grid, lr · factorᵏ for k = −(trials − 1)/2, …, (trials − 1)/2, around the method's own.
 
@@ -85,6 +85,8 @@ class Search:
         factor: ratio of neighbouring rates.
         metric: what is looked at; ``None`` is the task's own metric, and its loss where two rates are equal.
         seed: of the trials; no run of the comparison has it.
+        seeds: how often each rate is trained, with ``seed``, ``seed`` + 1 and so on: their mean counts.
+        further: at most so many rates beyond the grid, one after the other while the best lies at an edge.
 
     Source: Jamieson & Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS
     2016.
@@ -95,6 +97,8 @@ class Search:
     factor: float = 10**0.5
     metric: str | None = None
     seed: int = 1000
+    seeds: int = 1
+    further: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -103,7 +107,13 @@ class Search:
         if self.trials % 2 == 0:
             raise ValueError(f"search trials {self.trials} is not odd: the method's own rate is the middle")
         check_number("search factor", self.factor, 1)
-        check_whole("search seed", self.seed, 0)
+        for name, least in (("seed", 0), ("seeds", 1), ("further", 0)):
+            check_whole(f"search {name}", getattr(self, name), least)
+
+    @property
+    def trained(self) -> range:
+        """The seeds that every rate is trained with."""
+        return range(self.seed, self.seed + self.seeds)
 
     def rates(self, centre: float) -> list[float]:
         """Return the rates around one, from the least.
@@ -113,7 +123,26 @@ class Search:
             [0.05, 0.5, 5.0]
         """
         half = self.trials // 2
-        return [float(f"{centre * self.factor**k:.6g}") for k in range(-half, half + 1)]
+        return [self._rate(centre, k) for k in range(-half, half + 1)]
+
+    def beyond(self, best: float, rates: Sequence[float]) -> float | None:
+        """Return the next rate outside those that were tried, where the best is their first or last.
+
+        Example:
+            >>> [Search(factor=10).beyond(best, [0.01, 0.1, 1.0]) for best in (0.01, 0.1, 1.0)]
+            [0.001, None, 10.0]
+        """
+        if best not in (min(rates), max(rates)):
+            return None
+        return self._rate(best, 1 if best == max(rates) else -1)
+
+    def _rate(self, centre: float, k: int) -> float:
+        return float(f"{centre * self.factor**k:.6g}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields; what an older comparison could not say is said where it is not what that did."""
+        new = {"seeds": 1, "further": 0}
+        return {n: value for n, value in dataclasses.asdict(self).items() if n not in new or value != new[n]}
 
     def rungs(self) -> list[tuple[int, float]]:
         """Return how many rates each rung trains, and for which part of a run's epochs.
@@ -243,8 +272,8 @@ class Spec:
                     f"task {self.task!r} has no metric {self.search.metric!r}, the search's, on its validation split: "
                     f"{near}"
                 )
-        if self.search is not None and self.search.seed in self.seeds:
-            raise ValueError(f"seed {self.search.seed} is the search's: its run would be judged by its own choice")
+        if self.search is not None and (twice := sorted({*self.search.trained} & {*self.seeds})):
+            raise ValueError(f"seed {twice[0]} is the search's: its run would be judged by its own choice")
 
     def recipe(self, lr: float, epochs: float) -> Recipe:
         """How a run trains, at a rate and for so many passes."""
@@ -258,7 +287,7 @@ class Spec:
         """Return the specification as plain values; ``read_spec`` takes them back."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         methods = [{"label": e.label, "method": e.method.to_json(), "lr": e.lr, **e.around()} for e in self.methods]
-        search = dataclasses.asdict(self.search) if self.search else None
+        search = self.search.to_json() if self.search else None
         lists = {name: list(plain[name]) for name in ("seeds", "exclude", "budgets")}
         targets = None if self.targets is None else list(self.targets)
         return {

@@ -10,12 +10,18 @@ from typing import Any
 from svdpeft.compare.report.columns import columns, metric_heading, metric_text, spread_text
 from svdpeft.compare.report.results import Results, Row
 from svdpeft.compare.report.search import Search
-from svdpeft.compare.statistics import Difference
+from svdpeft.compare.statistics import Difference, Standing
 from svdpeft.compare.store import Record
 
 COMMAND = "svdpeft compare specification.toml --out runs/again"
 WORDS = ("real", "note", "at an edge", "tried", "as it was run", "version")  # columns of words, not of numbers
 SEARCHED = ("method", "chosen", "at an edge", "tried")
+STANDING = ("method", "ranks left", "over the mean", "to be expected", "interval")
+STOOD = (
+    "Ranks left: those that no pairwise test excludes, all at once (Bonferroni over the pairs). Over the mean: of all "
+    "methods here. To be expected: how much of that a new comparison would show (the best of many was lucky, too), "
+    "with the interval of each"
+)
 STOPPED = (
     "in brackets: the share of the epochs after which a rate was stopped, so that its value compares with no other's"
 )
@@ -44,7 +50,18 @@ def _seeds(row: Row) -> str:
 def compared(results: Results) -> tuple[str, ...]:
     """Return the headings of a table of differences."""
     unit = "points" if results.percent else results.metric
-    return ("method", unit, "interval", "p", "p corrected", "real", "seeds", "seeds that would settle it", "note")
+    return (
+        "method",
+        unit,
+        "interval",
+        "p",
+        "p corrected",
+        "real",
+        "ruled out above",
+        "seeds",
+        "seeds that would settle it",
+        "note",
+    )
 
 
 def difference(d: Difference, budget: str | int | None, results: Results) -> tuple[str, ...]:
@@ -56,9 +73,22 @@ def difference(d: Difference, budget: str | int | None, results: Results) -> tup
         "equal on every item" if d.same else "–" if math.isnan(d.low) else f"{low} to {high}",
         *(f"{p:.2g}" if not math.isnan(p) else "–" for p in (d.p, d.p_corrected)),
         "yes" if d.real else "no",
+        metric_text(d.within, results),
         str(d.seeds),
         needed(d.seeds_needed, d.items_needed),
         d.note,
+    )
+
+
+def standing(each: Standing, budget: str | int | None, results: Results) -> tuple[str, ...]:
+    """Return the cells of one method among all."""
+    low, high = metric_text(each.low, results), metric_text(each.high, results)
+    return (
+        results.name(each.label, budget),
+        str(each.best) if each.best == each.worst else f"{each.best} to {each.worst}",
+        metric_text(each.lead, results),
+        metric_text(each.expected, results),
+        "–" if math.isnan(each.low) else f"{low} to {high}",
     )
 
 

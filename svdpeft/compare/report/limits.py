@@ -152,8 +152,10 @@ def _search(results: Results) -> Iterator[str]:
     if not results.searches:
         yield "Learning rates were not searched: each method has the one it was given, and another may suit it better."
         return
+    often = (results.spec.get("search") or {}).get("seeds", 1)
+    trainings = f"{often} trainings" if often > 1 else "one training"
     yield (
-        "A learning rate was judged on the validation split by one training; with another seed, or on a finer grid, "
+        f"A learning rate was judged on the validation split by {trainings}; with another seed, or on a finer grid, "
         "another may have been chosen."
     )
     if edges := [s for s in results.searches if s.edge]:

@@ -14,6 +14,8 @@ from string import Template
 from svdpeft.compare.report.cells import (
     COMMAND,
     SEARCHED,
+    STANDING,
+    STOOD,
     STOPPED,
     WORDS,
     as_run,
@@ -22,6 +24,7 @@ from svdpeft.compare.report.cells import (
     left_out,
     runs_of_methods,
     searched,
+    standing,
     stopped,
     table,
 )
@@ -220,9 +223,17 @@ def _differences(results: Results) -> str:
             rows += [(difference(d, budget, results), (d.label, budget_text(budget))) for d in found]
     caption = "Label minus baseline, paired; p corrected by Holm’s method"
     numbers = _table("Differences", caption, compared(results), rows)
+    stood = [
+        (standing(each, budget, results), (each.label, budget_text(budget)))
+        for budget, found in results.standings.items()
+        for each in found
+    ]
+    among = _table("Every method among all", STOOD, STANDING, stood)
     return (
         f"<details open><summary>The numbers of this picture</summary>{numbers}</details>"
-        f"<details><summary>In words</summary><ul>{''.join(told)}</ul></details>"
+        + f"<details><summary>Every method among all: ranks, and what is to be expected</summary>{among}</details>"
+        * bool(stood)
+        + f"<details><summary>In words</summary><ul>{''.join(told)}</ul></details>"
     )
 
 

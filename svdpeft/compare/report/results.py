@@ -6,13 +6,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from svdpeft.compare.records import check, check_comparison, finished, newest, without_factors
 from svdpeft.compare.report.search import Search, tried
-from svdpeft.compare.statistics import Difference, Interval, differences, interval
+from svdpeft.compare.statistics import Difference, Interval, Standing, differences, interval, standings
 from svdpeft.compare.store import Damaged, Record, Store
 from svdpeft.registry import near_miss
 from svdpeft.tasks.base import higher_is_better
@@ -86,10 +87,14 @@ class Row:
         return _over(statistics.median, (run["throughput"]["per_second"] for run in self.runs))
 
     @property
+    def forgotten(self) -> tuple[float, ...]:
+        """What the base lost, after − before, in every run in which it was measured."""
+        return tuple(number(f["after"]) - number(f["before"]) for run in self.runs if (f := run["forgetting"]))
+
+    @property
     def forgetting(self) -> float | None:
-        """What the base lost: after − before, the mean over seeds."""
-        changes = [number(f["after"]) - number(f["before"]) for run in self.runs if (f := run["forgetting"])]
-        return statistics.fmean(changes) if changes else None
+        """The mean of it over seeds."""
+        return _over(statistics.fmean, self.forgotten)
 
     def median(self, key: str) -> float | None:
         return _over(statistics.median, (run[key] for run in self.runs))
@@ -192,11 +197,7 @@ class Results:
         """By budget: every method against the baseline on the same test items, or why that cannot be said."""
         found: dict[str | int | None, list[Difference] | str] = {}
         for budget in self.budgets:
-            scores = {
-                row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
-                for row in self.rows
-                if (row.free or row.budget == budget) and not row.diverged  # the seeds that are left are no sample
-            }
+            scores = self._scores(budget)
             if self.baseline is None:
                 found[budget] = "no baseline is named: the folder has no comparison.json"
             elif self.baseline not in scores:
@@ -209,6 +210,23 @@ class Results:
         return found
 
     @cached_property
+    def standings(self) -> dict[str | int | None, list[Standing]]:
+        """By budget: every method among all, best first; none where that cannot be said."""
+        found: dict[str | int | None, list[Standing]] = {}
+        for budget in self.budgets:
+            with suppress(ValueError):  # other test items for one than for another: ``differences`` says it
+                found[budget] = standings(self._scores(budget), self.higher, self.confidence)
+        return found
+
+    def _scores(self, budget: str | int | None) -> dict[str, dict[int, list[float]]]:
+        """By label and seed, the metric of every test item."""
+        return {
+            row.label: {run["identity"]["seed"]: list(map(number, run["items"][self.metric])) for run in row.runs}
+            for row in self.rows
+            if (row.free or row.budget == budget) and not row.diverged  # the seeds that are left are no sample
+        }
+
+    @cached_property
     def searches(self) -> list[Search]:
         """The searches in the order of the rows."""
         order = {(row.label, row.budget): i for i, row in enumerate(self.rows)}
@@ -219,9 +237,11 @@ class Results:
         whole = max(record["identity"]["epochs"] for record in self.records)
         found = []
         for key in sorted(groups, key=lambda key: (order.get(key, len(order)), *map(str, key))):
-            last = {t["identity"]["lr"]: t for t in sorted(groups[key], key=lambda trial: trial["rung"])}
+            rates: dict[float, list[Record]] = {}
+            for trial in groups[key]:
+                rates.setdefault(trial["identity"]["lr"], []).append(trial)
             metric = next((trial["metric"] for trial in groups[key] if "metric" in trial), self.metric)
-            points = tuple(tried(last[rate], whole) for rate in sorted(last))
+            points = tuple(tried(rates[rate], whole) for rate in sorted(rates))
             known = any(point.value is not None for point in points)
             found.append(Search(*key, metric, points, chosen.get(key) if known else None, _free(groups[key][0])))
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svdpeft.compare.store import Record
@@ -64,11 +66,19 @@ class Search:
         return next((p.error for p in self.points if p.error), "no trial gave a number")
 
 
-def tried(trial: Record, epochs: float) -> Tried:
-    """What the record of a trial says; ``epochs`` are those of a whole training."""
-    value = trial.get("value")
-    words = {"undefined": "not defined", "error": "failed", "diverged": "diverged"}
-    why = next((word for key, word in words.items() if key in trial), "not a number")
-    share = min(1.0, trial["identity"]["epochs"] / epochs)
-    rate, why = trial["identity"]["lr"], "" if value is not None else why
-    return Tried(rate, trial["rung"], share, value, why, trial.get("error", ""))
+def tried(trials: Sequence[Record], epochs: float) -> Tried:
+    """What the records of one rate's trials say together, those of its last rung; their mean, where all have a value.
+
+    Args:
+        trials: of one rate, one or more.
+        epochs: of a whole training.
+    """
+    rung = max(trial["rung"] for trial in trials)
+    last = [trial for trial in trials if trial["rung"] == rung]
+    share = min(1.0, last[0]["identity"]["epochs"] / epochs)
+    rate = last[0]["identity"]["lr"]
+    if lost := next((trial for trial in last if trial.get("value") is None), None):
+        words = {"undefined": "not defined", "error": "failed", "diverged": "diverged"}
+        why = next((word for key, word in words.items() if key in lost), "not a number")
+        return Tried(rate, rung, share, None, why, lost.get("error", ""))
+    return Tried(rate, rung, share, statistics.fmean(trial["value"] for trial in last))

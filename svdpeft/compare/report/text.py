@@ -12,6 +12,8 @@ from rich.text import Text
 from svdpeft.compare.report.cells import (
     COMMAND,
     SEARCHED,
+    STANDING,
+    STOOD,
     STOPPED,
     as_run,
     compared,
@@ -19,6 +21,7 @@ from svdpeft.compare.report.cells import (
     left_out,
     runs_of_methods,
     searched,
+    standing,
     stopped,
     table,
 )
@@ -100,9 +103,15 @@ def _differences(results: Results) -> Iterator[str]:
         yield from [*_table(compared(results), [difference(d, budget, results) for d in found]), ""]
         count = f"{found[0].comparisons} comparison{'s' if found[0].comparisons > 1 else ''}"
         yield "Paired on the same test items and seeds; p corrected by Holm's method for "
-        yield f"{count}; the interval is at the level at which it was tested."
+        yield f"{count}; the interval is at the level at which it was tested. Ruled out above: no larger difference, by"
+        yield "two one-sided tests with Holm's correction, for who named a margin before the runs."
         texts = sentences(found, results.metric, results.percent)
         yield from ["", *(f"- {_plain(text)}" for text in texts), ""]
+    for budget, found in results.standings.items():
+        if found:
+            at = f" at a budget of {budget or 'none'}" if len(results.budgets) > 1 else ""
+            yield from [f"## Every method among all{at}", ""]
+            yield from [*_table(STANDING, [standing(each, budget, results) for each in found]), "", f"{STOOD}.", ""]
 
 
 def _searches(results: Results) -> Iterator[str]:

@@ -69,6 +69,8 @@ class Difference:
             corrected test finds a difference. It is never narrower than the plain interval, and so covers this
             difference at least as often as ``confidence`` says; all of a family at once may be covered less often.
         p, p_corrected: two-sided; plain, and after Holm over ``comparisons``.
+        within: the least margin of which, had it been named before the runs, two one-sided tests after Holm find the
+            difference to be smaller, in either direction; NaN with one seed.
         comparisons: the size of the family.
         confidence: of the interval, and 1 − the level of the family.
         seeds, items: how many were used.
@@ -92,6 +94,7 @@ class Difference:
     components: Components = UNKNOWN
     seeds_needed: int | None = None
     items_needed: int | None = None
+    within: float = NAN
     note: str = ""
 
     @property
@@ -144,7 +147,7 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
     if baseline not in scores:
         raise ValueError(f"no runs of the baseline {baseline!r}: {near_miss(baseline, scores)}")
     alpha = 1 - confidence
-    pairs = {label: _paired(scores, label, baseline) for label in scores if label != baseline}
+    pairs = {label: paired(scores, label, baseline) for label in scores if label != baseline}
     tested = {label: MeanSquares.of(d) for label, (d, _) in pairs.items() if d is not None}
     p = {label: squares.p() for label, squares in tested.items()}
     # Holm tests the smallest p at α/m, the next at α/(m − 1), and stops at the first that fails: the rest fail with it
@@ -153,6 +156,7 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
     corrected = dict(zip(order, accumulate(steps, max), strict=True))
     passed = sum(each <= alpha for each in corrected.values())
     level = {label: alpha / (len(p) - min(rank, passed)) for rank, label in enumerate(order)}
+    within = _within(tested, alpha)
     found = []
     for label, (_, note) in pairs.items():
         each = Difference(label, baseline, confidence=confidence, note=note)
@@ -169,6 +173,7 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
                 seeds=squares.seeds,
                 items=squares.items,
                 components=squares.components,
+                within=within.get(label, NAN),
             )
             if not each.found:
                 seeds, items = needed(squares, level[label])
@@ -177,7 +182,19 @@ def differences(scores: Scores, baseline: str, *, confidence: float = 0.95) -> l
     return found
 
 
-def _paired(scores: Scores, label: str, baseline: str) -> tuple[np.ndarray | None, str]:
+def _within(tested: Mapping[str, MeanSquares], alpha: float) -> dict[str, float]:
+    """The margins of all: Holm takes a difference at α/m where the margin allows it, then the next at α/(m − 1)."""
+    left = {label: squares for label, squares in tested.items() if squares.seeds > 1}
+    found, margin = {}, 0.0
+    while left:
+        reached = {label: squares.within(alpha / len(left)) for label, squares in left.items()}
+        label = min(reached, key=reached.__getitem__)
+        found[label] = margin = max(margin, reached[label])
+        del left[label]
+    return found
+
+
+def paired(scores: Scores, label: str, baseline: str) -> tuple[np.ndarray | None, str]:
     """The differences (seeds, items) over the common seeds, or none of them; and what is to be said of it."""
     ours, theirs = scores[label], scores[baseline]
     common = [seed for seed in ours if seed in theirs]

@@ -82,6 +82,12 @@ class MeanSquares:
             float(self.residual),
         )
 
+    @property
+    def variance(self) -> Any:
+        """The variance of the mean: h² of the module's formula without its quantiles."""
+        of_seeds = np.maximum(self.seed, self.residual) if self.seeds > 1 else 0.0
+        return (of_seeds + np.maximum(0, self.item - self.residual)) / float(self.seeds * self.items)
+
     def half_width(self, alpha: float) -> Any:
         """Return h of the module's formula: mean ± h is the interval at confidence 1 − ``alpha``."""
         of_items = quantile(alpha, self.items - 1) ** 2 * np.maximum(0, self.item - self.residual)
@@ -92,6 +98,16 @@ class MeanSquares:
             of_seeds = np.maximum(quantile(alpha, self.seeds - 1) ** 2 * self.seed, floor)
         # a float: NumPy 1 makes objects of whole numbers beyond 64 bits
         return np.sqrt((of_seeds + of_items) / float(self.seeds * self.items))
+
+    def within(self, alpha: float) -> float:
+        """Return the least margin that two one-sided tests at level ``alpha`` find the true difference to be inside.
+
+        |mean| + h at level 2 ``alpha``: the interval of that level reaches no further, to either side.
+
+        Source: Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
+        equivalence of average bioavailability, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987.
+        """
+        return float(abs(self.mean) + self.half_width(min(1.0, 2 * alpha)))
 
     def p(self) -> float:
         """Return the smallest level at which 0 is outside the interval; below 1e-100 it is 0."""

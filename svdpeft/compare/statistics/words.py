@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from svdpeft.compare.statistics.paired import Difference
@@ -38,6 +39,9 @@ def _sentence(each: Difference, metric: str, percent: bool) -> str:
         came = f"{label} came out {mean} {unit} {word}" if each.mean else "no difference was seen"
         seen = "the runs agree on every item" if each.same else f"{came} {bounds}"
         text = f"{label} and {baseline} cannot be told apart: {seen}"
+        if not (each.same or math.isnan(each.within)):
+            bound = _at_most(each.within * (100 if unit == "points" else 1))
+            text += f"; a difference of more than {bound} {unit} is ruled out"
         if each.items_needed:
             text += (
                 f"; with these {each.items:,} test items no number of seeds would settle a difference of this size, "
@@ -129,6 +133,12 @@ def _amounts(each: Difference, metric: str, percent: bool) -> tuple[str, str, st
         shown = [f"{value:.{digits}f}" for value in values]
     mean, low, high = (text.replace("-", "−") for text in shown)
     return mean, low, high, unit
+
+
+def _at_most(value: float) -> str:
+    """A bound with two digits, rounded up: it still is one."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value else 1.0
+    return f"{math.ceil(value / unit - 1e-9) * unit:.2g}"
 
 
 def _about(count: int | None) -> str:
