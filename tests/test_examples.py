@@ -95,7 +95,7 @@ def test_the_page_has_every_example():
 
 def test_own_jsonl(here: Here, one_block: Callable[[str], Path], tmp_path: Path):
     model = [] if EVERYTHING else ["--model", one_block("smollm2-135m")]
-    printed = here("own_jsonl.py", *model, "--out", tmp_path, "--steps", 3)  # 20 teach it the answers
+    printed = here("own_jsonl.py", *model, "--out", tmp_path, "--steps", 12)
     found = losses(printed)
     assert found[-1] < 0.9 * found[0]
     assert re.search(r"^loss +[\d.]+ .* 4 *$", printed, re.MULTILINE)  # of the held-out questions

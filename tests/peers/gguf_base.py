@@ -1,7 +1,27 @@
 """A GGUF in full precision, so that llama.cpp can be held against torch."""
 
+import gc
+
+import pytest
+import torch
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
+
+from svdpeft.models import embedded, load
+from svdpeft.models.embedded import AssetError
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """A file that llama.cpp made of a real Llama, and the model that transformers makes of that file."""
+    try:
+        path = embedded.fetch("smollm2-135m")
+        loaded = load("smollm2-135m", dtype=torch.float32)
+    except AssetError as error:
+        pytest.skip(str(error))
+    yield path, loaded
+    del loaded
+    gc.collect()
 
 
 def dequantised(source, path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_optimizers
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +130,10 @@ def test_new_tokens(tied: bool, tmp_path: Path):
     old = llama(tie_word_embeddings=tied)
     svdpeft.load(old, tmp_path / "ours")
     same(logits(old, ids), logits(wrapped, ids))
+
+
+row("`create_loraplus_optimizer")(test_optimizers.test_loraplus)
+row("`create_riemannian_optimizer")(test_optimizers.test_riemannian_preconditioning)
 
 
 def test_every_row_is_shown():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
-from gguf_base import dequantised, finish
+from gguf_base import dequantised, finish, smollm2
 from helpers import near_by_change
-from test_gguf import CONFIGS, expected_names, in_their_layout, model_of, smollm2, tuned
+from test_gguf import CONFIGS, expected_names, in_their_layout, model_of, tuned
 from torch import nn
 
 import svdpeft

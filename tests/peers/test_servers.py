@@ -14,8 +14,8 @@ import urllib.request
 
 import pytest
 import torch
-from gguf_base import dequantised
-from test_gguf import smollm2, tuned
+from gguf_base import dequantised, smollm2
+from test_gguf import tuned
 
 import svdpeft
 
