@@ -3,32 +3,21 @@
 These tests drive the system's Chromium; where there is none they are skipped.
 """
 
-import os
-import shutil
 import time
 from itertools import pairwise
 
 import pytest
+from chromium import browser, seen, sync_api
 from report_records import comparison, failed
 
 from svdpeft.compare import report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+__all__ = ["browser"]  # a fixture
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+    seen,
     pytest.mark.xdist_group("browser"),  # one worker has it
 ]
 EVIL = "</script><b>bold</b>"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Where Sphinx is not installed nothing is built, and without the system's Chromiu
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,19 +13,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from chromium import browser, seen
 
 import svdpeft
 from svdpeft.registry import METHODS
 from svdpeft.zoo import card, family
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 for package in ("sphinx", "myst_parser", "sphinx_design", "pydata_sphinx_theme"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install "svdpeft[docs]"')
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+__all__ = ["browser"]  # a fixture
 pytestmark = pytest.mark.xdist_group("browser")  # one worker has it, and the site is built once
-seen = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
 PAGES = ("index", "gallery", "methods/pissa", "api/attach")
 
 
@@ -76,15 +74,6 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 # -- in a browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield found
-        found.close()
 
 
 @pytest.fixture
