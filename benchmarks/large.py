@@ -60,7 +60,7 @@ def write_base(folder: Path, layers: int) -> None:
     model.config.save_pretrained(folder)
     for file in dict.fromkeys(entry.file for entry in entries.values()):
         its = {name: entry for name, entry in entries.items() if entry.file == file}
-        shards.write(folder / file, its, value, {"format": "pt"})
+        shards.write(folder / file, its, lambda name: [value(name)], {"format": "pt"})
     write_index(folder, entries)
 
 

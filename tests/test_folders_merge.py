@@ -18,7 +18,7 @@ from torch import Tensor
 
 import svdpeft
 from svdpeft import CheckpointError, HeadOnly, LoRA, PiSSA
-from svdpeft.folders import merge, shards
+from svdpeft.folders import changes, merge, shards
 from svdpeft.folders.folder import Entry
 from svdpeft.folders.rounding import stochastic
 
@@ -89,7 +89,9 @@ def test_convolutions_and_running_statistics_merge_as_in_memory(tmp_path: Path):
     assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
 
 
-def test_the_sum_of_several_is_rounded_once(tmp_path: Path):
+@pytest.mark.parametrize("block", [changes.BLOCK, 50], ids=["whole", "three rows at a time"])
+def test_the_sum_of_several_is_rounded_once(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(changes, "BLOCK", block)
     base = saved(llama(torch.float64), tmp_path / "base")
     adapters = []
     for i, name in enumerate(("a", "bb")):
@@ -398,4 +400,5 @@ def written(made: dict[str, Tensor], path: Path) -> None:
     with safe_open(path / "theirs", "pt") as opened:
         words = {name: opened.get_slice(name).get_dtype() for name in made}
     entries = {name: Entry("ours", words[name], tuple(t.shape), t.nbytes) for name, t in made.items()}
-    shards.write(path / "ours", entries, made.__getitem__, {"format": "pt"})
+    parts = {name: t.split(2) if t.ndim else [t] for name, t in made.items()}
+    shards.write(path / "ours", entries, parts.__getitem__, {"format": "pt"})

@@ -6,6 +6,7 @@ between the two.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Hashable
@@ -19,6 +20,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 LARGEST, LARGEST_SOLVED = 2**24, 2**20  # values in a call that is timed as it is; in one that decomposes
 LONG = 64  # sides that are halved
+LONG_CALL = 0.05  # seconds, beside which what a first call prepares is nothing
+DRAWN = 1_000_003  # normal numbers, which are repeated: drawing takes longer than what is timed. A prime: rows differ
 
 
 class Shape(NamedTuple):
@@ -39,10 +42,16 @@ class Shape(NamedTuple):
 
     def values(self) -> Tensor:
         """A tensor of that shape: normal numbers, or zeros where they are no real numbers."""
-        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype)
         if 0 in self.stride or not self.dtype.is_floating_point:
-            return made.zero_()
-        return made.normal_(generator=torch.Generator().manual_seed(0))
+            return torch.empty_strided(self.size, self.stride, dtype=self.dtype).zero_()
+        needed = 1 + sum((side - 1) * step for side, step in zip(self.size, self.stride, strict=True))
+        flat = _normal(self.dtype).repeat(-(-needed // DRAWN)) if needed > DRAWN else _normal(self.dtype).clone()
+        return flat.as_strided(self.size, self.stride)
+
+
+@functools.cache
+def _normal(dtype: torch.dtype) -> Tensor:
+    return torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 class Call(NamedTuple):
@@ -108,11 +117,13 @@ def _outline(leaf: Any) -> Hashable:
 
 
 def _time(call: Call, tree: TreeSpec) -> float:
-    """Seconds of one call, at the second go."""
+    """Seconds of one call, at the second go unless the first is a long one."""
     args, kwargs = tree_unflatten([v.values() if isinstance(v, Shape) else v for v in call.leaves], tree)
     started = time.perf_counter()
     with suppress(RuntimeError):  # random numbers may be no matrix that it wants: what it has cost until then counts
         for _ in range(2):
             started = time.perf_counter()
             call.function(*args, **kwargs)
+            if time.perf_counter() - started > LONG_CALL:
+                break
     return time.perf_counter() - started

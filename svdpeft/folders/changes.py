@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from torch import Tensor
 from svdpeft.adapter.attach import site_of
 from svdpeft.adapter.checking import Parts, checked
 from svdpeft.adapter.file import free_of
+from svdpeft.decomposition import Product
 from svdpeft.folders.skeleton import Skeleton
 from svdpeft.layers.base import LayerKind
 from svdpeft.sites.site import Site
 from svdpeft.sites.weights import stored
 from svdpeft.targets.inventory import users_of_parameters
+
+BLOCK = 1 << 22  # values of an update at once: memory of that size is given back to the allocator, not to the system
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,18 @@ class Change:
     updates: list[Update] = field(default_factory=list)
     versions: list[tuple[float, Tensor]] = field(default_factory=list)
 
-    def added(self, dtype: torch.dtype) -> Tensor | None:
-        """Σ wᵢ ΔWᵢ of its updates; ``None`` where there is none."""
-        total: Tensor | None = None
-        for update in self.updates:
-            part = update.site.delta().to(dtype)
-            part = part if update.weight == 1 else update.weight * part
-            total = part if total is None else total + part
-        return total
+    def added(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Σ wᵢ ΔWᵢ of its updates, a few rows at a time: fewer bytes to fetch than the whole. As a whole where an
+        update is no product, or not in the layout of the weight."""
+        thin = [(update.weight, update.site.rowwise()) for update in self.updates]
+        products = [Product(weight * p.scale * p.cored(), None, p.A) for weight, p in thin if p is not None]
+        if len(products) < len(thin):
+            yield slice(None), _sum(update.weight * update.site.delta().to(dtype) for update in self.updates)
+            return
+        m, n = products[0].L.shape[-2], products[0].A.shape[-1]
+        step = max(BLOCK // n, 1)
+        for rows in (slice(start, start + step) for start in range(0, m, step)):
+            yield rows, _sum((p.L[rows] @ p.A).to(dtype) for p in products)
 
     def of(self, w: Tensor) -> Tensor:
         """W0 + Σ wᵢ (Wᵢ − W0) of its versions, or W0: at least float32, and of a count float64."""
@@ -63,7 +70,12 @@ class Change:
             return exact
         rest = 1 - sum(weight for weight, _ in self.versions)
         terms = [weight * version.to(exact.dtype) for weight, version in self.versions]
-        return sum(terms[1:], terms[0]) + (rest * exact if rest else 0)  # so one version alone stays as it is
+        return _sum(terms) + (rest * exact if rest else 0)  # so one version alone stays as it is
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """From the first term on: one alone is what it was, with -0."""
+    return functools.reduce(torch.add, terms)
 
 
 def changes(skeleton: Skeleton, adapters: Sequence[tuple[Path, float]]) -> dict[str, Change]:

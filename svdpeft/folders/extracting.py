@@ -144,17 +144,18 @@ def _sites(
 ) -> Iterator[tuple[Site, float]]:
     """The sites of one weight that differs, each with its error."""
     wide = torch.promote_types(torch.promote_types(w0.dtype, w1.dtype), torch.float32)
-    difference = w1.to(wide) - w0.to(wide)
+    difference = w1.to(wide, copy=True).sub_(w0)
     first = choices[0].places[0]
     users = users_of_parameters(here.model)[id(stored(first.module, first.parameter))]
     if len(choices[0].places) < len(users):
         layers = " and ".join(layer for layer, _ in users)
         raise ValueError(f"{choices[0].name} differs, and its weight is that of {layers}: name all of them")
-    record, rest = here.record(first.module, first.parameter), difference
+    record, rest = here.record(first.module, first.parameter), difference.clone() if choices[0].part else None
     for choice in choices:
         kind, module = choice.places[0].kind, choice.places[0].module
         d = kind.to_matrix(module, difference)
-        rest = rest - kind.from_matrix(module, d)
+        if rest is not None:
+            rest -= kind.from_matrix(module, d)
         size = torch.linalg.vector_norm(d)
         if size == 0:
             continue
@@ -162,8 +163,8 @@ def _sites(
         method = LoRA(rank=left.shape[-1])
         shape = (d[..., 0, 0].numel(), d.shape[-2], d.shape[-1])
         site = site_of(choice, method, Factors({"L": left, "A": right}, method.trains, shape=shape), record)
-        yield site, float(torch.linalg.vector_norm(d - site.matrix()) / size)
-    if rest.any():
+        yield site, float(torch.linalg.vector_norm(site.matrix().sub_(d)) / size)
+    if rest is not None and rest.any():
         weight, parts = choices[0].name.partition("[")[0], ", ".join(choice.part for choice in choices)
         raise ValueError(f"{weight} differs outside of its part {parts}, which targets= names: name the whole of it")
 

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from svdpeft.folders.folder import WORDS, Folder
 from svdpeft.folders.rounding import stochastic
 from svdpeft.folders.skeleton import Skeleton
 from svdpeft.methods.base import generator
-from svdpeft.sites.weights import MergeReport, rounded_sum
+from svdpeft.sites.weights import MergeReport, RoundedSum
 
 Name = str | os.PathLike[str]
 
@@ -90,7 +90,7 @@ def merge(
     lost: dict[str, float] = {}
     progress = bar(total=len(entries), what="merge", unit="tensor")
 
-    def value(name: str) -> Tensor:
+    def value(name: str) -> Iterator[Tensor]:
         progress.update()
         w, change = skeleton.read(name), changed.get(name, Change())
         for update in change.updates:
@@ -99,21 +99,24 @@ def merge(
                 others.setdefault(update.path, []).append((site.name, entry["dtype"], str(w.dtype)))
         to = dtype if dtype is not None and w.dtype in WORDS else w.dtype
         if name not in changed and to == w.dtype:
-            return w
-        added = change.added(torch.promote_types(w.dtype, torch.float32))
+            yield w
+            return
         rounding = None
         if stochastic_rounding and to.is_floating_point:
             draws = generator(zlib.crc32(f"{seed}/{name}".encode()))
             rounding = functools.partial(stochastic, dtype=to, generator=draws)
-        if added is None:
+        if not change.updates:
             exact = change.of(w)
             made = rounding(exact) if rounding else (exact if to.is_floating_point else exact.round()).to(to)
-        else:
-            made, share = rounded_sum(w, added, to, rounding)
-            lost.update({update.site.name: share for update in change.updates})
-        if not all_finite(made):
-            _check_finite(name, w, change.of(w) if added is None else w + added, made)
-        return made
+            _check_finite(name, w, lambda: exact, made)
+            yield made
+            return
+        sums = RoundedSum(to, rounding)
+        for rows, added in change.added(torch.promote_types(w.dtype, torch.float32)):
+            made = sums.of(w[rows], added)
+            _check_finite(name, w[rows], functools.partial(torch.add, w[rows], added), made)
+            yield made
+        lost.update({update.site.name: sums.lost for update in change.updates})
 
     with progress, replacing(out) as new:
         output.write(skeleton, new, entries, value, dtype)
@@ -133,8 +136,8 @@ def _weighted(adapters: Name | Sequence[Name | tuple[Name, float]]) -> list[tupl
     return [(Path(path), weight) for path, weight in pairs]
 
 
-def _check_finite(name: str, w: Tensor, exact: Tensor, made: Tensor) -> None:
+def _check_finite(name: str, w: Tensor, exact: Callable[[], Tensor], made: Tensor) -> None:
     """Refuse what was finite and would no longer be."""
-    if (w.isfinite() & ~made.isfinite()).any():
-        why = f"it overflows {made.dtype}" if exact.isfinite().all() else "the training has diverged"
+    if not all_finite(made) and (w.isfinite() & ~made.isfinite()).any():
+        why = f"it overflows {made.dtype}" if exact().isfinite().all() else "the training has diverged"
         raise ValueError(f"{name} would not be finite: {why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -64,7 +64,7 @@ def write(
     skeleton: Skeleton,
     path: Path,
     entries: Mapping[str, Entry],
-    value: Callable[[str], Tensor],
+    value: Callable[[str], Iterable[Tensor]],
     dtype: torch.dtype | None,
 ) -> None:
     """Write the folder.
@@ -73,7 +73,7 @@ def write(
         skeleton: of the model.
         path: of the new folder.
         entries: what it will have.
-        value: gives the tensor of a name.
+        value: gives the tensor of a name, in parts of consecutive rows.
         dtype: that its configuration will name; ``None``: the base's.
     """
     folder = skeleton.folder

@@ -1,14 +1,15 @@
 """Files of safetensors written tensor by tensor, and which tensor goes into which file.
 
 A file is 8 bytes with the length of its header, the header as JSON, and the bytes of the tensors. ``save_file`` wants
-all of them at once; here a tensor is made when its turn has come, while the one before is written, and is gone then.
+all of them at once; here a tensor, or a part of one, is made when its turn has come, while what was before is written,
+and is gone then.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from svdpeft.folders.folder import SINGLE, Entry
 
 
 def write(
-    path: Path, entries: Mapping[str, Entry], value: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path, entries: Mapping[str, Entry], value: Callable[[str], Iterable[Tensor]], metadata: Mapping[str, str]
 ) -> None:
     """Write a file of safetensors.
 
     Args:
         path: of the new file.
         entries: name -> what will be written under it.
-        value: gives the tensor of a name; it is asked once for each.
+        value: gives the tensor of a name, in parts of consecutive rows; it is asked once for each.
         metadata: of the file.
     """
     # The widest numbers first, so that all of them are aligned, as safetensors' own writer does.
@@ -43,10 +44,13 @@ def write(
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = value(name)  # is made while the one before goes to the disk
-            assert (*tensor.shape, tensor.nbytes) == (*entries[name].shape, entries[name].size), name
-            written.result()
-            written = writer.submit(file.write, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            size = 0
+            for part in value(name):  # is made while the one before goes to the disk
+                assert part.shape[1:] == entries[name].shape[1:], name
+                size += part.nbytes
+                written.result()
+                written = writer.submit(file.write, part.contiguous().flatten().view(torch.uint8).numpy().data)
+            assert size == entries[name].size, name
         written.result()
 
 

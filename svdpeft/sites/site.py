@@ -116,6 +116,13 @@ class Site:
         return self.kind.from_matrix(self.places[0].module, self.matrix())
 
     @torch.no_grad()
+    def rowwise(self) -> Product | None:
+        """ΔW as a product with a row for each of the weight's, or ``None`` where the weight's layout is another one."""
+        product, matrix = self.method.product(self.factors), torch.empty(self.shape[1:], device="meta")
+        same = self.shape[0] == 1 and self.kind.from_matrix(self.places[0].module, matrix) is matrix
+        return product if same else None
+
+    @torch.no_grad()
     def minus_start(self) -> Tensor:
         """Return −[L C A]start in the weight's own layout, what folding writes into the weight."""
         anchor = self.method.anchor(self.factors)

@@ -31,42 +31,55 @@ def stored(owner: nn.Module, name: str) -> Tensor:
 CHUNK = 1 << 18  # values at once, which stay in a processor's cache through the dozen operations on them
 
 
-def rounded_sum(
-    w: Tensor, added: Tensor, dtype: torch.dtype, rounding: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, float]:
-    """Return W' = round(W0 + ΔW), and ‖W' − (W0 + ΔW)‖_F / ‖ΔW‖_F, the share of the update that rounding has lost.
+class RoundedSum:
+    """W' = round(W0 + ΔW), of a weight whole or part by part, and the share of ΔW that rounding has lost.
 
     Args:
-        w: W0.
-        added: ΔW, in at least float32, of the same shape; the sum is formed in its dtype.
         dtype: of W'.
-        rounding: of a part of the sum; ``None``: to the nearest.
-
-    Returns:
-        W' as a new tensor, and the share; 0 for an update of zeros.
+        rounding: of the sum; ``None``: to the nearest.
 
     Example:
-        >>> rounded_sum(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 2**-30]), torch.bfloat16)[0]
+        >>> sums = RoundedSum(torch.bfloat16)
+        >>> sums.of(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 2**-30]))
         tensor([1.5000, 2.0000], dtype=torch.bfloat16)
+        >>> sums.lost < 1e-8
+        True
     """
-    rounding = rounding or (lambda exact: exact.to(dtype))
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    step = CHUNK if w.device.type == "cpu" else max(w.numel(), 1)
-    sizes, losses = [], []
-    for into, start, more in zip(*(t.reshape(-1).split(step) for t in (out, w, added)), strict=True):
-        before = start.to(more.dtype)
-        exact = before + more
-        rounded = rounding(exact)
-        into.copy_(rounded)
-        if rounded.dtype == exact.dtype:  # what of ΔW has come into the sum, and what has not (Knuth, TAOCP 2, 4.2.2)
-            came = exact - before
-            off = (before - (exact - came)) + (more - came)
-        else:  # not against the sum, which may have lost a small ΔW whole; two coarse numbers have an exact difference
-            off = rounded.to(exact.dtype).sub_(before).sub_(more)
-        sizes.append(torch.linalg.vector_norm(more))
-        losses.append(torch.linalg.vector_norm(off))
-    size, lost = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (sizes, losses))
-    return out, float(lost / size) if size > 0 else 0.0
+
+    def __init__(self, dtype: torch.dtype, rounding: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.dtype = dtype
+        self._rounding = rounding or (lambda exact: exact.to(dtype))
+        self._added: list[Tensor] = []  # norms of all parts, and of what they have lost
+        self._lost: list[Tensor] = []
+
+    def of(self, w: Tensor, added: Tensor) -> Tensor:
+        """Return W' of a part as a new tensor.
+
+        Args:
+            w: W0.
+            added: ΔW, in at least float32, of the same shape; the sum is formed in its dtype.
+        """
+        out = torch.empty(w.shape, dtype=self.dtype, device=w.device)
+        step = CHUNK if w.device.type == "cpu" else max(w.numel(), 1)
+        for into, start, more in zip(*(t.reshape(-1).split(step) for t in (out, w, added)), strict=True):
+            before = start.to(more.dtype)
+            exact = before + more
+            rounded = self._rounding(exact)
+            into.copy_(rounded)
+            if rounded.dtype == exact.dtype:  # what of ΔW has come into the sum, what not (Knuth, TAOCP 2, 4.2.2)
+                came = exact - before
+                off = (before - (exact - came)) + (more - came)
+            else:  # not against the sum, which may have lost a small ΔW whole; coarse numbers have an exact difference
+                off = rounded.to(exact.dtype).sub_(before).sub_(more)
+            self._added.append(torch.linalg.vector_norm(more))
+            self._lost.append(torch.linalg.vector_norm(off))
+        return out
+
+    @property
+    def lost(self) -> float:
+        """‖W' − (W0 + ΔW)‖_F / ‖ΔW‖_F of all parts together; 0 for an update of zeros."""
+        added, lost = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (self._added, self._lost))
+        return float(lost / added) if added > 0 else 0.0
 
 
 SAMPLE = 32  # values of a weight
@@ -174,7 +187,8 @@ class BaseWeight:
             )
         before = self._exact() if self._written else self.original
         added = part().to(torch.promote_types(before.dtype, torch.float32))
-        rounded, lost = rounded_sum(before, added, self.stored.dtype)
+        sums = RoundedSum(self.stored.dtype)
+        rounded = sums.of(before, added)
         if not all_finite(rounded):
             why = f"it overflows {rounded.dtype}" if all_finite(before + added) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
@@ -182,7 +196,7 @@ class BaseWeight:
             self._original = self.tensor.clone()
         self._written[key] = part
         self.tensor.copy_(rounded)
-        return lost
+        return sums.lost
 
     def erase(self, key: Hashable) -> None:
         """Take back what was written under ``key``; the last one to go restores every bit."""
