@@ -105,6 +105,11 @@ def test_the_folder_is_on_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.M
     assert done == ["folder", "words.txt", "rename", tmp_path.name]
 
 
+def test_every_other_writer_that_is_killed(tmp_path: Path):
+    """Twice each, after its check has noticed half of a file; ``make torture`` has 200."""
+    run("writers", tmp_path, 2)
+
+
 def test_comparisons_that_are_killed(tmp_path: Path):
-    """One, until it ends; ``make torture`` has a hundred kills, and some of the command with two workers."""
+    """One, until it ends; ``make torture`` has two hundred kills, and some of the command with two workers."""
     run("comparing", tmp_path, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svdpeft.adapter.file import FOLDER
 from svdpeft.adapter.roster import adapters_in
+from svdpeft.atomic import replacing
 from svdpeft.sites.place import is_factor
 
 NAME = "save_pretrained"
@@ -100,4 +101,5 @@ class SavePretrained:
     def _write(self, adapter: Any, path: Path, folder: str) -> None:
         adapter.save(path / folder)
         if not (path / "README.md").exists():
-            (path / "README.md").write_text(README.format(folder=folder, path=path / folder))
+            with replacing(path / "README.md") as new:  # half of one would stay for ever
+                new.write_text(README.format(folder=folder, path=path / folder))

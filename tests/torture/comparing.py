@@ -8,7 +8,6 @@ Most of it is forked and on a model of 500 weights; a twentieth of the kills are
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from comparison import REAL, Signs, load
 from safetensors import safe_open
-from torture.saving import dying_at
+from torture.kills import Span, attempt, draws
 
 from svdpeft.compare import records, report
 from svdpeft.compare.reading import read_spec
@@ -46,32 +45,11 @@ CLOCKS = {"date", "seconds", "attach_seconds", "attach_warm_seconds", "step_seco
 ENDS = {".html": b"</html>\n", ".png": b"IEND\xaeB`\x82", ".csv": b"\n", ".md": b"\n"}
 
 
-def work(folder: Path, spec: dict[str, Any], die_at: int = 0) -> None:
-    """What ``svdpeft compare --keep-adapters all`` does, in this process.
-
-    Args:
-        folder: of the comparison.
-        spec: what is compared.
-        die_at: twice the number of a rename, one less to die before it; 0: never.
-    """
-    os.replace = dying_at(die_at)
+def work(folder: Path, spec: dict[str, Any]) -> None:
+    """What ``svdpeft compare --keep-adapters all`` does, in this process."""
     TASKS._classes["signs"], Signs.name, session.load = Signs, "signs", load  # type: ignore[assignment]
     compare(read_spec(**spec), folder, Engine(keep="all"))
     report.write(Store(folder))
-
-
-def forked(*given: Any) -> int:
-    """The work in a process of its own, without a word but errors."""
-    process = os.fork()
-    if not process:
-        status = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            work(*given)
-            status = 0
-        finally:
-            os._exit(status)
-    return process
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -99,38 +77,30 @@ def _without_clocks(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def killed_until_it_ends(
-    folder: Path, spec: dict[str, Any], expected: dict[str, Any], seconds: float, draw: random.Random
+    folder: Path, spec: dict[str, Any], expected: dict[str, Any], span: Span, draw: random.Random
 ) -> int:
-    """How often one comparison was killed, within so many seconds or at a rename; it ends as expected."""
+    """How often one comparison was killed, each time soon after it has begun to write again; it ends as expected."""
     kills = 0
-    while True:
-        die_at = draw.choice([0, draw.randint(1, 20)])
-        process = forked(folder, spec, die_at)
-        if not die_at:
-            time.sleep(draw.random() * seconds)
-            os.kill(process, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if status == 0:
-            assert found(folder) == expected, "it ended elsewhere"
-            return kills
-        assert status == -signal.SIGKILL, "it could not go on"
+    while attempt(lambda: work(folder, spec), **draws(span, draw)).killed:
         kills += 1
         so_far = found(folder)
         assert {name: expected[name] for name in so_far} == so_far
+    assert found(folder) == expected, "it ended elsewhere"
+    return kills
 
 
 def functions(folder: Path, spec: dict[str, Any], count: int) -> None:
     """At least so many kills of comparisons in processes that were forked."""
     begun = time.monotonic()
-    assert os.waitpid(forked(folder / "whole", spec), 0)[1] == 0
-    takes, expected = time.monotonic() - begun, found(folder / "whole")
+    whole = attempt(lambda: work(folder / "whole", spec)).span
+    expected = found(folder / "whole")
+    part = Span(3 * whole.operations // len(expected), 3 * whole.seconds / len(expected))
     draw, kills, ended = random.Random(0), 0, 0
     while kills < count:
-        kills += killed_until_it_ends(folder / f"killed-{ended}", spec, expected, takes, draw)
+        kills += killed_until_it_ends(folder / f"killed-{ended}", spec, expected, part, draw)
         ended += 1
-    print(
-        f"comparisons: {kills} kills, {ended} ended as expected, {len(expected)} records and adapters each", flush=True
-    )
+    told = f"{ended} ended as expected, {len(expected)} records and adapters each"
+    print(f"comparisons: {kills} kills in {time.monotonic() - begun:.0f} s, {told}", flush=True)
 
 
 def commands(folder: Path, count: int) -> None:
@@ -157,7 +127,8 @@ def commands(folder: Path, count: int) -> None:
                 found(where)
         assert status == 0, "it could not go on"
         assert found(where) == expected, "it ended elsewhere"
-    print(f"svdpeft compare --workers 2: {kills} kills, ended as expected", flush=True)
+    seconds = time.monotonic() - begun
+    print(f"svdpeft compare --workers 2: {kills} kills in {seconds:.0f} s, ended as expected", flush=True)
 
 
 def _toml(pair: tuple[str, Any]) -> str:

@@ -250,7 +250,7 @@ def damaged(reader: Reader, whole: Path, examples: int) -> None:
 
 def main(examples: int, *names: str) -> None:
     """So many for each reader; what was drawn is told where one fails."""
-    least, failed = peak(), []
+    least, failed, began = peak(), [], time.monotonic()
     for name in names or READERS:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as temporary:
@@ -263,7 +263,8 @@ def main(examples: int, *names: str) -> None:
         print(f"{name}: {examples} examples in {time.monotonic() - begun:.0f} s", flush=True)
     assert not failed, failed
     assert peak() < least + MEMORY, f"{(peak() - least) / 2**20:.0f} MiB for a small file"
-    print(f"{(peak() - least) / 2**20:.0f} MiB at most")
+    told = f"{time.monotonic() - began:.0f} s, each read or refused, {(peak() - least) / 2**20:.0f} MiB at most"
+    print(f"{len(names or READERS)} other readers: {examples} damaged of each in {told}")
 
 
 if __name__ == "__main__":

@@ -167,11 +167,14 @@ def write_beside_a_writer(folder: Path, saves: int) -> None:
 
 def main(folder: Path, count: int) -> None:
     """All of it, in folders of its own; ``count`` kills."""
+    begun = time.monotonic()
     for die_at in range(1, 9):
         killed(folder / f"{die_at}", die_at)
     kills(folder / "kills", count, seed=0)
     read_beside_a_writer(folder / "reader", 20 * count)
     write_beside_a_writer(folder / "writers", 3 * count)
+    told = f"{20 * count} reads beside a writer, {6 * count} saves of two beside each other"
+    print(f"saves: {count + 8} kills, {told}, in {time.monotonic() - begun:.0f} s, nothing is lost", flush=True)
 
 
 if __name__ == "__main__":

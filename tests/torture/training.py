@@ -5,19 +5,20 @@ python tests/torture/training.py FOLDER KILLS
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
 import transformers
 from torch import Tensor, nn
+from torture.kills import Span, attempt, draws
 
 import svdpeft
 
@@ -72,40 +73,37 @@ def go_on(folder: Path, stock: bool, steps: int) -> dict[str, Tensor]:
     return values(adapter)
 
 
-def killed_until_it_ends(folder: Path, stock: bool, steps: int, draw: random.Random) -> int:
-    """How often one training was killed; it ends with the expected values."""
-    begun = time.monotonic()
-    expected = go_on(folder / "whole", stock, steps)
-    takes, kills = time.monotonic() - begun, 0
-    while True:
-        process = os.fork()
-        if not process:
-            status = 1
-            try:
-                found = go_on(folder / "killed", stock, steps)
-                status = 0 if all(torch.equal(found[name], value) for name, value in expected.items()) else 2
-            finally:
-                os._exit(status)
-        time.sleep(draw.random() * 1.5 * takes)
-        os.kill(process, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if status == 0:
-            return kills
-        assert status == -signal.SIGKILL, "it could not go on" if status == 1 else "it ended elsewhere"
+def finish(folder: Path, stock: bool, steps: int, expected: dict[str, Tensor]) -> None:
+    """Train to the end, which must be the expected one."""
+    found = go_on(folder, stock, steps)
+    assert all(torch.equal(found[name], value) for name, value in expected.items()), "it ended elsewhere"
+
+
+def killed_until_it_ends(
+    folder: Path, stock: bool, steps: int, expected: dict[str, Tensor], span: Span, draw: random.Random
+) -> int:
+    """How often one training was killed, each time soon after it has begun to write again; it ends as expected."""
+    kills = 0
+    while attempt(lambda: finish(folder, stock, steps, expected), **draws(span, draw)).killed:
         kills += 1
+    return kills
 
 
 def main(folder: Path, count: int, steps: int = 30) -> None:
-    """At least so many kills of each of the two trainers, in trainings of so many steps."""
+    """At least so many kills of each of the two trainers, in trainings of so many steps, a checkpoint after each."""
     for stock in (False, True):
-        draw, kills, ended = random.Random(0), 0, 0
+        begun, draw, kills, ended = time.monotonic(), random.Random(0), 0, 0
+        expected = go_on(folder / "whole", stock, steps)
+        shutil.rmtree(folder / "whole")
+        whole = attempt(lambda stock=stock, e=expected: finish(folder / f"{stock}", stock, steps, e)).span
+        few = Span(2 * whole.operations // steps, 2 * whole.seconds / steps)  # of two checkpoints
         while kills < count:
             where = folder / f"{stock}-{ended}"
-            kills += killed_until_it_ends(where, stock, steps, draw)
+            kills += killed_until_it_ends(where, stock, steps, expected, few, draw)
             ended += 1
             shutil.rmtree(where)
-        name = "AdapterCallback" if stock else "svdpeft.Trainer"
-        print(f"{name}: {kills} kills, {ended} trainings ended as expected", flush=True)
+        name, seconds = "AdapterCallback" if stock else "svdpeft.Trainer", time.monotonic() - begun
+        print(f"{name}: {kills} kills in {seconds:.0f} s, {ended} trainings ended as expected", flush=True)
 
 
 if __name__ == "__main__":
