@@ -239,6 +239,61 @@ def test_a_change_waits_for_calls_and_calls_for_it(method: str):
     assert not model._forward_pre_hooks
 
 
+CALLS = [
+    lambda model, x: model(x),
+    lambda model, x: model.twice(x),  # whose own call is not waited for by a change that has begun
+    lambda model, x: model.two(x),
+    lambda model, x: model.two(model.one(x)),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["the model", "a method", "a part", "two parts"])
+def test_no_call_begins_while_the_model_changes(call: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch):
+    model, adapter, x = slow()
+    model.go.set()
+    expected = call(model, x)
+    with ExitStack() as afterwards, adapter.unwritten():
+        found = afterwards.enter_context(elsewhere(lambda: call(model, x)))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.neg_()
+        time.sleep(0.05)
+        assert not found, "it has not waited"
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.neg_()
+        assert torch.equal(call(model, x), expected)  # its own thread goes on
+    assert torch.equal(found["result"], expected)
+    with adapter.unwritten():
+        monkeypatch.setattr(turns, "PATIENCE", 0.05)
+        with pytest.raises(
+            RuntimeError, match=r"a call of the \w+ has waited 0\.05 s for a change of adapter 'default'"
+        ):
+            result(lambda: call(model, x))
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_call_may_wait_for_a_part_in_a_thread_of_its_own():
+    """A change waits for both; the part does not wait for the change, which would wait for it."""
+
+    class Apart(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            self.inside.set()
+            assert self.go.wait(20)
+            return result(lambda: self.two(x))
+
+    model = Apart()
+    adapter = attach(model, LoRA(rank=2), ["two"])
+    model.go.clear()
+    with elsewhere(lambda: model(torch.ones(1, 4))) as found:
+        assert model.inside.wait(20)
+        with elsewhere(adapter.merge) as merged:
+            time.sleep(0.05)
+            model.go.set()
+    assert "result" in found
+    assert "result" in merged
+
+
 def test_a_call_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch):
     model, adapter, x = slow()
     monkeypatch.setattr(turns, "PATIENCE", 0.05)

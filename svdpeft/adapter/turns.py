@@ -1,7 +1,8 @@
 """Changes of a model take turns with what other threads do with it: their calls, their blocks and their trainings.
 
-Nothing is counted or locked while nothing changes. A change puts a hook before the model's calls, in which those that
-begin wait, and looks at the stacks of the other threads: one with a method of the model, or of a part of it, calls it.
+Nothing is counted or locked while nothing changes. A change puts a hook before the calls of the model and of its parts,
+in which those that begin wait, and looks at the stacks of the other threads: one with a method of the model, or of a
+part of it, calls it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,6 @@ class Block:
     def __init__(self, what: str, firm: bool) -> None:
         self.what, self.firm, self.thread = what, firm, threading.get_ident()
 
-    def __str__(self) -> str:
-        return f"{self.what} in {_name(self.thread)}"
-
 
 class Turns:
     """Who has the turn at one model, and who else is at work with it.
@@ -56,6 +54,7 @@ class Turns:
         self.changing = ""  # what that is
         self.lock = threading.RLock()  # of whoever changes it now, for which calls and blocks wait
         self.owner: int | None = None  # its thread
+        self.alone = False  # it changes the model now, or looks whether it can
         self.waiting: set[int] = set()  # threads whose calls have not begun
         self.blocks: set[Block] = set()
         self.trainings: dict[int, tuple[CodeType, str]] = {}  # by thread: what runs on its stack as long as it trains
@@ -117,16 +116,16 @@ class Turns:
             if self.owner == threading.get_ident():
                 yield
                 return
-            model = self._model
             with self.lock:
-                hook = model.register_forward_pre_hook(self._wait, prepend=True)
+                hooks = [part.register_forward_pre_hook(self._wait, prepend=True) for part in self._model.modules()]
                 try:
                     self.owner = threading.get_ident()
                     self._until_alone(what, scope() or {})
                     yield
                 finally:
-                    self.owner = None
-                    hook.remove()
+                    self.owner, self.alone = None, False
+                    for hook in hooks:
+                        hook.remove()
 
     def train(self, adapter: str) -> None:
         """Note that this thread trains an adapter, until the function that calls its callbacks has returned."""
@@ -159,23 +158,27 @@ class Turns:
 
     def _until_alone(self, what: str, here: Mapping[Any, Any]) -> None:
         end = time.monotonic() + PATIENCE
+        self.alone = True  # before each look: a call is seen in it, or sees this
         while (other := self._training() or self._block(here) or self._call()) is not None:
-            if other.startswith(TRAINING) or other.endswith(_name(threading.get_ident())):  # which waiting does not end
-                raise RuntimeError(f"{what} is impossible beside {other}")
+            self.alone = False
+            which, thread = other
+            if which.startswith(TRAINING) or thread == threading.get_ident():  # which waiting does not end
+                raise RuntimeError(f"{what} is impossible beside {which} in {_name(thread)}")
             if time.monotonic() > end:
-                raise RuntimeError(f"{what} has waited {PATIENCE:g} s for {other}")
+                raise RuntimeError(f"{what} has waited {PATIENCE:g} s for {which} in {_name(thread)}")
             time.sleep(BETWEEN)
+            self.alone = True
 
-    def _block(self, here: Mapping[Any, Any]) -> str | None:
-        """A block of another thread or task."""
-        return next((str(block) for block in list(self.blocks) if block not in here), None)
+    def _block(self, here: Mapping[Any, Any]) -> tuple[str, int] | None:
+        """A block of another thread or task, and the thread."""
+        return next(((block.what, block.thread) for block in list(self.blocks) if block not in here), None)
 
-    def _call(self) -> str | None:
-        """A call of the model in another thread."""
+    def _call(self) -> tuple[str, int] | None:
+        """A call of the model in another thread, and the thread."""
         others = sys._current_frames()
         for thread in others.keys() - self.waiting - {threading.get_ident()}:
             if (call := self._calls(others[thread])) is not None:
-                return f"{type(_self(call)).__name__}.{call.f_code.co_name}() in {_name(thread)}"
+                return f"{type(_self(call)).__name__}.{call.f_code.co_name}()", thread
         return None
 
     def _calls(self, frame: FrameType | None) -> FrameType | None:
@@ -190,24 +193,37 @@ class Turns:
             except RuntimeError:  # whoever has the turn puts a child into a layer, or takes it out
                 time.sleep(0)
 
-    def _training(self) -> str | None:
-        """A training in another thread."""
+    def _training(self) -> tuple[str, int] | None:
+        """A training in another thread, and the thread."""
         frames = sys._current_frames()
         for thread, (code, what) in list(self.trainings.items()):
             if all(frame.f_code is not code for frame in _stack(frames.get(thread))):
                 self.trainings.pop(thread, None)  # it has ended, perhaps by an error
             elif thread != threading.get_ident():
-                return f"{what} in {_name(thread)}"
+                return what, thread
         return None
 
-    def _wait(self, model: nn.Module, args: Any) -> None:
-        """Let a call wait that begins while the model changes, unless it is part of one that runs already."""
-        if torch.compiler.is_compiling() or self.owner in (None, threading.get_ident()):
+    def _wait(self, part: nn.Module, args: Any) -> None:
+        """Let a call wait that begins while the model changes.
+
+        As long as the change waits itself, a call goes on that is part of one which runs already, and so does a call of
+        a part, for which one that runs may wait in a thread of its own: the change sees both.
+        """
+        if torch.compiler.is_compiling() or self.owner in (None, me := threading.get_ident()) or _recomputes(me):
             return
+        what = f"a call of the {type(part).__name__}"
         own = ("inner", "_call_impl", "_wrapped_call_impl")  # torch's frames of the call that begins
         around = next((frame for frame in _stack(sys._getframe(1)) if frame.f_code.co_name not in own), None)
-        if self._acquire(self.lock, f"a call of the {type(model).__name__}", around):
+        if part is self.model() and self._acquire(self.lock, what, around):
             self.lock.release()
+        begins, end = self._calls(around) is None, time.monotonic() + PATIENCE
+        while self.alone:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{what} has waited {PATIENCE:g} s for {self.changing}")
+            if begins:  # a change need not wait for it
+                self.waiting.add(me)
+            time.sleep(BETWEEN)
+            self.waiting.discard(me)  # before the next look at whether there is one
 
 
 _turns: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
@@ -253,6 +269,11 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 def _self(frame: FrameType) -> object:
     """Whose method a frame runs."""
     return frame.f_locals["self"] if frame.f_code.co_varnames[:1] == ("self",) else None
+
+
+def _recomputes(thread: int) -> bool:
+    """Whether this is a thread of autograd's, as a GPU has one: whoever has the turn may wait for its ``backward``."""
+    return torch._C._current_graph_task_id() != -1 and all(each.ident != thread for each in threading.enumerate())
 
 
 def _name(thread: int | None) -> str:
