@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 STALE = 24 * 3600.0  # seconds without a write, after which nobody is at work in a folder any more
 
 
@@ -17,9 +19,10 @@ STALE = 24 * 3600.0  # seconds without a write, after which nobody is at work in
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write a file or a folder at; after the block it stands at ``path``, and replaces a file there.
 
-    An error within the block leaves what was there. Whoever could read a file that the program opens itself can read
-    this one: safetensors and ``mkstemp`` write for the owner alone. A link at ``path`` stays: what it leads to is
-    replaced. When the block has ended, the file is on the disk and not only in the system's memory.
+    An error within the block leaves what was there; a full disk is an ``OSError`` with the path, whoever wrote. Whoever
+    could read a file that the program opens itself can read this one: safetensors and ``mkstemp`` write for the owner
+    alone. A link at ``path`` stays: what it leads to is replaced. When the block has ended, the file is on the disk and
+    not only in the system's memory.
 
     Args:
         path: its folder is made where it is missing.
@@ -49,6 +52,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(new, path)
         for folder in path.parents[: missing + 1]:  # the name of a folder that was made lies in the one above it
             sync(folder)
+    except SafetensorError as error:  # which has the system's number in its words
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(code := int(number[1]), os.strerror(code), os.fspath(path)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # a write knows no name
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

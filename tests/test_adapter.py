@@ -264,6 +264,14 @@ def test_what_rounding_loses_is_told_for_updates_of_every_size(size: float, dtyp
     assert sums.lost == pytest.approx(float(missing.norm() / added.double().norm()), rel=1e-3)
 
 
+def test_what_rounding_loses_is_told_where_squares_overflow():
+    draws = torch.Generator().manual_seed(0)
+    w, added = torch.zeros(64, 48, dtype=torch.bfloat16), 1e30 * torch.randn(64, 48, generator=draws)
+    sums = RoundedSum(torch.bfloat16)
+    missing = sums.of(w, added).double() - added
+    assert sums.lost == pytest.approx(float(missing.norm() / added.double().norm()), rel=1e-3)
+
+
 def test_two_adapters_in_one_bfloat16_weight_are_rounded_once():
     model = nn.ModuleDict({"a": nn.Linear(64, 48).bfloat16()})
     base = model["a"].weight.detach().clone()

@@ -272,3 +272,10 @@ def test_a_folder_of_a_model_with_something_wrong(tmp_path: Path, file: str, con
     (tmp_path / "files" / file).write_text(content)
     with pytest.raises(ValueError, match=words):
         READERS["model-folder"].read(tmp_path / "files")
+
+
+def test_a_file_that_is_refused_is_named_once(tmp_path: Path):
+    torch.save({"emb.weight": torch.ones(9, 4)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="no RWKV checkpoint") as told:
+        rwkv.read(tmp_path / "x.pth")
+    assert str(told.value).count("x.pth") == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,44 @@ def test_help_has_an_example(command: str):
     said = run(command, "--help")
     assert said.exit_code == 0
     assert f"Example: svdpeft {command} llama" in " ".join(said.stdout.split())
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """A disk on which no file of more than 100 bytes has room."""
+    resource = pytest.importorskip("resource")
+    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge base a out",
+        "export a out --base base",
+        "export a out.gguf --to gguf --base base",
+        "extract base tuned out --rank 1",
+        "decompose base --rank 2 --cache out",
+    ],
+)
+def test_a_full_disk_is_told_in_a_line(words: str, ready: Path):
+    """Whoever writes: Python, safetensors or numpy. Nothing is left, and nothing is said to be there."""
+    with no_room():
+        found = run(*words.split())
+    assert found.exit_code == 2, found.output
+    assert "File too large" in found.output
+    assert "out" in found.output
+    assert not [file for file in Path().rglob("*") if file.is_file() and "out" in str(file) and file.suffix != ".lock"]
+
+
+def test_an_extract_of_a_name_that_no_adapter_can_have(ready: Path):
+    for name in ("", "a.b"):
+        found = run("extract", "base", "tuned", "out", "--rank", "1", "--name", name)
+        assert found.exit_code == 2
+        assert f"adapter name {name!r}" in found.output
+    assert not Path("out").exists()

@@ -308,3 +308,9 @@ def test_the_command_prints_lines_or_json():
 def test_a_configuration_has_no_weights_to_load():
     with pytest.raises(ValueError, match="is a configuration, which has no weights"):
         svdpeft.models.load("examples/shapes/llama-2-7b.json")
+
+
+@pytest.mark.parametrize("given", [{"length": 10**20}, {"length": 0}, {"devices": 2**31}, {"length": 1.5}])
+def test_numbers_that_no_tensor_has(given: dict[str, float]):
+    with pytest.raises(ValueError, match=r"is not a whole number of at least 1, and below 2\^31"):
+        plan("smollm2-135m", svdpeft.LoRA(rank=2), Recipe(lr=1.0), timed=False, **given)

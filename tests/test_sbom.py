@@ -84,3 +84,16 @@ def test_a_wheel_has_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["sbom-files"] == ["sbom.cdx.json"]
     assert project["build-system"]["requires"] == ["hatchling>=1.28"]
+
+
+def test_it_has_the_licence_of_the_project():
+    """An SPDX expression in the package's metadata (PEP 639), the same in the bill, and the files with the words."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert BILL["metadata"]["component"]["licenses"] == [{"license": {"id": project["license"]}}]
+    files = {file.relative_to(ROOT) for pattern in project["license-files"] for file in ROOT.glob(pattern)}
+    assert files - {Path("LICENSE")} == {
+        Path(each["name"])
+        for library in BILL["components"]
+        for each in parts(library, "file")
+        if "LICENSE" in each["name"]
+    }

@@ -237,6 +237,11 @@ def _check_free(built: Sequence[tuple[Choice, PerSite, Factors]], name: str) -> 
 def _check_name(name: str, roster: Roster) -> None:
     if name in roster.adapters:
         raise ValueError(f"an adapter named {name!r} is attached already: detach it, or give this one another name")
+    check_name(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that an adapter cannot have, in a model or in a file."""
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must be non-empty and without a dot: it becomes part of tensor names")
 

@@ -208,16 +208,14 @@ def read(source: Source, verify: bool = False) -> tuple[dict[str, Any], dict[str
             inner = where / FOLDER
             where = inner if not (where / TENSORS).is_file() and (inner / TENSORS).is_file() else where
             header, tensors = _of_file(where) if where.is_file() else _of_folder(where)
-    if not isinstance(header, dict) or header.get("format") not in (FORMAT, WITHOUT_BASES):
         version = header.get("format") if isinstance(header, dict) else None
-        known = f"this version of svdpeft reads format {FORMAT} and {WITHOUT_BASES}"
-        raise CheckpointError(f"the header of {where} has format {version}; {known}")
-    if missing := KEYS - header.keys():
-        raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
-    if verify:
-        with undamaged(where, "the header of "):
+        if version not in (FORMAT, WITHOUT_BASES):
+            known = f"this version of svdpeft reads format {FORMAT} and {WITHOUT_BASES}"
+            raise CheckpointError(f"the header of {where} has format {version}; {known}")
+        if missing := KEYS - header.keys():
+            raise CheckpointError(f"the header of {where} is damaged: it lacks {', '.join(sorted(missing))}")
+        if verify:
             _verify(header, tensors, where)
-    with undamaged(where):
         packed = {name: unpacked(tensors[name], shape) for name, shape in header.get("packed", {}).items()}
     return header, tensors | packed, where
 

@@ -112,8 +112,8 @@ def plan(
         if value not in known:
             raise ValueError(f"{what} {value!r}: {near_miss(str(value), known)}")
     for what, value in (("length", length), ("devices", devices)):
-        if not whole(value) or value < 1:
-            raise ValueError(f"{what} {value!r} is not a whole number of at least 1")
+        if not whole(value) or not 1 <= value < 2**31:
+            raise ValueError(f"{what} {value!r} is not a whole number of at least 1, and below 2^31")
     loaded = load(model, num_classes=num_classes, image_size=image_size, dtype=getattr(torch, dtype), weights=False)
     base: Any = loaded.model
     if loaded.modality == "language" and not returns_loss(base):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svdpeft.adapter.ambient import ordinary
-from svdpeft.adapter.attach import site_of
+from svdpeft.adapter.attach import check_name, site_of
 from svdpeft.adapter.file import check_ours
 from svdpeft.adapter.saving import Contents, save
 from svdpeft.bars import bar
@@ -90,7 +90,8 @@ def extract(
 
     Raises:
         ValueError: folders that are no models, or of different shapes; ones that do not differ; neither or both of
-            ``rank`` and ``energy``; parts of a weight, or one user of a tied one, as targets, where more differs.
+            ``rank`` and ``energy``; a name that no adapter can have; parts of a weight, or one user of a tied one, as
+            targets, where more differs.
         FileExistsError: ``out`` is a file, or has files that svdpeft has not written.
 
     Example:
@@ -101,6 +102,7 @@ def extract(
         raise ValueError("give one of rank and energy")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy {energy} is outside (0, 1]")
+    check_name(name)
     check_ours(Path(out))
     here, there = Skeleton(Folder(base)), Folder(tuned)
     _check_same(here.folder, there)

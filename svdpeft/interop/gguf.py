@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -94,8 +95,7 @@ def export_gguf(
             left, right = right.mT, left
         tensors[f"{written}.weight.lora_a"] = _array(right, dtype, name)
         tensors[f"{written}.weight.lora_b"] = _array(left, dtype, name)
-    with replacing(path) as new:
-        writer = GGUFWriter(new, MODEL_ARCH_NAMES[arch])
+    with replacing(path) as new, closing(GGUFWriter(new, MODEL_ARCH_NAMES[arch])) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
@@ -104,7 +104,6 @@ def export_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
     return ranks
 
 

@@ -71,11 +71,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no RWKV checkpoint: it is not a mapping from names to tensors")
     if large := [name for name, value in state.items() if value.nbytes > value.untyped_storage().nbytes()]:
         raise ValueError(f"{path} is damaged: {large[0]} is larger than what the file holds of it")
-    try:
-        with undamaged(path, kind=ValueError):
-            describe(state)
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from error
+    with undamaged(path, kind=ValueError):
+        describe(state)
     return dict(state)
 
 

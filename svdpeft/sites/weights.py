@@ -71,8 +71,9 @@ class RoundedSum:
                 off = (before - (exact - came)) + (more - came)
             else:  # not against the sum, which may have lost a small ΔW whole; coarse numbers have an exact difference
                 off = rounded.to(exact.dtype).sub_(before).sub_(more)
-            self._added.append(torch.linalg.vector_norm(more))
-            self._lost.append(torch.linalg.vector_norm(off))
+            # In float64: the squares of what float32 holds overflow it.
+            self._added.append(torch.linalg.vector_norm(more, dtype=torch.float64))
+            self._lost.append(torch.linalg.vector_norm(off, dtype=torch.float64))
         return out
 
     @property
