@@ -32,6 +32,9 @@ settings.register_profile(
 settings.load_profile("deterministic")
 collect_ignore = ["light", "mutants", "torture"]  # programs, no tests
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads that wait for each other cost 50 times more
+# At its first backward autograd starts threads for the devices it sees. Shapes without values let it see one: had they
+# been first, no fork could go backward.
+torch.zeros((), requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)

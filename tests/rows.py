@@ -1,15 +1,17 @@
 """The rows of the property tests, by the registries: every method, every layer kind, and their pairs.
 
-A default run has every method on two examples of every kind of layer, in one of its variants, and every variant on some
-layers that are called and some that are read: what is asked of one adapter at a time. What is asked of dtypes, files,
-several adapters and switching has every method on one example of every kind (``of_each_kind``). ``pytest --all`` has
-every variant on every example of everything.
+A default run has every method on one example of every kind of layer, in one of its variants, and every variant on some
+layers that are called and some that are read: what is asked of one adapter at a time. What is asked of dtypes has every
+method on one example of every kind (``of_each_kind``), what is asked of two adapters half of those, and what is asked
+of files, switching and batches is asked in turn (``asked``). ``pytest --all`` has every variant on every example of
+everything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -26,7 +28,8 @@ Kind = tuple[str, int]  # a registered name and the position of one of its examp
 T = TypeVar("T")
 
 EVERYTHING = os.environ.get("SVDPEFT_TESTS") == "all"  # set by ``pytest --all``
-EXAMPLES = 2  # of a kind of layer that every method meets in a default run, those that are its turn
+# What is asked of a method on a kind in turn: one of them in a default run.
+QUESTIONS = ("a file in another process", "a file without its bases", "switching", "a batch with an adapter per row")
 AT_LEAST = 2  # called layers, and read ones, that every variant meets then
 
 # Linear layers with a weight of integers: rows beside those of the registered kinds, by the name of their scheme.
@@ -204,6 +207,14 @@ def some(options: Sequence[T], *row: Any) -> Sequence[T]:
     return options if EVERYTHING else [options[order(*row) % len(options)]]
 
 
+def covering(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The product of the axes with ``--all``, else as few of its rows as have every value of each axis."""
+    values = [list(axis) for axis in axes]
+    if EVERYTHING:
+        return list(itertools.product(*values))
+    return [tuple(axis[i % len(axis)] for axis in values) for i in range(max(map(len, values)))]
+
+
 def variants(factored: bool | None = None) -> list[list[Method]]:
     """The methods, each as the list of its variants."""
     found: dict[str, list[Method]] = {}
@@ -232,6 +243,13 @@ def of_each_kind() -> tuple[tuple[Method, Kind], ...]:
     return tuple(pair for names, same in found.items() for pair in some(same, *names))
 
 
+def asked(question: str) -> list[tuple[Method, Kind]]:
+    """The pairs of ``of_each_kind`` whose turn a question is: the next kind has the next question."""
+    names = list(dict.fromkeys(name for name, _ in kinds()))
+    turns = {(m, k): (order(m.name) + names.index(k[0])) % len(QUESTIONS) for m, k in of_each_kind()}
+    return [pair for pair, turn in turns.items() if EVERYTHING or QUESTIONS[turn] == question]
+
+
 def met(name: str) -> list[Kind]:
     """The examples that a method meets, by its name."""
     if EVERYTHING:
@@ -240,7 +258,7 @@ def met(name: str) -> list[Kind]:
     for kind in kinds():
         if kind not in OTHERS or kind in some(OTHERS, name):
             found.setdefault(kind[0], []).append(kind)
-    return [kind for its in found.values() for kind in sorted(its, key=lambda kind: order(name, kind))[:EXAMPLES]]
+    return [min(its, key=lambda kind: order(name, kind)) for its in found.values()]
 
 
 def spread(same: list[Method]) -> dict[Kind, list[Method]]:
@@ -273,5 +291,4 @@ every_called = pytest.mark.parametrize("kind", [kind for kind in kinds() if call
 every_trainable = pytest.mark.parametrize("kind", [kind for kind in kinds() if has(kind, "training")], ids=label)
 every_pair = rows("method, kind", pairs())
 of_each = rows("method, kind", of_each_kind())
-of_each_factored = rows("method, kind", [(m, k) for m, k in of_each_kind() if m.factored])
 one_each = pytest.mark.parametrize("method", one_of_each(factored=True), ids=label)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from einops import rearrange
 from helpers import assert_same, close, host, perturb, refused, snapshot
-from rows import called, every_trainable, kinds, label, layer_kind
+from rows import EVERYTHING, called, every_trainable, kinds, label, layer_kind
 from safetensors.torch import load_file, save_file
 from test_real_models import real
 from torch import Tensor, nn
@@ -573,8 +573,11 @@ def test_other_files_are_refused_by_name(tmp_path: Any):
 # -- real models ---------------------------------------------------------------------------------------------
 
 
+VISION = [CorDA(rank=4), LoRAGA(rank=4), *([LoRANull(rank=4), EVA(rank=4)] if EVERYTHING else [])]
+
+
 @pytest.mark.apart
-@pytest.mark.parametrize("method", [CorDA(rank=4), LoRANull(rank=4), EVA(rank=4), LoRAGA(rank=4)], ids=str)
+@pytest.mark.parametrize("method", VISION, ids=str)
 def test_a_vision_model_starts_at_its_base(method: Any):
     model = real("dinov2-vits14", image_size=56).model
     batches = [torch.randn(4, 3, 56, 56) for _ in range(3)]

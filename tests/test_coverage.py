@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from rows import EVERYTHING
 
 import svdpeft
 from benchmarks.coverage import timm_models, transformers_models
@@ -19,8 +20,7 @@ TIMM = [
     "csatv2",  # matrices with one row
     "eva02_tiny_patch14_224",
     "nf_resnet26",  # weight standardisation
-    "resnetv2_18",
-    "swinv2_tiny_window8_256",
+    *(["resnetv2_18", "swinv2_tiny_window8_256"] if EVERYTHING else []),
     "test_convnext",
     "test_efficientnet",
     "test_maxvit" if timm.is_model("test_maxvit") else "maxxvit_rmlp_nano_rw_256",  # from timm 1.0.31 on

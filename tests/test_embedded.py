@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_two_processes_at_once(tiny: Asset, tmp_path: Path) -> None:
     ]
     while not all((tmp_path / f"ready-{me}").exists() for me in ("one", "two")):
         assert all(racer.poll() is None for racer in racers)
+        time.sleep(0.01)
     (tmp_path / "go").touch()
     paths = {racer.communicate(timeout=60)[0].strip() for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0]

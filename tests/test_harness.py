@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import perturb
-from rwkv_models import every_version, file
+from rows import EVERYTHING
+from rwkv_models import FILES, file
 from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -178,7 +179,7 @@ def test_harness_generates(folder: Path, tasks: dict[str, str]):
         assert sample["resps"][0][0] == text.split("\n")[0]
 
 
-@every_version
+@pytest.mark.parametrize("version", FILES if EVERYTHING else [4])
 def test_rwkv_through_the_harness(version: int, tasks: dict[str, str], tmp_path: Path):
     loaded = load_model(str(file(version)))
     adapter = attach(loaded.model, LoRA(rank=2), targets="rwkv", clip_rank=True)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, equal_bits, factors_of, go, host, merge, perturb
-from rows import EVERYTHING, every_factored, label, of_each_kind, order, states, variants
+from rows import asked, label, one_each, states, variants
 from torch import nn
 
 from svdpeft import LoRA, attach
 from svdpeft.methods.base import Method, PerSite
 
-SAVED = [(m, k) for m, k in of_each_kind() if EVERYTHING or order("saved", m, k) % 2]
+SAVED = asked("a file in another process")
 READER = """
 import json, sys, traceback, pathlib
 import torch
@@ -117,7 +117,7 @@ def test_loaded_in_another_process_is_bit_identical(loaded_elsewhere: dict[str, 
     assert not wrong, "\n".join(wrong)
 
 
-@every_factored
+@one_each
 def test_factors_do_not_depend_on_the_order_of_modules(method: Method):
     def build(order: list[str], extra: bool) -> nn.ModuleDict:
         layers = {}
@@ -146,7 +146,7 @@ def test_sites_of_one_shape_get_different_random_factors():
     assert not torch.equal(found["a"]["A"], found["b"]["A"])
 
 
-@every_factored
+@one_each
 def test_thread_count_changes_factors_by_rounding_only(method: Method):
     found = []
     for threads in (1, 2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import adapt, close, equal_bits, example, host, weight_of, weights_of
-from rows import QUANTISED, Kind, every_called, every_kind, kinds, methods
+from rows import QUANTISED, QUESTIONS, Kind, asked, every_called, every_kind, kinds, methods, of_each_kind
 from torch import Tensor, nn
 
 from svdpeft import LoRA
@@ -17,6 +17,13 @@ from svdpeft.registry import KINDS, METHODS
 def test_every_registered_method_and_kind_has_rows():
     assert {m.name for m in methods()} == {name for name in METHODS if not getattr(METHODS[name], "pairs", ())}
     assert {kind[0] for kind in kinds() if kind not in QUANTISED} == set(KINDS)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_is_asked_in_turn_is_asked_of_every_method_and_of_every_kind(question: str):
+    found = asked(question)
+    assert {m.name for m, _ in found} == {m.name for m, _ in of_each_kind()}
+    assert {kind[0] for _, kind in found} == {kind[0] for kind in kinds()}
 
 
 def test_examples_show_matrices_that_are_not_square():

@@ -76,7 +76,7 @@ def test_permanent_merge_leaves_a_plain_model(method: Method):
         adapter.unmerge()
 
 
-@rows("method, kind, state", [(m, k, s) for m, k in THREE if has(k, "pickle") for s in states(k)])
+@rows("method, kind, state", [(m, k, s) for m, k in THREE if has(k, "pickle") for s in some(states(k), "pickle", m, k)])
 def test_pickle_and_torch_save(method: Method, kind: Kind, state: str):
     model, x = host(kind)
     expected = frozen(model, x)
@@ -103,6 +103,11 @@ COMPILED = [LINEAR, ("raw", 1), *([("conv", 0), READ, ("attention", 0)] if EVERY
 ON_INTEGERS = [m for m in one_of_each(factored=True) if EVERYTHING or isinstance(m, Transform) or order(m) % 4 == 0]
 
 
+def whole(method: Method, kind: Kind) -> bool:
+    """Whether the backward is traced as well, and switching off is tried: torch's part, and no method's."""
+    return EVERYTHING or order("compiled", method, kind) % 4 == 0
+
+
 @rows(
     "method, kind",
     [
@@ -120,7 +125,7 @@ def test_compiled_equals_eager(method: Method, kind: Kind):
     block = nn.Sequential(model.layer, nn.Tanh())
     expected = block(x)
     gradients = torch.autograd.grad(expected.square().sum(), parameters)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager" if whole(method, kind) else "eager")
     with Checks() as check:
         with check("outputs"):
             close(compiled(x), expected)
@@ -128,19 +133,19 @@ def test_compiled_equals_eager(method: Method, kind: Kind):
             found = torch.autograd.grad(compiled(x).square().sum(), parameters)
             for one, other in zip(found, gradients, strict=True):
                 close(one, other)
-        with check("disabled"), adapter.disabled():
-            assert differs(block(x), expected)
-            close(compiled(x), block(x))
-        with check("enabled again"):
-            close(compiled(x), expected)
+        if whole(method, kind):
+            with check("disabled"), adapter.disabled():
+                assert differs(block(x), expected)
+                close(compiled(x), block(x))
+            with check("enabled again"):
+                close(compiled(x), expected)
         with check("folded"):
             go(adapter, states(kind)[-1])
             close(compiled(x), expected)
 
 
 @rows("method, kind, state", [(m, k, state) for m, k in THREE for state in states(k) if state != "merge"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(method: Method, use_reentrant: bool, kind: Kind, state: str):
+def test_gradient_checkpointing(method: Method, kind: Kind, state: str):
     model, x = host(kind)
     adapter = adapt(model, method)
     perturb(adapter)
@@ -151,9 +156,14 @@ def test_gradient_checkpointing(method: Method, use_reentrant: bool, kind: Kind,
     expected = [p.grad.clone() for p in inputs]
     for p in inputs:
         p.grad = None
-    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
-    for p, wanted in zip(inputs, expected, strict=True):
-        close(p.grad, wanted)
+    with Checks() as check:
+        for reentrant in some([False, True], "checkpoint", method, kind, state):
+            with check(f"{reentrant=}"):
+                checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+                for p, wanted in zip(inputs, expected, strict=True):
+                    close(p.grad, wanted)
+            for p in inputs:
+                p.grad = None
 
 
 @every_factored

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 from helpers import adapt, close, equal_bits, frozen, host, merge, perturb, refused
-from rows import EVERYTHING, Kind, of_each_kind, order, rows
+from rows import Kind, asked, rows
 from safetensors.torch import save_file
 
 from svdpeft import LoRA, attach, combine, load
 from svdpeft.methods.base import Factored, Method
 
-HALF = [(m, k) for m, k in of_each_kind() if m.factored and (EVERYTHING or order("switched", m, k) % 2)]
+TURN = [(m, k) for m, k in asked("switching") if m.factored]
 
 
-@rows("method, kind", HALF)
+@rows("method, kind", TURN)
 def test_off_in_memory_swapped_in_and_combined(method: Method, kind: Kind, tmp_path: Path):
     model, x = host(kind)
     base = frozen(model, x)  # as it is then: attention has a path of its own

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from helpers import digests
-from rows import some
+from rows import EVERYTHING, some
 
 import svdpeft
 from svdpeft.models import load
@@ -17,14 +17,15 @@ INPUTS = {
     "dinov2-vits14": lambda: torch.randn(2, 3, 56, 56),
     "smollm2-135m": lambda: torch.arange(20, 32)[None],
 }
-CASES = [
-    ("efficientnet-lite0", svdpeft.SORSA(rank=4), "all"),
-    ("efficientnet-lite0", svdpeft.SVFT(pattern="banded"), "all"),
-    ("dinov2-vits14", svdpeft.PiSSA(rank=4), "all-linear"),
-    ("dinov2-vits14", svdpeft.SVFT(), ["qkv"]),
-    ("smollm2-135m", svdpeft.SORSA(rank=8, driver="randomized"), "all-linear"),
-    ("smollm2-135m", svdpeft.SVFT(pattern="random"), [r".*layers\.(0|9)\..*_proj"]),
-]
+LIVES = {
+    "efficientnet-lite0": [(svdpeft.SORSA(rank=4), "all"), (svdpeft.SVFT(pattern="banded"), "all")],
+    "dinov2-vits14": [(svdpeft.SVFT(), ["qkv"]), (svdpeft.PiSSA(rank=4), "all-linear")],
+    "smollm2-135m": [
+        (svdpeft.SVFT(pattern="random"), [r".*layers\.(0|9)\..*_proj"]),
+        (svdpeft.SORSA(rank=8, driver="randomized"), "all-linear"),
+    ],
+}
+CASES = [(name, *life) for name, lives in LIVES.items() for life in (lives if EVERYTHING else lives[:1])]
 
 
 def real(name, **options):

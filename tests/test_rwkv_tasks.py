@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import perturb
-from rwkv_models import Exact, every_version, file, model, state, tokens
+from rows import EVERYTHING, covering
+from rwkv_models import FILES, Exact, every_version, file, model, state, tokens
 from torch import Tensor, nn
 from transformers import GenerationConfig, TrainingArguments
 
@@ -26,6 +27,7 @@ from svdpeft.tasks import sandbox
 from svdpeft.tasks.generation import decode
 
 LAYERS = 3  # where the whole model would say no more
+WHOLE = None if EVERYTHING else LAYERS
 TEXTS = ["The little girl", "Once upon a time, there was a", "A", "wörld 你好 🚀  \n\n 12*3\r\n\t"]
 
 
@@ -59,6 +61,7 @@ def test_bytes():
     assert found(["ab", "c"], padding=True, padding_side="left").input_ids == [[97, 98], [0, 99]]
 
 
+@pytest.mark.apart
 def test_world():
     """RWKV-hf's tokenizer, against rwkv-simple's, which is independent of it; and the published example."""
     file(7), rwkv.build(state(6))  # which imports rwkv-simple without compiling its kernel
@@ -154,7 +157,7 @@ def read(found: nn.Module) -> list[tuple[int, ...]]:
 
 @every_version
 def test_state_gives_what_reading_everything_again_gives(version: int):
-    found = adapted(version, layers=None)
+    found = adapted(version, layers=WHOLE)
     ids = tokens(9, batch=2)
     new, again = greedy(found, ids, None, 12), ids
     with torch.no_grad():
@@ -166,7 +169,7 @@ def test_state_gives_what_reading_everything_again_gives(version: int):
 
 @every_version
 def test_batch_gives_what_its_rows_give_alone(version: int):
-    found = adapted(version, layers=None)
+    found = adapted(version, layers=WHOLE)
     rows = [torch.tensor(list(text.encode())) for text in [*TEXTS, "B"]]
     new = greedy(found, *padded(rows), 16)
     for row, one in zip(rows, new, strict=True):
@@ -296,8 +299,7 @@ def wordproblems(_folder: Path) -> Any:
     return TASKS.make("wordproblems", {"train_size": 4, "validation_size": 1, "test_size": 2, "max_new_tokens": 12})
 
 
-@every_version
-@pytest.mark.parametrize("make", [gsm8k, wordproblems, math, humaneval])
+@pytest.mark.parametrize(("version", "make"), covering(FILES, [gsm8k, wordproblems, math, humaneval]))
 def test_task_from_file_to_score(version: int, make: Any, tmp_path: Path):
     found = loaded(version, tmp_path, None if make is gsm8k else LAYERS)
     task = make(tmp_path)

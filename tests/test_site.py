@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from chromium import browser, seen
+from rows import covering
 
 import svdpeft
 from svdpeft.registry import METHODS
@@ -173,9 +174,9 @@ def test_the_gallery_is_used_by_keyboard(opened):
 
 
 @seen
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
-@pytest.mark.parametrize("name", PAGES)
-def test_axe_finds_nothing_and_a_phone_scrolls_down_only(opened, name, scheme, width):
+@pytest.mark.parametrize(("name", "look"), covering(PAGES, [("light", 1280), ("dark", 360)]), ids=str)
+def test_axe_finds_nothing_and_a_phone_scrolls_down_only(opened, name, look):
+    scheme, width = look
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = opened(name, width=width, scheme=scheme)
     found = axe.Axe().run(page, options={"preload": False}).response["violations"]  # a file is not asked for again

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, close, differs, equal_bits, frozen, host, perturb, refused
-from rows import methods
+from rows import covering, methods
 from torch import nn
 
 from svdpeft import PSOFT, AntiPaSTO, LoRA, SVDiff, attach, load
@@ -129,8 +129,8 @@ def test_files_keep_the_value(method: Method, name: str, tmp_path: Path):
 
 
 @every_steered
-@pytest.mark.parametrize("kind", [LINEAR, ("raw", 1)], ids=str)  # one weight each: compiling takes a second for each
-@pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
+# One weight each: compiling takes a second for each.
+@pytest.mark.parametrize(("kind", "folded"), covering([LINEAR, ("raw", 1)], [False, True]), ids=str)
 def test_a_compiled_model_follows(method: Method, name: str, kind: tuple[str, int], folded: bool):
     torch.compiler.reset()
     model, x, adapter = steered(method, kind)
