@@ -233,9 +233,12 @@ class BaseWeight:
         form = self._form
         w, raw = form.values().detach(), form.tensor
         version = None if raw.is_inference() else raw._version  # which .data does not raise
-        seen = (raw.data_ptr(), version, tuple(sample(w)))
+        values = sample(w)
+        seen = (raw.data_ptr(), version, tuple(values))
         if parts not in self._identities or self._identities[parts][0] != seen:
-            self._identities[parts] = seen, self._identify(w, form.codes().detach(), free)
+            codes = form.codes().detach()
+            known = self._identify(w, codes, free) if free else Identity(digest(codes), values)
+            self._identities[parts] = seen, known
         return self._identities[parts][1]
 
     def known_by(self, known: str, free: Sequence[LayerKind] = ()) -> bool:
