@@ -121,7 +121,7 @@ def steps(bench: Bench) -> Case:
         f"Forward and backward, {bench.batch}×{bench.tokens} tokens",
         "peft LoRA",
         _stepping(bench, models),
-        rounds=9,
+        rounds=7,
     )
 
 
@@ -139,11 +139,11 @@ def ways(bench: Bench) -> Case:
             model.enable_input_require_grads()
         if name in PEFT_STARTS:
             return peft(model, name, rank)
-        svdpeft.attach(model, svdpeft.LoRA(rank=rank) if name == "LoRA" else svdpeft.SORSA(rank=rank))
+        svdpeft.attach(model, svdpeft.SORSA(rank=rank))
         return model
 
     models: dict[str, nn.Module] = {}
-    for name in ("peft LoRA", "LoRA", "SORSA"):
+    for name in ("peft LoRA", "SORSA"):
         models |= {
             name: adapted(name),
             f"{name}, compiled": torch.compile(adapted(name)),  # pyright: ignore
@@ -155,7 +155,7 @@ def ways(bench: Bench) -> Case:
         f"Eager, compiled and with checkpoints: two blocks, {bench.batch}×{bench.tokens} tokens",
         "peft LoRA",
         _stepping(bench, models),
-        rounds=7,
+        rounds=5,
     )
 
 
