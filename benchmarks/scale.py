@@ -6,12 +6,14 @@
 
 Every round runs all sizes of a sweep, in another order each time; e is fitted within a round by least squares of the
 logarithms, over the upper half of the sizes, since below fixed costs count. The table has the median over the rounds
-and the quartiles, and what counting operations lets one expect. Nothing may grow faster than that.
+and the quartiles, and what counting operations lets one expect. Nothing may grow faster than that. A second table has
+the layers of Llama-2-7B, one at a time: 13.5 GB of them are not needed to time one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import platform
 import tempfile
@@ -23,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import svdpeft
-from benchmarks.speed.rounds import Candidate, interleaved, spread
+from benchmarks.speed.rounds import Candidate, interleaved, ratios, spread
 
 RESULT = Path(__file__).parent / "results" / "scale.md"
 WIDTHS, RANKS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64, 128, 256, 512)
 TOKENS, SITES, ADAPTERS = (64, 256, 1024, 4096, 16384), (1, 3, 10, 30, 100, 300), (1, 2, 4, 8, 16, 32, 64)
+LLAMA = {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}  # of the 7B: (out, in)
 METHODS = {
     "LoRA": lambda rank: svdpeft.LoRA(rank=rank),
     "PiSSA": lambda rank: svdpeft.PiSSA(rank=rank),
@@ -183,11 +186,53 @@ def row(sweep: Sweep, rounds: int) -> str:
     )
 
 
+def llama(rounds: int, small: bool) -> Iterator[str]:
+    """Lines of the table of Llama-2-7B's layers: a step of the layer alone, and what an adapter does beside it."""
+    for name, (m, n) in LLAMA.items():
+        m, n = (m // 16, n // 16) if small else (m, n)
+        torch.manual_seed(0)
+        layer = nn.Linear(n, m, bias=False).requires_grad_(False)
+        # A fresh weight has no leading directions at all, which no trained one is like, and no driver finds them there.
+        left, right = (torch.linalg.qr(torch.randn(size, 64)).Q for size in (m, n))
+        layer.weight += left * torch.linspace(8, 1.5, 64) @ right.mT
+        bare = nn.Sequential(layer)
+        x = torch.randn(512, n, requires_grad=True)
+        candidates: dict[str, Candidate] = {"step, no adapter": _forth_and_back(bare, x)}
+        for method in ("LoRA", "PiSSA", "SORSA"):
+            model = copy.deepcopy(bare)
+            adapter = svdpeft.attach(model, METHODS[method](16), "all")
+            candidates[f"step, {method}"] = _forth_and_back(model, x)
+            if method != "SORSA":
+                ready = partial(copy.deepcopy, bare)
+                candidates[f"attach {method}"] = ready, partial(_attach, METHODS[method](16))
+                candidates[f"merge and unmerge {method}"] = _nothing, partial(_there_and_back, adapter)
+        found = interleaved(candidates, rounds, f"Llama-2-7B, {name}")
+        for what, (ratio, low, high) in ratios(found, "step, no adapter").items():
+            ms = 1e3 * spread(found[what])[0]
+            yield f"| {name} | {m}×{n} | {what} | {ms:.4g} | {ratio:.2f} ({low:.2f} … {high:.2f}) |"
+
+
+def _nothing() -> None: ...
+
+
+def _forth_and_back(model: nn.Module, x: Tensor) -> Candidate:
+    return _nothing, lambda _: model(x).square().mean().backward()
+
+
+def _attach(method: svdpeft.Method, model: nn.Module) -> svdpeft.Adapter:
+    return svdpeft.attach(model, method, "all")
+
+
+def _there_and_back(adapter: svdpeft.Adapter, _: None) -> None:
+    adapter.merge()
+    adapter.unmerge()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="sweeps whose name has this")
+    parser.add_argument("--only", help="sweeps whose name has this, or Llama-2-7B")
     parser.add_argument("--small", action="store_true", help="the three smallest sizes of each: whether all of it runs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -208,6 +253,19 @@ def main() -> None:
             sweep = Sweep(sweep.what, sweep.by, sweep.sizes[:3], sweep.candidate, sweep.expected)
         lines.append(row(sweep, options.rounds))
         print(lines[-1], flush=True)
+    if not options.only or options.only in "Llama-2-7B":
+        lines += [
+            "",
+            "## The layers of Llama-2-7B, one at a time",
+            "",
+            "Random values with 64 larger directions, rank 16, 512 tokens; a step gives the gradient of x, too.",
+            "",
+            "| layer | shape | what | ms | against the step without an adapter (quartiles) |",
+            "| --- | --- | --- | ---: | ---: |",
+        ]
+        for line in llama(options.rounds, options.small):
+            lines.append(line)
+            print(line, flush=True)
     if not options.only and not options.small:
         RESULT.write_text("\n".join([*lines, ""]))
 

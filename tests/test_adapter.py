@@ -272,6 +272,51 @@ def test_what_rounding_loses_is_told_where_squares_overflow():
     assert sums.lost == pytest.approx(float(missing.norm() / added.double().norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_a_sum_in_the_place_of_the_weight_is_the_sum(rows: int, dtype: torch.dtype):
+    """In parts and into memory that is there; the slow twin is one sum of all of it."""
+    draws = torch.Generator().manual_seed(0)
+    w = torch.randn(rows, 401, generator=draws, dtype=torch.float64).to(dtype)
+    added = torch.randn(rows, 401, generator=draws, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    place, sums = torch.empty_like(w), RoundedSum(dtype)
+    assert sums.of(w, added, place) is place
+    assert equal_bits(place, (w.to(added.dtype) + added).to(dtype))
+    assert 0 < sums.lost < 2 * torch.finfo(dtype).eps
+    again = RoundedSum(dtype)
+    assert equal_bits(torch.cat([again.of(w[:2], added[:2]), again.of(w[2:], added[2:])]), place)
+    assert again.lost == pytest.approx(sums.lost, rel=1e-5)
+    for size, expected in ((math.nan, math.nan), (0.0, 0.0)):
+        sums = RoundedSum(dtype)
+        sums.of(w, torch.full_like(added, size))
+        assert sums.lost == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("laid", ["as it is", "transposed"])
+def test_a_merge_that_would_not_be_finite_leaves_the_weight_and_no_copy(laid: str):
+    """It is noticed when the values are in their place; a weight may lie there in another order."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 5)})
+    if laid == "transposed":
+        model["a"].weight.data = model["a"].weight.detach().mT.contiguous().mT
+    before, place = model["a"].weight.detach().clone(), model["a"].weight.data_ptr()
+    adapter = attach(model, LoRA(rank=2))
+    perturb(adapter, size=0.1)
+    expected = before + adapter.delta("a")
+    adapter.merge()
+    assert equal_bits(stored(model["a"], "weight").detach(), expected)
+    adapter.unmerge()
+    assert equal_bits(stored(model["a"], "weight").detach(), before)
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(math.inf)
+    with pytest.raises(ValueError, match="the training has diverged"):
+        adapter.merge()
+    weight = adapter.sites["a"].weight
+    assert equal_bits(weight.tensor, before)
+    assert weight.tensor.data_ptr() == place
+    assert not weight.overwritten
+    assert weight._original is None
+
+
 def test_two_adapters_in_one_bfloat16_weight_are_rounded_once():
     model = nn.ModuleDict({"a": nn.Linear(64, 48).bfloat16()})
     base = model["a"].weight.detach().clone()

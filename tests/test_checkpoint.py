@@ -14,6 +14,7 @@ import torch
 from damage import put, retensor, rewrite
 from helpers import Host, adapt, equal_bits, host, perturb, refused, snapshot
 from rows import one_of_each
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -599,3 +600,39 @@ def test_a_file_without_start_values_or_with_whole_numbers_is_refused(tmp_path):
         (tmp_path / "a" / "adapter.json").write_text(json.dumps(header))
         with refused(model, "missing, or not of floating point", error=CheckpointError):
             load(model, tmp_path / "a")
+
+
+# -- what a file costs ---------------------------------------------------------------------------------------
+
+
+def test_saving_copies_nothing_that_lies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tensors go to the file as they are; one that is a part of another, or lies otherwise, is copied before."""
+    model, copies = two_layers(), []
+    adapter = attach(model, LoRA(rank=2), targets=["layer", "other"])
+    perturb(adapter)
+    wide = torch.randn(5, 4, dtype=torch.float64)
+    adapter.sites["other"].factors.A.data = wide[1:3]
+    adapter.sites["layer"].factors.L.data = adapter.sites["layer"].factors.L.data.mT.contiguous().mT
+    expected = adapter.state_dict()
+    copy = saving._copy
+    monkeypatch.setattr(saving, "_copy", lambda t: copies.append(t.data_ptr()) or copy(t))
+    adapter.save(tmp_path / "a")
+    there = [adapter.sites[name].factors.get_parameter(role) for name, role in (("layer", "L"), ("other", "A"))]
+    assert sorted(copies) == sorted(t.data_ptr() for t in there)
+    written = load_file(tmp_path / "a" / TENSORS)
+    assert written.keys() == expected.tensors.keys()
+    assert all(equal_bits(written[name], tensor) for name, tensor in expected.tensors.items())
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    assert all(bool(tensor.any()) for tensor in expected.tensors.values()), "a state is of copies"
+
+
+def test_the_header_for_people_has_a_line_for_a_site(saved: Path):
+    """And it says what the tensors' file says."""
+    text = (saved / HEADER).read_text()
+    with safe_open(saved / TENSORS, "pt") as opened:
+        assert json.loads(text) == json.loads(opened.metadata()[HEADER])
+    for name in ("layer", "other"):
+        assert sum(line.strip().startswith(f'"{name}": {{"places"') for line in text.splitlines()) == 1
+    assert len(text.splitlines()) < 30

@@ -122,13 +122,38 @@ def test_the_randomized_driver_needs_a_seed_and_few_columns(monkeypatch: pytest.
     assert not torch.equal(truncated_svd(w, 10, "randomized").u, truncated_svd(w, 10, "randomized", seed=1).u)
     products = []
     normal = krylov._normal
-    monkeypatch.setattr(krylov, "_normal", lambda w, x: products.append(x.shape[-1]) or normal(w, x))
+    monkeypatch.setattr(krylov, "_normal", lambda w, x: products.append(x.shape[-2]) or normal(w, x))
     assert leading_triplets(w, 10, 0) is not None
     assert sum(products) < 0.6 * 300
     products.clear()
     assert leading_triplets(w, 120, 0) is None, "a basis that large is no cheaper"
     assert not products
     close(truncated_svd(w, 120, "randomized").s, torch.linalg.svdvals(w)[:120])
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (2, 300, 400)], ids=str)
+def test_the_slow_twin_of_the_randomized_driver(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    """Every block against every other, VᵀAV multiplied out: the same basis, values and vectors."""
+    w, bases = torch.randn(*shape, **F64), []
+    found = krylov._found
+    monkeypatch.setattr(krylov, "_found", lambda w, vt, *rest: bases.append(vt.clone()) or found(w, vt, *rest))
+    u, s, vh = leading_triplets(w, 10, 0)  # type: ignore[misc]
+    (vt,) = bases
+    w = w if w.shape[-2] >= w.shape[-1] else w.mT
+    gram = w.mT @ w
+    x = gram @ torch.randn(gram.shape[-1], krylov.BLOCK, generator=torch.Generator().manual_seed(0)).double()
+    v = torch.linalg.qr(x).Q
+    while v.shape[-1] < vt.shape[-2]:
+        x = gram @ v[..., -krylov.BLOCK :]
+        for _ in range(3):
+            x = torch.linalg.qr(x - v @ (v.mT @ x)).Q
+        v = torch.cat([v, x], -1)
+    close(vt.mT @ vt, v @ v.mT)
+    values, turn = torch.linalg.eigh(v.mT @ gram @ v)
+    close(s, values[..., -10:].flip(-1).sqrt())
+    q = (v @ turn)[..., -10:]
+    right = vh if shape[-2] >= shape[-1] else u.mT
+    close(right.mT @ right, q @ q.mT)
 
 
 def test_more_accuracy_takes_more_columns(monkeypatch: pytest.MonkeyPatch):

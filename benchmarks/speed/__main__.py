@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="of every case, in the place of its own")
-    parser.add_argument("--only", nargs="+", help="of attaching, steps, saving, loading, merging, tokens, imports")
+    parser.add_argument("--only", nargs="+", help="attaching, steps, ways, saving, loading, merging, tokens, imports")
     parser.add_argument("--without", nargs="+", help="candidates that are left out", default=[])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

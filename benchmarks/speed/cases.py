@@ -1,4 +1,4 @@
-"""What is timed: attaching, a training step, files, merging, a token, an import."""
+"""What is timed: attaching, a training step and the ways to run it, files, merging, a token, an import."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Case:
 
 def cases(bench: Bench) -> Iterator[Callable[[], Case]]:
     """One function per case, which makes it: only one is in memory at a time."""
-    each = (attaching, steps, saving, loading, merging, tokens)
+    each = (attaching, steps, ways, saving, loading, merging, tokens)
     yield from (functools.partial(case, bench) for case in each)
     yield imports
 
@@ -91,7 +91,7 @@ def _svd(layer: nn.Linear) -> None:
 
 def steps(bench: Bench) -> Case:
     """Forward and backward of one batch."""
-    base, rank, ids = bench.base(), bench.rank, bench.ids()
+    base, rank = bench.base(), bench.rank
 
     def adapted(method: svdpeft.Method, fold: bool = False) -> nn.Module:
         model = copied(base)
@@ -117,22 +117,58 @@ def steps(bench: Bench) -> Case:
     }
     if importlib.util.find_spec("sorsa") is not None:
         models["SORSA of its own package"] = packaged_sorsa(copied(base), rank)
-    if bench.dtype != torch.float32:  # as trainers do: factors are in float32
-        context = functools.partial(torch.autocast, bench.device, bench.dtype)
-    else:
-        context = functools.partial(torch.autocast, bench.device, enabled=False)
-
-    def step(model: nn.Module) -> None:
-        with context():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-
     return Case(
         f"Forward and backward, {bench.batch}×{bench.tokens} tokens",
         "peft LoRA",
-        {name: (functools.partial(_same, model), step) for name, model in models.items()},
-        rounds=9,
+        _stepping(bench, models),
+        rounds=7,
     )
+
+
+def ways(bench: Bench) -> Case:
+    """The same step eager, compiled and with activations that are computed again, of the first two blocks."""
+    base: Any = bench.base()
+    base.model.layers = base.model.layers[:2]  # a compiler takes minutes for thirty
+    base.config.num_hidden_layers = 2
+    rank = bench.rank
+
+    def adapted(name: str, reentrant: bool | None = None) -> nn.Module:
+        model: Any = copied(base)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        if name in PEFT_STARTS:
+            return peft(model, name, rank)
+        svdpeft.attach(model, svdpeft.SORSA(rank=rank))
+        return model
+
+    models: dict[str, nn.Module] = {}
+    for name in ("peft LoRA", "SORSA"):
+        models |= {
+            name: adapted(name),
+            f"{name}, compiled": torch.compile(adapted(name)),  # pyright: ignore
+            f"{name}, checkpoints": adapted(name, reentrant=False),
+            f"{name}, reentrant checkpoints": adapted(name, reentrant=True),
+        }
+
+    return Case(
+        f"Eager, compiled and with checkpoints: two blocks, {bench.batch}×{bench.tokens} tokens",
+        "peft LoRA",
+        _stepping(bench, models),
+        rounds=5,
+    )
+
+
+def _stepping(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, Candidate]:
+    ids = bench.ids()
+
+    def step(model: nn.Module) -> None:
+        # As trainers do: factors are in float32.
+        with torch.autocast(bench.device, bench.dtype, enabled=bench.dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    return {name: (functools.partial(_same, model), step) for name, model in models.items()}
 
 
 def _same(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ files of earlier revisions, whose tensors carry no header.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -340,7 +340,7 @@ def method_in(entry: Mapping[str, Any], path: Path) -> Method:
 
 def _without_neutral(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a method, and of methods in it, without hyper-parameters that it does not have and that say so."""
-    known = inspect.signature(METHODS[entry["name"]]).parameters
+    known = {field.name for field in dataclasses.fields(METHODS[entry["name"]])}
     return {
         key: _without_neutral(value) if isinstance(value, dict) and "name" in value else value
         for key, value in entry.items()

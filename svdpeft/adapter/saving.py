@@ -78,19 +78,31 @@ def save(contents: Contents, path: str | os.PathLike[str], bases: Bases) -> None
     path = Path(path)
     check_ours(path)
     reshard(contents.model.modules())  # or, after an evaluation, some weights are whole and this looks like one process
-    tensors, metadata = to_state(contents, bases)
-    header = json.loads(metadata[HEADER])
+    tensors, header = _described(contents, bases)
 
     def write_files() -> None:
         with replacing(path / HEADER) as json_file, replacing(path / TENSORS) as tensors_file:
-            save_file(tensors, tensors_file, metadata=metadata)
-            json_file.write_text(json.dumps(header, indent=1) + "\n")
+            save_file(tensors, tensors_file, metadata={HEADER: json.dumps(header)})
+            json_file.write_text(_for_people(header))
 
     write_once(contents.model, write_files)
 
 
-def to_state(contents: Contents, bases: Bases = "stored") -> State:
-    """Return what is written: copies of the tensors, and the header."""
+def to_state(contents: Contents) -> State:
+    """Return what is written where all bases are stored: copies of the tensors, and the header."""
+    tensors, header = _described(contents, "stored")
+    return State({name: _copy(t) for name, t in tensors.items()}, {HEADER: json.dumps(header)})
+
+
+def _for_people(header: Mapping[str, Any]) -> str:
+    """A header as JSON, a line for each entry and for each site: one for each number would be thousands."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in header.items() if key != "sites"]
+    sites = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in header["sites"].items())
+    return "{\n" + "".join(f" {line},\n" for line in lines) + f' "sites": {{\n{sites}\n }}\n}}\n'
+
+
+def _described(contents: Contents, bases: Bases) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is written: the adapter's own tensors, each in memory of its own, and the header."""
     names = {id(module): name for name, module in contents.model.named_modules()}
     for site in contents.sites.values():
         site.check_size()
@@ -105,7 +117,7 @@ def to_state(contents: Contents, bases: Bases = "stored") -> State:
         for role, t in factors.items():
             if out is not None and t.dtype == torch.int64:
                 small[f"{name}/{role}"] = list(t.shape)
-            tensors[f"{name}/{role}"] = packed(t) if f"{name}/{role}" in small else _copy(t)
+            tensors[f"{name}/{role}"] = packed(t) if f"{name}/{role}" in small else _alone(t)
         base = site.weight.identity(free[id(site.weight)])
         sites[name] = {
             **_describe(site, names),
@@ -119,7 +131,7 @@ def to_state(contents: Contents, bases: Bases = "stored") -> State:
         }
         if out is not None:
             sites[name]["derived"] = site.factors.origin.to_json(out)
-    tensors |= {n: _copy(t) for n, t in contents.values.items()}
+    tensors |= {n: _alone(t) for n, t in contents.values.items()}
     if bad := [name for name, t in tensors.items() if not all_finite(t)]:
         raise ValueError(
             f"{bad[0]} holds values that are not finite{f', and {len(bad) - 1} more do' if len(bad) > 1 else ''}: the "
@@ -137,11 +149,17 @@ def to_state(contents: Contents, bases: Bases = "stored") -> State:
         DIGESTS: {name: digest(tensor) for name, tensor in tensors.items()},
         **({"packed": small} if small else {}),
     }
-    return State(tensors, {HEADER: json.dumps(identified(header))})
+    return tensors, identified(header)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """All of a tensor; a copy where it lies among other values, which safetensors refuses to write."""
+    whole = gathered(tensor).detach()
+    return whole if whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.nbytes else _copy(whole)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return gathered(tensor).detach().contiguous().clone()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(site: Site, names: Mapping[int, str]) -> dict[str, Any]:

@@ -5,7 +5,9 @@
 
 Every block of K is used, not the last power alone: on the flat spectra of trained weights the error falls with √gap
 per block instead of gap. Blocks are few columns wide and are added until the values are near enough. That is told from
-how they moved: the moves of a Krylov method shrink by a ratio ρ, so what is left is move · ρ / (1 − ρ).
+how they moved: the moves of a Krylov method shrink by a ratio ρ, so what is left is move · ρ / (1 − ρ). V is kept as
+rows, to which a block is added in place. A maps each block to the span of the next, so that VᵀAV is block tridiagonal:
+what takes out of A x the last two blocks is what VᵀAV has more by it, and the others are there by rounding alone.
 
 Sources: Musco & Musco 2015, arXiv:1504.05477; Tropp & Webber 2023, arXiv:2306.12418 (section 4 on the width of blocks).
 """
@@ -51,24 +53,31 @@ def leading_triplets(
     block = max(BLOCK, rank // 4)
     if 2 * max(rank, block) > LARGEST * n:
         return None
-    start = torch.randn(n, block, generator=torch.Generator().manual_seed(seed)).to(w)  # (n, b)
-    v = _orthonormal(_normal(w, start.expand(*batch, n, block)))  # V, (*b, n, tb)
-    av = w.new_empty(*batch, n, 0)  # A V
+    blocks = int(LARGEST * n) // block
+    start = torch.randn(n, block, generator=torch.Generator().manual_seed(seed)).to(w)
+    x = _orthonormal(_normal(w, start.mT.expand(*batch, block, n)))  # the newest rows of Vᵀ, (*b, b, n)
+    vt = w.new_empty(*batch, blocks * block, n)
+    small = w.new_zeros(*batch, blocks * block, blocks * block)  # VᵀAV, its lower triangle
     last, move = None, None
-    while v.shape[-1] <= LARGEST * n:
-        new = _normal(w, v[..., -block:])
-        av = torch.cat([av, new], -1)
-        if v.shape[-1] >= 2 * rank:
-            small = v.mT @ av  # (*b, tb, tb)
-            values = torch.linalg.eigvalsh(small)[..., -rank:]
+    for count in range(1, blocks + 1):
+        new, size = slice((count - 1) * block, count * block), count * block
+        vt[..., new, :] = x
+        begin = max(size - 2 * block, 0)
+        known, recent = vt[..., :size, :], vt[..., begin:size, :]
+        ax = _normal(w, x)
+        along = ax @ recent.mT  # (*b, b, 2b)
+        small[..., new, begin:size] = along
+        if size >= 2 * rank:
+            values = torch.linalg.eigvalsh(small[..., :size, :size])[..., -rank:]
             if bool((values[..., :1] < DIGITS * torch.finfo(w.dtype).eps * values[..., -1:]).any()):
                 return None
             if last is not None:
                 before, move = move, _largest_move(last, values)
                 if before is not None and float(ACCURACY / _left(before, move)) >= 1:
-                    return _found(w, v, small, rank)
+                    return _found(w, known, small[..., :size, :size], rank)
             last = values
-        v = torch.cat([v, _orthonormal(_beside(v, _orthonormal(_beside(v, new))))], -1)
+        x = _orthonormal(ax - along @ recent)
+        x = _orthonormal(x - (x @ known.mT) @ known)  # what rounding has left of the others
     return None
 
 
@@ -84,24 +93,21 @@ def _left(before: Float[Tensor, ""], move: Float[Tensor, ""]) -> Float[Tensor, "
 
 
 def _found(
-    w: Float[Tensor, "*b m n"], v: Float[Tensor, "*b n k"], small: Float[Tensor, "*b k k"], rank: int
+    w: Float[Tensor, "*b m n"], vt: Float[Tensor, "*b k n"], small: Float[Tensor, "*b k k"], rank: int
 ) -> tuple[Float[Tensor, "*b m r"], Float[Tensor, "*b r"], Float[Tensor, "*b r n"]] | None:
     """The triplets from a basis and VᵀAV, unless the basis, of a weight of very low rank, is not orthonormal."""
-    if float((v.mT @ v - torch.eye(v.shape[-1]).to(v)).abs().amax()) > ORTHONORMAL:
+    if float((vt @ vt.mT - torch.eye(vt.shape[-2]).to(vt)).abs().amax()) > ORTHONORMAL:
         return None
-    v = v @ torch.linalg.eigh(small)[1][..., -rank:]  # (*b, n, r)
-    u, s, turn = by_gram((w @ v).double())  # its columns are orthogonal but for rounding
-    return u, s, turn @ v.mT.double()
+    vt = torch.linalg.eigh(small)[1][..., -rank:].mT @ vt  # (*b, r, n)
+    u, s, turn = by_gram((w @ vt.mT).double())  # its columns are orthogonal but for rounding
+    return u, s, turn @ vt.double()
 
 
-def _normal(w: Float[Tensor, "*b m n"], x: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
-    return w.mT @ (w @ x)
+def _normal(w: Float[Tensor, "*b m n"], x: Float[Tensor, "*b k n"]) -> Float[Tensor, "*b k n"]:
+    """A of each row of x."""
+    return x @ w.mT @ w
 
 
-def _beside(v: Float[Tensor, "*b n k"], x: Float[Tensor, "*b n j"]) -> Float[Tensor, "*b n j"]:
-    """Of each column of x, what is orthogonal to those of V."""
-    return x - v @ (v.mT @ x)
-
-
-def _orthonormal(x: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
-    return torch.linalg.qr(x).Q
+def _orthonormal(x: Float[Tensor, "*b k n"]) -> Float[Tensor, "*b k n"]:
+    """Rows that are orthonormal and span those of x."""
+    return torch.linalg.qr(x.mT).Q.mT

@@ -7,6 +7,7 @@ its values are the dequantised ones, and nothing is written before a plain weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class RoundedSum:
 
     Args:
         dtype: of W'.
-        rounding: of the sum; ``None``: to the nearest.
+        rounding: of the sum to a coarser dtype than its own; ``None``: to the nearest.
 
     Example:
         >>> sums = RoundedSum(torch.bfloat16)
@@ -48,29 +49,36 @@ class RoundedSum:
 
     def __init__(self, dtype: torch.dtype, rounding: Callable[[Tensor], Tensor] | None = None) -> None:
         self.dtype = dtype
-        self._rounding = rounding or (lambda exact: exact.to(dtype))
+        self._rounding = rounding
         self._added: list[Tensor] = []  # norms of all parts, and of what they have lost
         self._lost: list[Tensor] = []
 
-    def of(self, w: Tensor, added: Tensor) -> Tensor:
-        """Return W' of a part as a new tensor.
+    @torch.no_grad()
+    def of(self, w: Tensor, added: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return W' of a part.
 
         Args:
             w: W0.
             added: ΔW, in at least float32, of the same shape; the sum is formed in its dtype.
+            out: where W' is written, contiguous and no part of ``w``; ``None``: a new tensor.
         """
-        out = torch.empty(w.shape, dtype=self.dtype, device=w.device)
+        out = torch.empty(w.shape, dtype=self.dtype, device=w.device) if out is None else out
         step = CHUNK if w.device.type == "cpu" else max(w.numel(), 1)
-        for into, start, more in zip(*(t.reshape(-1).split(step) for t in (out, w, added)), strict=True):
+        buffers = [added.new_empty(min(step, w.numel())) for _ in range(2)]  # new memory costs more than the arithmetic
+        parts = (flat.split(step) for flat in (out.view(-1), w.reshape(-1), added.reshape(-1)))
+        for into, start, more in zip(*parts, strict=True):
             before = start.to(more.dtype)
-            exact = before + more
-            rounded = self._rounding(exact)
-            into.copy_(rounded)
-            if rounded.dtype == exact.dtype:  # what of ΔW has come into the sum, what not (Knuth, TAOCP 2, 4.2.2)
-                came = exact - before
-                off = (before - (exact - came)) + (more - came)
+            came, off = (buffer[: len(more)] for buffer in buffers)
+            if self.dtype == more.dtype:
+                # What of ΔW has come into the sum, and what has not (Knuth, TAOCP 2, 4.2.2)
+                torch.add(before, more, out=into)
+                torch.sub(into, before, out=came)
+                torch.sub(into, came, out=off)
+                torch.sub(before, off, out=off).add_(torch.sub(more, came, out=came))
             else:  # not against the sum, which may have lost a small ΔW whole; coarse numbers have an exact difference
-                off = rounded.to(exact.dtype).sub_(before).sub_(more)
+                exact = torch.add(before, more, out=came)
+                into.copy_(exact if self._rounding is None else self._rounding(exact))
+                torch.sub(into.to(more.dtype), before, out=off).sub_(more)
             # In float64: the squares of what float32 holds overflow it.
             self._added.append(torch.linalg.vector_norm(more, dtype=torch.float64))
             self._lost.append(torch.linalg.vector_norm(off, dtype=torch.float64))
@@ -78,9 +86,9 @@ class RoundedSum:
 
     @property
     def lost(self) -> float:
-        """‖W' − (W0 + ΔW)‖_F / ‖ΔW‖_F of all parts together; 0 for an update of zeros."""
+        """‖W' − (W0 + ΔW)‖_F / ‖ΔW‖_F of all parts together; 0 for an update of zeros, not finite where W' is not."""
         added, lost = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (self._added, self._lost))
-        return float(lost / added) if added > 0 else 0.0
+        return float(lost / added if added > 0 else 0 * lost)
 
 
 SAMPLE = 32  # values of a weight
@@ -186,17 +194,19 @@ class BaseWeight:
                 f"its weight is quantised ({how}), and rounding W0 + ΔW to that again would be another model: "
                 "merge(dtype=torch.bfloat16) dequantises the model first"
             )
-        before = self._exact() if self._written else self.original
+        w, before = self.tensor, self._exact() if self._written else self.original
         added = part().to(torch.promote_types(before.dtype, torch.float32))
-        sums = RoundedSum(self.stored.dtype)
-        rounded = sums.of(before, added)
-        if not all_finite(rounded):
-            why = f"it overflows {rounded.dtype}" if all_finite(before + added) else "the training has diverged"
-            raise ValueError(f"the weight with its update would not be finite: {why}")
         if self._original is None and self.quantised is None:
-            self._original = self.tensor.clone()
-        self._written[key] = part
-        self.tensor.copy_(rounded)
+            before = self._original = w.clone()
+        self._written[key] = part  # before the first value changes: whoever is interrupted erases it
+        sums = RoundedSum(w.dtype)
+        rounded = sums.of(before, added, w if w.is_contiguous() else None)
+        if not math.isfinite(sums.lost) and not all_finite(rounded):
+            self.erase(key)
+            why = f"it overflows {w.dtype}" if all_finite(before + added) else "the training has diverged"
+            raise ValueError(f"the weight with its update would not be finite: {why}")
+        if rounded is not w:
+            w.copy_(rounded)
         return sums.lost
 
     def erase(self, key: Hashable) -> None:
@@ -233,9 +243,12 @@ class BaseWeight:
         form = self._form
         w, raw = form.values().detach(), form.tensor
         version = None if raw.is_inference() else raw._version  # which .data does not raise
-        seen = (raw.data_ptr(), version, tuple(sample(w)))
+        values = sample(w)
+        seen = (raw.data_ptr(), version, tuple(values))
         if parts not in self._identities or self._identities[parts][0] != seen:
-            self._identities[parts] = seen, self._identify(w, form.codes().detach(), free)
+            codes = form.codes().detach()
+            known = self._identify(w, codes, free) if free else Identity(digest(codes), values)
+            self._identities[parts] = seen, known
         return self._identities[parts][1]
 
     def known_by(self, known: str, free: Sequence[LayerKind] = ()) -> bool:
