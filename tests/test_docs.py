@@ -35,3 +35,10 @@ def test_links_to_files_are_not_dead():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_number_of_methods_is_of_today(page):
+    words = {"fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+    (said,) = re.findall(r"more than (\w+)(?: other)? methods", (ROOT / page).read_text())
+    assert words[said] < len(list(METHODS)) <= words[said] + 10
