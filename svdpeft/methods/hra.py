@@ -91,12 +91,6 @@ class HRA(ThinTransform):
             raise ValueError(f"rank {rank} is outside [2, {most}] at {site} ({m}x{n}); clip_rank=True lowers it there")
         return dataclasses.replace(self, rank=min(rank, most))
 
-    @property
-    def _rank(self) -> int:
-        """r at one site."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
-
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, _, n = w.shape

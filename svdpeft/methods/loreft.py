@@ -97,12 +97,6 @@ class LoReFT(ThinTransform):
         rank = chosen(self.rank, site, roles)
         return dataclasses.replace(self, rank=check_rank(min(rank, m) if clip else rank, m, n, site, m))
 
-    @property
-    def _rank(self) -> int:
-        """r at one site."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
-
     def start(self, w: Tensor, given: Given) -> Tensors:
         check_matrix(w, given.name)  # of zeros a factor makes zeros
         *batch, m, _ = w.shape

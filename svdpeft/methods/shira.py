@@ -80,8 +80,7 @@ class SHiRA(Transform):
 
     def _entries(self, m: int, n: int) -> int:
         """K."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return min(self.rank * (m + n), m * n)
+        return min(self._rank * (m + n), m * n)
 
     def start(self, w: Tensor, given: Given) -> Tensors:
         *batch, m, n = w.shape

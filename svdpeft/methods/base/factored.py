@@ -75,11 +75,6 @@ class Factored(PerSite):
     # -- what follows from it -------------------------------------------------------------------------------------
 
     @property
-    def _rank(self) -> int:
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
-
-    @property
     def scale(self) -> float:
         """s, the factor in front of L C A."""
         return 1.0

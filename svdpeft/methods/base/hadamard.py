@@ -42,12 +42,6 @@ class Hadamard(Transform):
         rank = chosen(self.rank, site, roles)
         return dataclasses.replace(self, rank=check_rank(min(rank, m, n) if clip else rank, m, n, site))
 
-    @property
-    def _rank(self) -> int:
-        """r at one site."""
-        assert isinstance(self.rank, int), "the rank is resolved per site by at()"
-        return self.rank
-
     def count(self, batch: int, m: int, n: int) -> int:
         """r (m + n) per matrix."""
         return batch * self._rank * (m + n)

@@ -82,6 +82,13 @@ class PerSite(Hooks):
         """
         return self
 
+    @property
+    def _rank(self) -> int:
+        """r at one site, of a method that has a rank."""
+        rank = vars(self)["rank"]
+        assert isinstance(rank, int), "the rank is resolved per site by at()"
+        return rank
+
     def turned(self, value: Any) -> PerSite:
         """The method with another value of its knob."""
         return dataclasses.replace(self, **{self.knob: value})
