@@ -35,6 +35,9 @@ CALIBRATE = """\
 batches = torch.randn(8, 16, 256)  # yours: a few batches of the data to adapt to
 calibration = svdpeft.calibrate({arguments})
 """
+WORDS = """\
+In the formulas W0 is the weight, of m outputs and n inputs, and r the rank: [concepts](../concepts.md) has the equation
+and the words. [All methods](README.md); [which one when](../choosing.md)."""
 OUT_OF_SCOPE = """\
 ## Not here
 
@@ -90,6 +93,7 @@ def page(name: str) -> str:
         lines += ["## Combinations", _table(("with", ""), c.combines)]
     if c.cls.reference is not None:
         lines += ["## Citation", c.citation, f"```bibtex\n{c.cls.reference.bibtex()}\n```"]
+    lines += [WORDS]
     lines += [f"*Made from `{c.cls.__module__.replace('.', '/')}.py` by `make docs`.*"]
     return "\n\n".join(lines) + "\n"
 

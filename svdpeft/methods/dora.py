@@ -45,12 +45,11 @@ class DoRA(Transform):
         With dropout PEFT recomputes the base's share from the dropped input; here dropout acts on the inner update
             alone.
 
-    On a transposed convolution a row is an output at one position of the kernel, and on an embedding a token.
-
     Args:
         inner: the method that changes the direction: a method, its registry name, or a mapping of ``name`` and
             hyper-parameters. Where its own start is not the base model, DoRA starts where it does.
-        magnitude: one per row of the matrices, or one per column.
+        magnitude: one per row of the matrices, or one per column. On a transposed convolution a row is an output at one
+            position of the kernel, and on an embedding a token.
         norm_gradient: let gradients pass through the norm, which the paper takes for a constant to save memory.
 
     Example:

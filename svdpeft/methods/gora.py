@@ -41,7 +41,8 @@ class GoRA(Scaled):
         starts. Here it is the paper's.
         The code also offers twelve other importances, the Frobenius norm by default; the paper's is here. Its variant
         that trains the base for some steps and puts it back is not offered.
-        Its recipe trains L at 16 times the rate of A, 5e-5: the learning rate here is one for both.
+        Its recipe trains L at 16 times the rate of A, 5e-5: here the rate is one for both unless the trainer has
+        ``loraplus_ratio=16``.
 
     Args:
         rank: r₀, or a mapping from site pattern to r₀: what the ranks are for an average importance.

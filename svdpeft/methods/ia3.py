@@ -27,8 +27,8 @@ class IA3(Transform):
     When to use:
         Where an adapter must be tiny: m values, or n, per layer, and next to nothing per forward. The paper scales keys
         and values at their output and the second feed-forward matrix at its input:
-        ``attach(model, targets={"k_proj|v_proj": IA3(), "down_proj": IA3(side="input")})``. It cannot turn a direction
-        into another one, and no LoRA file can hold the result.
+        ``attach(model, targets={"k_proj": IA3(), "v_proj": IA3(), "down_proj": IA3(side="input")})``. It cannot turn a
+        direction into another one, and no LoRA file can hold the result.
 
     Paper and code:
         The paper scales a layer's output with its bias. Here, as with every method, the bias is the base's own and is

@@ -48,7 +48,8 @@ class LoReFT(ThinTransform):
     When to use:
         Where the output of a layer matters and not its input: ranks of 1 to 8, on the layers that write into the
         residual stream (``targets=["o_proj", "down_proj"]``). The update reads nothing of the input that W0 does not
-        pass on.
+        pass on. On a convolution with groups each group has its own R and W, and on an embedding a row of the matrix is
+        a token.
 
     Paper and code:
         The paper edits the residual stream after chosen blocks, at the first and last few tokens of a prompt. Where a
@@ -58,8 +59,6 @@ class LoReFT(ThinTransform):
         The paper draws W and c, off the base model; here W starts as R, or as zero in "direft".
         pyreft keeps R orthonormal by a parametrisation; here a retraction after each step does.
         Dropout on the output is not offered.
-
-    On a convolution with groups each group has its own R and W, and on an embedding a row of the matrix is a token.
 
     Args:
         rank: r, at most the number of outputs, or a mapping from site pattern to r.

@@ -24,8 +24,8 @@ class MiSS(Unscaled):
     """One trained factor; the other adds up every r-th input, and nothing is drawn.
 
     When to use:
-        As a cheap LoRA: half of its values at a rank, no random start, and the largest learning rates of the frozen-A
-        family do little harm. The paper takes ranks at which it trains as many values as LoRA, about twice LoRA's.
+        As a cheap LoRA: half of its values at a rank, and nothing of its start is random. The paper takes ranks at
+        which it trains as many values as LoRA, about twice LoRA's.
 
     Paper and code:
         The code's Bat, W_ij + W_ij D_i + D_i by blocks, is of full rank and another method, and so is the variant

@@ -31,7 +31,7 @@ BOUND, SPREAD = 0.02, 0.1  # of the bank, and of the logits, at the start
 @METHODS.register("vblora")
 @dataclass(frozen=True)
 class VBLoRA(Unscaled):
-    """What a trained layer needs of its own is k numbers of vectors and their weights, per piece.
+    """A row of A and a column of L are cut into pieces of b entries; each is a mixture of k vectors of the bank.
 
     When to use:
         Where very many adapters of one model are kept: what tells two of them apart is the bank and, per piece, k
