@@ -78,6 +78,7 @@ FEW = {  # options of a task that make it small; its data where they are not giv
     "math": {"test_size": 2, "max_new_tokens": 4},
     "humaneval": {"test_size": 1, "max_new_tokens": 4},
     "flowers102": {},
+    "classification": {},
 }
 
 
