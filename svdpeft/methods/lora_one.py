@@ -36,7 +36,8 @@ class LoRAOne(Decomposed, Scaled):
 
     Paper and code:
         The published README has Σ_r whole in both factors; the code divides by σ₁ and takes roots, which is what is
-        here. The preconditioned optimizer of the paper is not part of the method.
+        here. The preconditioned optimizer of the paper is not part of the method, and goes with it:
+        ``gradients="riemannian"``.
         The code decomposes by a sketch of 512 columns and 16 iterations; here it is the library's own.
 
     Args:
