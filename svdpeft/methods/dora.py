@@ -33,10 +33,9 @@ class DoRA(Transform):
     """A magnitude per output on top of LoRA, or of any other method on the equation.
 
     When to use:
-        Where LoRA of a small rank falls short of full fine-tuning: one value more per output and often the better
-        result at ranks of 4 to 16. Beside the inner method it costs one product W0 Aᵀ and one pass over the output
-        per forward, on layers that are called. The update has full rank: it can be merged, and no LoRA file can hold
-        it.
+        Where LoRA of a small rank falls short of full fine-tuning: one value more per output, for a result that is
+        better in its paper. Beside the inner method it costs one product W0 Aᵀ and one pass over the output per
+        forward, on layers that are called. The update has full rank: it can be merged, and no LoRA file can hold it.
 
     Paper and code:
         The paper writes a norm per column and one magnitude per input; its code and PEFT take one per row of an

@@ -20,8 +20,8 @@ class Full(Method):
     """Train every parameter of the base. An untouched copy of each is kept, so that it can be given back.
 
     When to use:
-        As the ceiling of a comparison, and where memory and the number of tasks allow a whole model per task. Its best
-        learning rate is usually 10 to 100 times smaller than that of the low-rank methods.
+        As the ceiling of a comparison, and where memory and the number of tasks allow a whole model per task. Its own
+        learning rate is a tenth of LoRA's for vision, and a fiftieth for language.
     """
 
     learning_rates: ClassVar = {"vision": 1e-3, "language": 2e-5}

@@ -29,7 +29,7 @@ class LoKr(Scaled):
 
     When to use:
         Where very few values per weight are wanted with an update of a large rank: p q + r (m/p + n/q). Made for
-        diffusion models; on language models it is rarely the best.
+        diffusion models.
 
     Paper and code:
         As in PEFT, C is the factor that starts at zero, and s = α/r; LyCORIS starts the other one at zero
