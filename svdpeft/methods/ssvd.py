@@ -51,7 +51,7 @@ class SSVD(FrozenBases):
         rotation: ``"cayley"``, ``"first-order"`` or ``"free"``, what G is.
         side: that G turns. ``"input"``, as the paper has it, or ``"smaller"``, the input of a tall or square weight and
             the output of a wide one, as (Gᵀ)(Σ_r + diag(ΔΣ)).
-        reference_init: ΔΣ as in ESPnet's code, see above.
+        reference_init: ΔΣ as in ESPnet's code, off the base.
         ratio: fraction in (0, 1], where ``rank`` is ``None``.
 
     Example:

@@ -36,9 +36,9 @@ class SVFT(FrozenBases):
     """Few coefficients, full reach: the update lives in the weight's own singular bases.
 
     When to use:
-        Where very few trained values count (files of values alone would be tiny, optimizer state is), and for full-rank
-        updates at a small budget. It pays in memory: U and V are as large as the weight, and the step is slower than
-        LoRA's. Learning rates are ten times LoRA's.
+        Where very few trained values count, in a file and in the optimizer's state, and for full-rank updates at a
+        small budget. It pays in memory: U and V are as large as the weight, and the step is slower than LoRA's. A file
+        need not have them. Learning rates are several times LoRA's.
 
     Paper and code:
         The official start is not the base model: M is Kaiming-normal times a trained sigmoid gate
