@@ -33,7 +33,7 @@ PATTERNS = ("plain", "banded", "random", "topk")
 @METHODS.register("svft")
 @dataclass(frozen=True)
 class SVFT(FrozenBases):
-    """Few coefficients, full reach: the update lives in the weight's own singular bases.
+    """A few coefficients between all of the weight's own singular vectors, which stay as they are.
 
     When to use:
         Where very few trained values count, in a file and in the optimizer's state, and for full-rank updates at a
