@@ -319,6 +319,18 @@ SPECTRA = {
 }
 
 
+@pytest.mark.parametrize("driver", ["randomized", "exact"])
+@pytest.mark.parametrize("shape", [(512, 512), (600, 300), (300, 600)])
+def test_where_a_weight_lies_in_memory_changes_no_bit(shape: tuple[int, int], driver: Any):
+    """As a tensor of a file that is mapped does, whose place is no multiple of what products want."""
+    w = torch.randn(*shape, dtype=torch.float32)
+    expected = truncated_svd(w, 2, driver)
+    for shift in (1, 2, 5):
+        there = torch.empty(w.numel() + shift)[shift:].view(shape).copy_(w)
+        assert there.data_ptr() % 64
+        assert all(map(torch.equal, truncated_svd(there, 2, driver), expected))
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)], ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_gram_matrix_finds_what_lapack_finds(name: str, shape: tuple[int, int]):

@@ -31,6 +31,7 @@ from svdpeft.decomposition.krylov import leading_triplets
 Driver = Literal["auto", "exact", "randomized"]
 DRIVERS = ("auto", "exact", "randomized")
 LARGE, SHARE = 256, 12  # "auto" is randomized where min(m, n) >= LARGE and rank <= min(m, n) / SHARE
+ALIGNED = 64  # bytes: where torch lets its own memory begin
 
 _DEVICE: ContextVar[torch.device | None] = ContextVar("decompose_on", default=None)
 _APPROXIMATED: ContextVar[list[str] | None] = ContextVar("approximated", default=None)
@@ -137,9 +138,11 @@ def truncated_svd(
     how = "exact-float64" if driver == "exact" else f"krylov-rank{rank}-seed{seed}"
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
-        found = leading_triplets(w, rank, seed) if driver == "randomized" else None
+        # A file that is mapped into memory begins anywhere, and a product's last bits depend on where its matrices do.
+        here = w.clone() if w.data_ptr() % ALIGNED else w
+        found = leading_triplets(here, rank, seed) if driver == "randomized" else None
         if found is None:
-            found = full_svd(w.double(), where, w.dtype)
+            found = full_svd(here.double(), where, w.dtype)
         u, s, vh = canonical(*found, TOLERANCE[w.dtype])
         return u.to(w.dtype), s.to(w.dtype), vh.to(w.dtype)
 

@@ -308,7 +308,7 @@ def kills(writer: Writer, folder: Path, count: int, draw: random.Random) -> str:
         assert came or outcome.killed, "it has ended, and something else is there"
         if found:
             writer.read(path)
-        hidden = [each.name for each in path.rglob(".*") if not LEFT.fullmatch(each.name)]
+        hidden = [each for each in path.rglob(".*") if not any(map(LEFT.fullmatch, each.relative_to(path).parts))]
         assert not hidden, f"nobody sweeps {hidden}"
         killed, new = killed + outcome.killed, new + (came and outcome.killed)
     return f"{killed} kills in {time.monotonic() - begun:.0f} s, the new is there after {new}, nothing is lost"
