@@ -13,6 +13,7 @@ import pytest
 import rwkv_models
 import timm
 import torch
+from filelock import FileLock
 from own_data import PAIRS, assert_equal_bits, command, jsonl, place, record, saved_models, training, weights, words
 from PIL import Image
 from rows import EVERYTHING
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 import svdpeft
 from svdpeft.cli import app
+from svdpeft.finetuning.session import Session
 from svdpeft.finetuning.train import Training
 from svdpeft.models import load, rwkv
 
@@ -140,6 +142,29 @@ def test_other_settings_are_not_resumed(place):
         result = command("--resume", code=2, out="parts", save_every=2, **change)
         assert f"parts was begun with other settings: {told}" in result.stderr
     command("--resume", out="parts", save_every=1)  # when it is saved decides nothing
+
+
+def test_two_trainings_into_one_folder_are_one_too_many(place):
+    Path("out").mkdir()
+    with FileLock("out/.training.lock"):  # of one that runs
+        assert "another process trains into out: wait" in command(code=2).stderr
+    assert os.listdir("out") == [".training.lock"]
+    command(steps=1)  # one that was killed holds nothing
+
+
+def test_a_training_that_ended_while_another_was_made_ready_stays(place, monkeypatch):
+    """Both have found the folder empty."""
+    made_ready = Session.attach
+
+    def attach(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "attach", made_ready)
+            command(steps=1)
+        return made_ready(*args, **options)
+
+    monkeypatch.setattr(Session, "attach", attach)
+    assert "out holds a training already" in command(code=2, steps=2).stderr
+    assert json.loads(Path("out", "training.json").read_text())["steps"] == 1
 
 
 def test_what_cannot_be_resumed_says_so(place):

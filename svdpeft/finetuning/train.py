@@ -6,14 +6,15 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,9 @@ from svdpeft.interop.card import CARD, card
 from svdpeft.training.checkpoints import last_checkpoint
 from svdpeft.training.recipe import Recipe
 from svdpeft.training.trackers import check_tracker
+from svdpeft.training.trainer import Trainer
 
+LOCK = ".training.lock"  # of the process that trains into a folder
 SEEN, PATIENCE = 64, 20.0  # examples, and seconds, for the estimate of the memory
 
 
@@ -121,6 +124,7 @@ class Training:
             callbacks: of the trainer.
 
         Raises:
+            ValueError: another process trains into the folder, or has done so since.
             Diverged: a gradient is not finite; the last checkpoint is as it was.
         """
         order, out = self.order, self.order.out
@@ -146,9 +150,13 @@ class Training:
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
         if progress:
             trainer.add_callback(_Progress)
+        with _alone(order, resume) if trainer.is_world_process_zero() else nullcontext():
+            return self._run(trainer, resume)
+
+    def _run(self, trainer: Trainer, resume: bool) -> dict[str, Any]:
+        order, out = self.order, self.order.out
         record: dict[str, Any] = {"command": shlex.join(order.command), "settings": order.settings()}
         if trainer.is_world_process_zero():
-            out.mkdir(parents=True, exist_ok=True)
             _write(out / RECORD, record)
         last = last_checkpoint(out, self.adapter) if resume else None
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -180,6 +188,26 @@ class Training:
         }
         dtype = {} if setup.dtype == "float32" else {"dtype": getattr(torch, setup.dtype)}
         return {name: value for name, value in options.items() if value is not None} | dtype
+
+
+@contextmanager
+def _alone(order: Order, resume: bool) -> Iterator[None]:
+    """Within the block no other process trains into the folder, and none has begun since it was looked at."""
+    order.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(order.out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another process trains into {order.out}: wait for its end, or choose another folder"
+        ) from error
+    try:
+        _check_folder(order, resume)
+        yield
+    finally:
+        with suppress(OSError):  # on Windows an open file stays
+            (order.out / LOCK).unlink()
+        lock.release()
 
 
 def _check_folder(order: Order, resume: bool) -> None:
