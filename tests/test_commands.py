@@ -278,6 +278,9 @@ def prepare(words: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> N
         folders(words)
     if words[0] in ADAPTERS:
         adapters(words)
+    if words[0] == "check":
+        for name in words[1:]:
+            svdpeft.attach(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoRA(rank=1), ["0"]).save(name)
     if words[0] == "report":
         report_records.store(world / words[1])
     if (folder := value(words, "--adapter")) is not None:

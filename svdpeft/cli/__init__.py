@@ -1,6 +1,7 @@
 """The command line: one file per command. Heavy imports wait until a command runs."""
 
 from svdpeft.cli import (
+    check,
     combine,
     compare,
     decompose,
@@ -19,6 +20,7 @@ from svdpeft.cli.app import app
 
 __all__ = [
     "app",
+    "check",
     "combine",
     "compare",
     "decompose",

@@ -1,7 +1,7 @@
 """The shared SVD core: drivers, sign rule, structured cores, rotations, factor algebra."""
 
 from svdpeft.decomposition.bands import Band
-from svdpeft.decomposition.cache import svd_cache, svd_cache_until_attached, uncached
+from svdpeft.decomposition.cache import damaged, svd_cache, svd_cache_until_attached, uncached
 from svdpeft.decomposition.canonical import canonical, canonical_signs, fixed_numbers
 from svdpeft.decomposition.clusters import kmeans
 from svdpeft.decomposition.cores import band_count, band_index, random_index, scatter_core, top_index
@@ -49,6 +49,7 @@ __all__ = [
     "cayley_offset",
     "check_matrix",
     "check_rank",
+    "damaged",
     "decomposing_on",
     "difference",
     "digest",

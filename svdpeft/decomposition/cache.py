@@ -122,11 +122,7 @@ def _first(rank: int, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor,
 def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
     """The first triplets of a file; ``None`` where it is not there or, with a warning, damaged: it is written again."""
     try:
-        with safe_open(file, "pt") as held:
-            found = [held.get_tensor(name) for name in ("u", "s", "vh")]
-            known = (held.metadata() or {}).get(DIGESTS)
-        if known != _digests(found):
-            raise RuntimeError("its digests differ")
+        found = _held(file)
     except (OSError, SafetensorError, RuntimeError) as error:
         if file.exists():  # and was not deleted by another process while safe_open, which opens it twice, was at it
             warnings.warn(f"{file} is damaged, and is computed again: {error}", RuntimeWarning, stacklevel=3)
@@ -134,6 +130,31 @@ def _read(file: Path, rank: int, device: torch.device) -> tuple[Tensor, Tensor, 
     # Copies: a view would keep all of the file.
     u, s, vh = (t.clone(memory_format=torch.contiguous_format).to(device) for t in _first(rank, *found))
     return u, s, vh
+
+
+def _held(file: Path) -> list[Tensor]:
+    with safe_open(file, "pt") as held:
+        found = [held.get_tensor(name) for name in ("u", "s", "vh")]
+        known = (held.metadata() or {}).get(DIGESTS)
+    if known != _digests(found):
+        raise RuntimeError("its digests differ")
+    return found
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """The files of a cache: the name of each -> what is wrong with it, "" where its bits are those that were written.
+
+    Args:
+        folder: of the cache.
+    """
+    wrong = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            _held(file)
+            wrong[file.name] = ""
+        except (OSError, SafetensorError, RuntimeError) as error:
+            wrong[file.name] = str(error)
+    return wrong
 
 
 def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:

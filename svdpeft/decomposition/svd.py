@@ -139,7 +139,8 @@ def truncated_svd(
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         # A file that is mapped into memory begins anywhere, and a product's last bits depend on where its matrices do.
-        here = w.clone() if w.data_ptr() % ALIGNED else w
+        elsewhere = type(w) is Tensor and w.data_ptr() % ALIGNED  # of others, such as shapes without values, none asks
+        here = w.clone() if elsewhere else w
         found = leading_triplets(here, rank, seed) if driver == "randomized" else None
         if found is None:
             found = full_svd(here.double(), where, w.dtype)
