@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -186,6 +187,27 @@ def test_file_whose_factors_do_not_fit_the_layer(saved: Path):
     rewrite(saved, lambda h: h["sites"]["other"]["tensors"].update(L=[4, 2]))
     retensor(saved, lambda t: t.update({"other/L": torch.zeros(4, 2, dtype=torch.float64)}))
     no_adapter(saved, "other/L")
+
+
+def test_integers_that_point_at_nothing():
+    """Of every method that keeps some: where entries go, which row is of which cluster, which vectors are taken."""
+    pointed = set()
+    for method in one_of_each(factored=True):
+        model, _ = host(LINEAR)
+        with contextlib.suppress(ValueError):  # it is for other layers
+            adapter = adapt(model, method)
+            state = adapter.state_dict()
+            adapter.detach()
+            for name in [name for name, t in state.tensors.items() if not t.is_floating_point()]:
+                pointed.add(method.name)
+                beyond = {**state.tensors, name: torch.full_like(state.tensors[name], 10**6)}
+                before = snapshot(model)
+                if name.endswith("/chosen"):  # whether, and not where
+                    continue
+                with pytest.raises(CheckpointError, match="of layer points beyond its factors or its weight"):
+                    load(model, state._replace(tensors=beyond))
+                assert snapshot(model) == before
+    assert pointed >= {"adamss", "dislora", "fourierft", "frod", "shira", "vblora", "waveft"}
 
 
 def test_site_without_one_of_its_factors(saved: Path):

@@ -143,6 +143,7 @@ def _parts(
         of = math.prod(shape[:-2]), shape[-2], shape[-1]
         _check_fit(site, method, Factors(_shapes(own), method.trains, _shapes(tied), of), shape, path)
         factors = Factors(own, method.trains, tied, of)
+        _check_indices(site, method, factors, shape, path)
         if site in left_out:
             factors.origin = Origin.from_json(entry["derived"], entry["sample"])
         built.append((found[site], method, factors))
@@ -231,6 +232,21 @@ def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, 
         update._replace(L=update.L[..., :1, :], A=update.A[..., :1]).dense()  # one entry: do the ranks agree?
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
+
+
+@torch.no_grad()
+def _check_indices(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
+    """Refuse integers, which say what goes where, that point at nothing: shapes alone do not tell."""
+    tensors = factors.tensors()
+    whole = [role for role, t in tensors.items() if not t.is_floating_point()]
+    if not whole:
+        return
+    try:
+        if method.product(factors) is None:  # of now and of the start
+            method.delta(factors, torch.zeros(shape, dtype=next(factors.parameters()).dtype))
+    except (RuntimeError, IndexError) as error:
+        told = f"{path / TENSORS}: {', '.join(whole)} of {site} points beyond its factors or its weight: {error}"
+        raise CheckpointError(told) from error
 
 
 def _place(
