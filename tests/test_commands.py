@@ -365,6 +365,7 @@ def test_the_commands_are_found():
     found = commands()
     assert len(found) > 20
     assert {command.split()[1] for command in found} == {
+        "check",
         "compare",
         "report",
         "train",
