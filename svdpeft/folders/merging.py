@@ -116,7 +116,7 @@ def merge(
             made = sums.of(w[rows], added)
             _check_finite(name, w[rows], functools.partial(torch.add, w[rows], added), made)
             yield made
-        lost.update({update.site.name: sums.lost for update in change.updates})
+        lost.update(dict.fromkeys((update.site.name for update in change.updates), sums.lost))
 
     with progress, replacing(out) as new:
         output.write(skeleton, new, entries, value, dtype)

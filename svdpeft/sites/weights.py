@@ -206,13 +206,14 @@ class BaseWeight:
         self._written[key] = part  # before the first value changes: whoever is interrupted erases it
         sums = RoundedSum(w.dtype)
         rounded = sums.of(before, added, w if w.is_contiguous() else None)
-        if not math.isfinite(sums.lost) and not all_finite(rounded):
+        lost = sums.lost
+        if not math.isfinite(lost) and not all_finite(rounded):
             self.erase(key)
             why = f"it overflows {w.dtype}" if all_finite(before + added) else "the training has diverged"
             raise ValueError(f"the weight with its update would not be finite: {why}")
         if rounded is not w:
             w.copy_(rounded)
-        return sums.lost
+        return lost
 
     def erase(self, key: Hashable) -> None:
         """Take back what was written under ``key``; the last one to go restores every bit."""
