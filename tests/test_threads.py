@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import sys
 import threading
@@ -23,7 +24,7 @@ from torture.serving import PAIRS, Served, near, server, together
 
 import svdpeft
 from svdpeft import AdapterCallback, LoRA, Trainer, attach, using
-from svdpeft.adapter import turns
+from svdpeft.adapter import stacks, turns
 from svdpeft.sites import scope
 
 
@@ -292,6 +293,79 @@ def test_a_call_may_wait_for_a_part_in_a_thread_of_its_own():
             model.go.set()
     assert "result" in found
     assert "result" in merged
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_generator_that_is_left_while_one_looks(trains: bool, monkeypatch: pytest.MonkeyPatch):
+    """It takes the stack above it out of sight, and with that the call, or the training."""
+    inside, go, left, end = (threading.Event() for _ in range(4))
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        inside.set()
+        assert go.wait(20)
+        yield
+
+    class Blocks(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            with block():
+                left.set()
+                assert end.wait(20)
+            return self.one(x)
+
+    model = Blocks()
+    adapter = attach(model, LoRA(rank=2), ["one"])
+
+    def training() -> None:
+        turns.turns(model).train("default")
+        with block():
+            left.set()
+            assert end.wait(20)
+
+    def frames() -> dict[int, Any]:
+        found.append(current() if len(found) != 1 else found[-1])  # what was before, to both who ask
+        go.set()
+        assert left.wait(20)
+        return found[-1]
+
+    current, found = sys._current_frames, list[dict[int, Any]]()
+    with elsewhere(training if trains else lambda: model(torch.ones(1, 4))):
+        try:
+            assert inside.wait(20)
+            monkeypatch.setattr(sys, "_current_frames", frames)
+            monkeypatch.setattr(turns, "PATIENCE", 0.05)
+            with pytest.raises(RuntimeError, match="a training of adapter" if trains else r"for Blocks\.forward\(\)"):
+                adapter.merge()
+        finally:
+            go.set(), end.set()
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="of Python 3.11: later ones collect between instructions")
+def test_nothing_is_collected_while_one_looks():
+    """A collection within ``f_back`` of a frame lets its thread run: that ended in a crash, or in a frame that was none."""
+    looks = {function.__code__ for function in (stacks.stack, stacks.owner, stacks._whole)}
+    looking: list[bool] = []
+
+    def collects(phase: str, info: dict[str, int]) -> None:
+        looking.append(any(frame.f_code in looks for frame in stacks.stack(sys._getframe())))
+
+    def deep(depth: int) -> None:
+        deep(depth - 1) if depth else end.wait(20)
+
+    end, before = threading.Event(), gc.get_threshold()
+    gc.callbacks.append(collects)
+    with elsewhere(lambda: deep(200)):
+        try:
+            gc.set_threshold(1)
+            others = stacks.Others()
+            (frames,) = (frames for frames in others.stacks().values() if len(frames) > 200)
+            assert all(others.owner(frame) is None for frame in frames if frame.f_code is deep.__code__)
+        finally:
+            gc.set_threshold(*before)
+            gc.callbacks.remove(collects)
+            end.set()
+    assert looking, "no collection at all"
+    assert not any(looking)
 
 
 def test_a_call_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from svdpeft.adapter.stacks import Others, owner, stack
 from svdpeft.sites.scope import scope, within
 from svdpeft.targets.wrappers import unwrapped
 
@@ -146,7 +147,7 @@ class Turns:
         if lock.acquire(blocking=False):
             return True
         here = scope() or {}
-        if any(block in here for block in list(self.blocks)) or self._calls(frame) is not None:
+        if any(block in here for block in list(self.blocks)) or self._calls(stack(frame)) is not None:
             return False
         self.waiting.add(threading.get_ident())
         try:
@@ -157,9 +158,9 @@ class Turns:
         return True
 
     def _until_alone(self, what: str, here: Mapping[Any, Any]) -> None:
-        end = time.monotonic() + PATIENCE
+        others, end = Others(), time.monotonic() + PATIENCE
         self.alone = True  # before each look: a call is seen in it, or sees this
-        while (other := self._training() or self._block(here) or self._call()) is not None:
+        while (other := self._training(others) or self._block(here) or self._call(others)) is not None:
             self.alone = False
             which, thread = other
             if which.startswith(TRAINING) or thread == threading.get_ident():  # which waiting does not end
@@ -173,33 +174,39 @@ class Turns:
         """A block of another thread or task, and the thread."""
         return next(((block.what, block.thread) for block in list(self.blocks) if block not in here), None)
 
-    def _call(self) -> tuple[str, int] | None:
+    def _call(self, others: Others) -> tuple[str, int] | None:
         """A call of the model in another thread, and the thread."""
-        others = sys._current_frames()
-        for thread in others.keys() - self.waiting - {threading.get_ident()}:
-            if (call := self._calls(others[thread])) is not None:
-                return f"{type(_self(call)).__name__}.{call.f_code.co_name}()", thread
+        stacks = others.stacks()
+        for thread in stacks.keys() - self.waiting:
+            if (call := self._calls(stacks[thread], others.owner)) is not None:
+                return f"{type(others.owner(call)).__name__}.{call.f_code.co_name}()", thread
         return None
 
-    def _calls(self, frame: FrameType | None) -> FrameType | None:
+    def _calls(self, frames: Iterable[FrameType], owner: Callable[[FrameType], object] = owner) -> FrameType | None:
         """Where a stack is in a method of the model, or of a part of it."""
         parts = self._parts()
-        return next((frame for frame in _stack(frame) if id(_self(frame)) in parts), None)
+        ids, classes, own = set(map(id, parts)), set(map(type, parts)), vars(self._model)
 
-    def _parts(self) -> set[int]:
+        def named(method: str) -> bool:
+            return method in own or any(hasattr(cls, method) for cls in classes)
+
+        return next((frame for frame in frames if named(frame.f_code.co_name) and id(owner(frame)) in ids), None)
+
+    def _parts(self) -> list[nn.Module]:
         while True:
             try:
-                return set(map(id, self._model.modules()))
+                return list(self._model.modules())
             except RuntimeError:  # whoever has the turn puts a child into a layer, or takes it out
                 time.sleep(0)
 
-    def _training(self) -> tuple[str, int] | None:
+    def _training(self, others: Others) -> tuple[str, int] | None:
         """A training in another thread, and the thread."""
-        frames = sys._current_frames()
+        stacks, me = others.stacks(), threading.get_ident()
         for thread, (code, what) in list(self.trainings.items()):
-            if all(frame.f_code is not code for frame in _stack(frames.get(thread))):
+            frames = stack(sys._getframe()) if thread == me else stacks.get(thread, [])
+            if all(frame.f_code is not code for frame in frames):
                 self.trainings.pop(thread, None)  # it has ended, perhaps by an error
-            elif thread != threading.get_ident():
+            elif thread != me:
                 return what, thread
         return None
 
@@ -213,10 +220,10 @@ class Turns:
             return
         what = f"a call of the {type(part).__name__}"
         own = ("inner", "_call_impl", "_wrapped_call_impl")  # torch's frames of the call that begins
-        around = next((frame for frame in _stack(sys._getframe(1)) if frame.f_code.co_name not in own), None)
+        around = next((frame for frame in stack(sys._getframe(1)) if frame.f_code.co_name not in own), None)
         if part is self.model() and self._acquire(self.lock, what, around):
             self.lock.release()
-        begins, end = self._calls(around) is None, time.monotonic() + PATIENCE
+        begins, end = self._calls(stack(around)) is None, time.monotonic() + PATIENCE
         while self.alone:
             if time.monotonic() > end:
                 raise RuntimeError(f"{what} has waited {PATIENCE:g} s for {self.changing}")
@@ -258,17 +265,6 @@ def changes(method: F) -> F:
             return method(adapter, *args, **kwargs)
 
     return cast(F, alone)
-
-
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _self(frame: FrameType) -> object:
-    """Whose method a frame runs."""
-    return frame.f_locals["self"] if frame.f_code.co_varnames[:1] == ("self",) else None
 
 
 def _recomputes(thread: int) -> bool:
