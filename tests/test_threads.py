@@ -342,7 +342,7 @@ def test_a_generator_that_is_left_while_one_looks(trains: bool, monkeypatch: pyt
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="of Python 3.11: later ones collect between instructions")
 def test_nothing_is_collected_while_one_looks():
-    """A collection within ``f_back`` of a frame lets its thread run: that ended in a crash, or in a frame that was none."""
+    """A collection within ``f_back`` of a frame lets its thread run: that ended in a crash, or in what is no frame."""
     looks = {function.__code__ for function in (stacks.stack, stacks.owner, stacks._whole)}
     looking: list[bool] = []
 
