@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +27,7 @@ from svdpeft.adapter.file import (
     rounded,
     undamaged,
 )
+from svdpeft.adapter.fitting import fitted
 from svdpeft.adapter.growing import Growth
 from svdpeft.adapter.origin import Origin
 from svdpeft.adapter.roster import records
@@ -109,6 +109,7 @@ def _parts(
     other: list[tuple[str, str, str]] = []  # weights in another precision
     groups: dict[str, dict[str, Tensor]] = {}
     found: dict[str, Choice] = {}
+    fitting: set[Hashable] = set()
     for site, entry in header["sites"].items():
         if missing := SITE_KEYS - entry.keys():
             raise KeyError(f"{site} lacks {', '.join(sorted(missing))}")
@@ -140,10 +141,7 @@ def _parts(
         own = {role: t for role, t in both.items() if t is not None}
         tied = _tied(site, entry["tied"], own, method, groups)
         shape = first.kind.to_matrix(first.module, weight).shape
-        of = math.prod(shape[:-2]), shape[-2], shape[-1]
-        _check_fit(site, method, Factors(_shapes(own), method.trains, _shapes(tied), of), shape, path)
-        factors = Factors(own, method.trains, tied, of)
-        _check_indices(site, method, factors, shape, path)
+        factors = fitted(site, method, own, tied, shape, path, fitting)
         if site in left_out:
             factors.origin = Origin.from_json(entry["derived"], entry["sample"])
         built.append((found[site], method, factors))
@@ -198,55 +196,6 @@ def _tied(
     found, holders = {role: groups[holder][role] for role, holder in tied.items()}, set(tied.values())
     whole = groups[holders.pop()] if len(holders) == 1 else {}
     return whole if whole.keys() == found.keys() else found  # one mapping for all of a group, as attach makes it
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same without values, of which a check of shapes computes nothing."""
-    there = {role: t.detach().to("meta") for role, t in tensors.items()}
-    return {r: nn.Parameter(t) if isinstance(tensors[r], nn.Parameter) else t for r, t in there.items()}
-
-
-@torch.no_grad()
-def _check_fit(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
-    """Refuse at load what would otherwise fail in the first forward: factors that do not make an m×n update."""
-    *batch, m, n = shape
-    if any(isinstance(getattr(method, name), Mapping) for name in method.resolved) or method.at(site, m, n) != method:
-        raise CheckpointError(f"the header of {path}: {method} at {site} says a rank of other sites as well")
-    for name in method.tensor_names():
-        if name not in factors._parameters:
-            raise CheckpointError(f"{path / TENSORS}: tensor {site}/{name} is missing, or not of floating point")
-    try:
-        product = method.product(factors, folded=True)  # L, C and A as they are
-        if product is None:
-            weight = torch.zeros(shape, dtype=next(factors.parameters()).dtype, device="meta")
-            if (found := method.delta(factors, weight).shape) != shape:
-                raise CheckpointError(f"{path / TENSORS}: the tensors of {site} make {list(found)} of a {m}x{n} weight")
-            return
-        if not abs(product.scale) <= torch.finfo(product.L.dtype).max:
-            raise CheckpointError(f"the header of {path}: {site} has the scale {product.scale:g}, which is no number")
-        for role, tensor, want in (("L", product.L, [*batch, m]), ("A", product.A.mT, [*batch, n])):
-            if list(tensor.shape[:-1]) != want:
-                raise CheckpointError(f"{path / TENSORS}: {site}/{role} does not fit the {m}x{n} weight of {site}")
-        update = method.product(factors)
-        assert update is not None
-        update._replace(L=update.L[..., :1, :], A=update.A[..., :1]).dense()  # one entry: do the ranks agree?
-    except (AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path / TENSORS}: the factors of {site} make no {m}x{n} update: {error}") from error
-
-
-@torch.no_grad()
-def _check_indices(site: str, method: PerSite, factors: Factors, shape: torch.Size, path: Path) -> None:
-    """Refuse integers, which say what goes where, that point at nothing: shapes alone do not tell."""
-    tensors = factors.tensors()
-    whole = [role for role, t in tensors.items() if not t.is_floating_point()]
-    if not whole:
-        return
-    try:
-        if method.product(factors) is None:  # of now and of the start
-            method.delta(factors, torch.zeros(shape, dtype=next(factors.parameters()).dtype))
-    except (RuntimeError, IndexError) as error:
-        told = f"{path / TENSORS}: {', '.join(whole)} of {site} points beyond its factors or its weight: {error}"
-        raise CheckpointError(told) from error
 
 
 def _place(
