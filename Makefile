@@ -6,7 +6,7 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz mutants test-newest test-lowest lint types
+.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz fuzzer mutants test-newest test-lowest lint types
 .PHONY: docs docs-site docs-links coverage-models lock
 
 demo: $(DONE)
@@ -26,24 +26,28 @@ test-all: lint types
 bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 
-# What tests/ has a few seconds of, half an hour on two cores: 101,000 damaged files, 65,000 of them adapters and 4,000 of each
-# other reader; 200 kills of each writer at least, two minutes of threads that share a model.
-torture: $(DONE)
+# What tests/ has a few seconds of, half an hour on two cores: 100,000 damaged files, 50,000 of them adapters, 4,000 of each
+# other reader, and the rest steered by the lines they reach; 200 kills of each writer at least, two minutes of threads
+# that share a model.
+torture: fuzzer
 	$(MAKE) --jobs 2 torture-files torture-kills
 
-torture-files: $(DONE)
-	$(BIN)/python tests/torture/damage.py 65000
+torture-files: fuzzer
+	$(BIN)/python tests/torture/damage.py 50000
 	$(BIN)/python tests/torture/readers.py 4000
+	$(BIN)/python tests/torture/guided.py 1300
 
 torture-kills: $(DONE)
-	for what in "saving 250" "writers 200" "training 200" "comparing 200"; do \
+	for what in "saving 200" "writers 200" "training 200" "comparing 200"; do \
 	set -- $$what; folder=$$(mktemp -d); $(BIN)/python tests/torture/$$1.py $$folder $$2 || exit; rm -r $$folder; done
 	$(BIN)/python tests/torture/serving.py 120
 
-# Damaged files of every reader that are steered by the lines they reach, 2,000 each; atheris has wheels for Linux.
-fuzz: $(DONE)
-	$(LOCKED) --editable ".[fuzz]"
+# The steered ones alone, as many of each reader as one likes.
+fuzz: fuzzer
 	$(BIN)/python tests/torture/guided.py 2000
+
+fuzzer: $(DONE)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(LOCKED) --editable ".[fuzz]"
 
 # One deliberate defect after the other, and the test that notices: tests/mutants/README.md.
 mutants: $(DONE)

@@ -13,6 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from svdpeft.atomic import replacing
 from svdpeft.bars import bar
 from svdpeft.decomposition import all_finite
 from svdpeft.folders import output
-from svdpeft.folders.changes import Change, changes
+from svdpeft.folders.changes import Change, Update, changes
 from svdpeft.folders.folder import WORDS, Folder
 from svdpeft.folders.rounding import stochastic
 from svdpeft.folders.skeleton import Skeleton
@@ -93,10 +94,7 @@ def merge(
     def value(name: str) -> Iterator[Tensor]:
         progress.update()
         w, change = skeleton.read(name), changed.get(name, Change())
-        for update in change.updates:
-            site, entry = update.site, update.entry
-            if check_weight(site.name, entry, site.weight, update.path, check_base, update.free):
-                others.setdefault(update.path, []).append((site.name, entry["dtype"], str(w.dtype)))
+        checks = [beside.submit(checked, update, str(w.dtype)) for update in change.updates]
         to = dtype if dtype is not None and w.dtype in WORDS else w.dtype
         if name not in changed and to == w.dtype:
             yield w
@@ -117,8 +115,16 @@ def merge(
             _check_finite(name, w[rows], functools.partial(torch.add, w[rows], added), made)
             yield made
         lost.update(dict.fromkeys((update.site.name for update in change.updates), sums.lost))
+        for check in checks:  # of a base that it is not for nothing is left
+            check.result()
 
-    with progress, replacing(out) as new:
+    def checked(update: Update, dtype: str) -> None:
+        site, entry = update.site, update.entry
+        if check_weight(site.name, entry, site.weight, update.path, check_base, update.free):
+            others.setdefault(update.path, []).append((site.name, entry["dtype"], dtype))
+
+    # A digest takes a fifth of the time, and one thread.
+    with progress, ThreadPoolExecutor(1) as beside, replacing(out) as new:
         output.write(skeleton, new, entries, value, dtype)
     for path, found in others.items():
         warn_of_precision(path, found, stacklevel=5)

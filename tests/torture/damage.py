@@ -13,9 +13,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,22 @@ class Case:
 
     build: Callable[[], nn.Module]
     state: State
+    _ready: dict[bool, Any] = field(default_factory=dict)  # where the last read was refused
+
+    @contextmanager
+    def model(self, adapted: bool) -> Iterator[tuple[nn.Module, svdpeft.Adapter | None]]:
+        """A model with or without the adapter; if the block is refused by the one error, it is as it was."""
+        model, adapter, before = self._ready.pop(adapted, None) or self._made(adapted)
+        try:
+            yield model, adapter
+        except CheckpointError:
+            assert_same(before, snapshot(model))
+            self._ready[adapted] = model, adapter, before
+
+    def _made(self, adapted: bool) -> tuple[nn.Module, svdpeft.Adapter | None, Any]:
+        model = self.build()
+        adapter = svdpeft.load(model, self.state) if adapted else None
+        return model, adapter, snapshot(model)
 
 
 def _case(build: Callable[[], nn.Module], attach: Callable[[nn.Module], svdpeft.Adapter]) -> Case:
@@ -161,22 +177,15 @@ def bad_bytes(draw: Any) -> tuple[Case, bytes]:
 
 def survives(case: Case, source: Any, reader: str = "load") -> None:
     """Read a source: it is read, or refused by the one error, and then the model is as it was."""
-    model = case.build()
-    adapter = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if reader != "load":
-            adapter = svdpeft.load(model, case.state)
-        before = snapshot(model)
-        try:
+        with case.model(reader != "load") as (model, adapter):
             if adapter is None:
                 svdpeft.load(model, source)
             elif reader == "restore":
                 restore(adapter, source)
             else:
                 adapter.load_state_dict(source)
-        except CheckpointError:
-            assert_same(before, snapshot(model))
 
 
 def survives_file(case: Case, data: bytes, reader: str = "load") -> None:
