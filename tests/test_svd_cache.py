@@ -59,7 +59,8 @@ def test_what_changes_the_result_has_a_file_of_its_own(tmp_path):
         ):
             call()
             assert len(list(tmp_path.iterdir())) == count
-    assert not svd.remembered.__globals__["_FOLDER"].get(), "outside the block nothing is kept"
+    truncated_svd(w, 4)
+    assert len(list(tmp_path.iterdir())) == count, "outside the block nothing is kept"
 
 
 def test_a_hit_has_the_bits_of_the_first_computation_not_of_a_new_one(tmp_path, monkeypatch):
@@ -106,6 +107,11 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_alone(tmp_path, monkeyp
     w = torch.randn(6, 4)
     with svdpeft.svd_cache(tmp_path), pytest.warns(RuntimeWarning, match="No space left"):
         assert truncated_svd(w, 2).u.equal(truncated_svd(w, 2).u)
+    with (
+        svdpeft.svd_cache(tmp_path, required=True),
+        pytest.raises(OSError, match=r"could not be kept in .* No space left"),
+    ):
+        truncated_svd(w, 2)
     assert not list(tmp_path.iterdir())
 
 

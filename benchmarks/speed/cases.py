@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,6 @@ class Case:
     candidates: Mapping[str, Candidate]
     rounds: int
     sizes: dict[str, int] = field(default_factory=dict)
-
-
-def cases(bench: Bench) -> Iterator[Callable[[], Case]]:
-    """One function per case, which makes it: only one is in memory at a time."""
-    each = (attaching, steps, ways, saving, loading, merging, tokens)
-    yield from (functools.partial(case, bench) for case in each)
-    yield imports
 
 
 def attaching(bench: Bench) -> Case:
@@ -276,7 +269,7 @@ def tokens(bench: Bench) -> Case:
     )
 
 
-def imports() -> Case:
+def imports(_: Bench) -> Case:
     """A process of its own that imports, or prints the help."""
 
     def run(*words: str, program: str = sys.executable) -> Candidate:
@@ -295,3 +288,8 @@ def imports() -> Case:
         },
         rounds=5,
     )
+
+
+CASES: dict[str, Callable[[Bench], Case]] = {
+    case.__name__: case for case in (attaching, steps, ways, saving, loading, merging, tokens, imports)
+}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +27,18 @@ from svdpeft.decomposition.digests import digest
 from svdpeft.decomposition.processes import one_at_a_time, processes
 
 DIGESTS = "digests"  # in a file's metadata: that of each tensor
-_FOLDER: ContextVar[Path | None] = ContextVar("svd_cache", default=None)
+
+
+class _Cache(NamedTuple):
+    folder: Path
+    required: bool
+
+
+_CACHE: ContextVar[_Cache | None] = ContextVar("svd_cache", default=None)
 
 
 @contextmanager
-def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def svd_cache(folder: str | os.PathLike[str], required: bool = False) -> Iterator[Path]:
     """Keep every SVD that is computed inside the block in ``folder``, and read what is there already.
 
     Attaching then costs a hash of each weight and the reading of its factors, where it cost an SVD. On the disk a
@@ -40,9 +48,13 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         folder: made if need be.
+        required: what cannot be written, on a full disk, is an error; else it costs a warning, and the SVD again.
 
     Yields:
         The folder.
+
+    Raises:
+        OSError: the folder cannot be made, or, where that is required, written.
 
     Example:
         >>> with svd_cache("/tmp/svdpeft-svd"):  # doctest: +SKIP
@@ -50,11 +62,11 @@ def svd_cache(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
-    token = _FOLDER.set(path)
+    token = _CACHE.set(_Cache(path, required))
     try:
         yield path
     finally:
-        _FOLDER.reset(token)
+        _CACHE.reset(token)
 
 
 @contextmanager
@@ -82,11 +94,11 @@ def uncached() -> Iterator[None]:
         >>> with svd_cache("/tmp/svdpeft-svd"), uncached():  # doctest: +SKIP
         ...     now = truncated_svd(w + change)
     """
-    token = _FOLDER.set(None)
+    token = _CACHE.set(None)
     try:
         yield
     finally:
-        _FOLDER.reset(token)
+        _CACHE.reset(token)
 
 
 def remembered(
@@ -100,18 +112,17 @@ def remembered(
         rank: number of triplets wanted.
         compute: gives at least ``rank`` triplets ``u`` (*b, m, k), ``s`` (*b, k), ``vh`` (*b, k, n).
     """
-    folder = _FOLDER.get()
-    if folder is None:
+    if (cache := _CACHE.get()) is None:
         return _first(rank, *compute())
     # Another kind of device or another torch rounds differently: it has its own file.
-    file = folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
+    file = cache.folder / f"{digest(w)}-{how}-{w.device.type}-torch{torch.__version__.partition('+')[0]}.safetensors"
     if (known := _read(file, rank, w.device)) is not None:
         return known
     with one_at_a_time(file):
         if (known := _read(file, rank, w.device)) is not None:  # by now, from the process that was at it
             return known
         found = compute()
-        _write(file, *found)
+        _write(file, cache.required, *found)
     return _first(rank, *found)
 
 
@@ -157,13 +168,16 @@ def damaged(folder: Path) -> dict[str, str]:
     return wrong
 
 
-def _write(file: Path, u: Tensor, s: Tensor, vh: Tensor) -> None:
+def _write(file: Path, required: bool, u: Tensor, s: Tensor, vh: Tensor) -> None:
     try:
         with replacing(file) as new:  # a reader finds a whole file or none
             found = [t.contiguous().cpu() for t in (u, s, vh)]
             save_file({"u": found[0], "s": found[1], "vh": found[2]}, new, metadata={DIGESTS: _digests(found)})
-    except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the run
-        warnings.warn(f"an SVD could not be kept in {file.parent}: {error}", RuntimeWarning, stacklevel=2)
+    except (OSError, SafetensorError) as error:
+        told = f"an SVD could not be kept in {file.parent}: {error}"
+        if required:
+            raise OSError(told) from error
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
 
 
 def _digests(tensors: Sequence[Tensor]) -> str:

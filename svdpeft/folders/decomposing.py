@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +75,7 @@ def decompose(
     patterns = [named] if isinstance(named, str) else named
     choices = select(skeleton.model, [(pattern, method) for pattern in patterns], (), ()).choices
     computed = []
-    with svd_cache(cache) as kept, _kept_or_refused():
+    with svd_cache(cache, required=True) as kept:
         for choice in bar(choices, what="decompose", unit="site"):
             before = _count(kept)
             site = given(choice, seed, {}, skeleton.record)
@@ -86,17 +84,6 @@ def decompose(
             if _count(kept) > before:
                 computed.append(choice.name)
     return Decomposed(tuple(choice.name for choice in choices), tuple(computed))
-
-
-@contextmanager
-def _kept_or_refused() -> Iterator[None]:
-    """Elsewhere a cache that cannot be written costs a warning; here it is what is made."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "an SVD could not be kept", RuntimeWarning)
-        try:
-            yield
-        except RuntimeWarning as error:
-            raise OSError(str(error)) from error
 
 
 def _count(folder: Path) -> int:
