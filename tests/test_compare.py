@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from comparison import REAL, Net
+from PIL import Image
 from typer.testing import CliRunner
 
 import svdpeft
@@ -368,9 +369,16 @@ def test_a_method_that_is_not_defined_on_a_model_is_no_failure(tmp_path):
     assert [row.label for row in report.read(Store(tmp_path)).rows] == ["HeadOnly"]
 
 
-@pytest.mark.parametrize("name", ["eva", "lora-ga"])
+@pytest.mark.parametrize("name", ["eva", "lora-ga", "sc-lora"])
 def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path):
-    (record,) = runner.compare(read_spec(**REAL, methods=name), tmp_path)
+    more = {}
+    if name == "sc-lora":
+        for i in range(4):
+            for of in "ab":
+                (tmp_path / of).mkdir(exist_ok=True)
+                Image.new("RGB", (40, 40), (60 * i, 99, ord(of))).save(tmp_path / of / f"{i}.png")
+        more = {"preserve": str(tmp_path)}
+    (record,) = runner.compare(read_spec(**REAL, **more, methods=name), tmp_path / "out")
     assert "error" not in record, record.get("error")
     assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import svdpeft
 from svdpeft.cli import app
-from svdpeft.finetuning.session import Session
+from svdpeft.finetuning.session import Session, batches
 from svdpeft.finetuning.train import Training
 from svdpeft.models import load, rwkv
 
@@ -205,6 +205,28 @@ def test_a_seed_decides_the_start_and_the_order(place):
     assert_equal_bits(weights("a"), weights("b"))
     assert any(not torch.equal(value, weights("c")[name]) for name, value in weights("a").items())
     assert record("a")["log"][0]["loss"] != record("c")["log"][0]["loss"]
+
+
+def test_data_whose_outputs_are_to_stay(place):
+    """SC-LoRA's second set of data: the start is the one of both calibrations by hand."""
+    jsonl("kept.jsonl", [{"text": f"Once upon a time there were {i} bears."} for i in range(20)])
+    made = training(method="sc-lora:rank=2", preserve="kept.jsonl")
+    session, model = made.session, load("tiny").model
+    task, kept = (
+        svdpeft.calibrate(model, batches(model, data, 8), session.targets)
+        for data in (session.data, session.preserved())
+    )
+    by_hand = svdpeft.attach(model, svdpeft.SCLoRA(rank=2), session.targets, calibration=task.preserving(kept))
+    assert_equal_bits(made.adapter.state_dict().tensors, by_hand.state_dict().tensors)
+    without = training(method="sc-lora:rank=2,beta=0", out="without")
+    assert any(
+        not torch.equal(a, b) for a, b in zip(made.adapter.parameters(), without.adapter.parameters(), strict=True)
+    )
+    assert made.order.settings()["preserve"] == "kept.jsonl"
+    with pytest.raises(ValueError, match=r"SCLoRA.* starts from data whose outputs are to stay, too: .*preserve=PATH"):
+        training(method="sc-lora:rank=2", out="none")
+    with pytest.raises(ValueError, match=r"preserve='kept.jsonl': none of LoRA\(rank=2\) starts from"):
+        training(method="lora:rank=2", preserve="kept.jsonl", out="none")
 
 
 def test_patterns_say_what_is_adapted_and_what_is_trained_whole(place):

@@ -47,6 +47,10 @@ def train(
         str | None,
         typer.Option(help="One of `svdpeft methods`: sorsa:rank=128,gamma=4e-4.", autocompletion=method_names),
     ] = None,
+    preserve: Annotated[
+        str | None,
+        typer.Option(help="Data whose outputs are to stay, for a method that starts from such, too (sc-lora)."),
+    ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Layers to adapt: all-linear; as often as needed.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers that are left alone.")] = None,
     train: Annotated[list[str] | None, typer.Option(help="Layers or parameters that train whole.")] = None,

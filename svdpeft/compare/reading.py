@@ -44,7 +44,7 @@ def read_spec(path: Path | None = None, task_options: Mapping[str, Any] | None =
     for name in given:
         _check(name, {f.name for f in dataclasses.fields(Spec)}, "a comparison")
     model = given.get("model", defaults["all"]["model"])
-    for name in ("model", "task", "baseline", "probe"):
+    for name in ("model", "task", "baseline", "probe", "preserve"):
         if name in given:
             check_text(name, given[name])
     modality = modality_of(model, given.get("task"))

@@ -86,9 +86,14 @@ class Job:
             # What an older comparison could not say is said where it is not what that did.
             **{n: value for n in RECIPE if (value := getattr(spec, n)) != Recipe.__dataclass_fields__[n].default},
             **self.entry.around(),
+            **({"preserve": spec.preserve} if self._preserves else {}),
             **({"threads": spec.threads} if spec.threads is not None else {}),
             **({"snapshots": spec.snapshots} if self.rung is None else {"rung": self.rung}),
         }
+
+    @property
+    def _preserves(self) -> bool:
+        return isinstance(self.entry.method, PerSite) and self.entry.method.preserves
 
     def __str__(self) -> str:
         budget = f" at {self.budget}" if len(self.spec.budgets) > 1 else ""
@@ -119,6 +124,7 @@ class Training(Session):
                 dtype=spec.dtype,
                 seed=job.seed,
                 head_lr=spec.head_lr,
+                preserve=spec.preserve,
             )
         )
         self.job, self.task = job, self.setup.task

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from svdpeft.adapter.gradients import rule_for
 from svdpeft.adapter.loraplus import check_roles
+from svdpeft.finetuning.words import check_preserve
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import TASKS, near_miss
 from svdpeft.training.recipe import DTYPES, Recipe
@@ -194,6 +195,7 @@ class Spec:
         confidence: of the intervals over seeds; ``None`` is 0.95 where there is more than one seed.
         snapshots: number of moments in training at which the spectra of the weights are compared with the base's.
         probe: file or folder on which forgetting is measured; ``None`` is the built-in text or pictures.
+        preserve: file or folder with data whose outputs are to stay, for methods that start from such data, too.
     """
 
     model: str
@@ -221,6 +223,7 @@ class Spec:
     confidence: float | None = None
     snapshots: int = 0
     probe: str | None = None
+    preserve: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "methods", "budgets"):
@@ -248,6 +251,7 @@ class Spec:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         self.recipe(1.0, self.epochs)
+        check_preserve(self.preserve, [entry.method for entry in self.methods])
         labels = [entry.label for entry in self.methods]
         if self.baseline is not None and self.baseline not in labels:
             raise ValueError(
@@ -290,6 +294,8 @@ class Spec:
         search = self.search.to_json() if self.search else None
         lists = {name: list(plain[name]) for name in ("seeds", "exclude", "budgets")}
         targets = None if self.targets is None else list(self.targets)
+        if self.preserve is None:  # as in older comparisons
+            del plain["preserve"]
         return {
             **plain,
             **lists,

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from svdpeft.finetuning.session import Setup
-from svdpeft.finetuning.words import modality_of, parse, read_values
+from svdpeft.finetuning.words import check_preserve, modality_of, parse, read_values
 from svdpeft.methods.base import Method
 from svdpeft.registry import METHODS, TASKS, near_miss
 from svdpeft.tasks.base import whole
 from svdpeft.training.recipe import Recipe
 
-SETUP = ("image_size", "dtype", "seed", "head_lr", "quantize")  # fields that go by their own names
+SETUP = ("image_size", "dtype", "seed", "head_lr", "quantize", "preserve")  # fields that go by their own names
 PATTERNS = {"targets": "targets", "exclude": "exclude", "train": "whole"}
 RECIPE = tuple(name for name in Recipe.__dataclass_fields__ if name != "lr")
 ORDER = ("eval_every", "save_every", "tracker")
-TEXTS = {"model", "data", "task", "method", "svd_cache", "out"}
+TEXTS = {"model", "data", "task", "method", "preserve", "svd_cache", "out"}
 OPTIONS = {*TEXTS, "option", "lr", "length", *PATTERNS, *SETUP, *RECIPE, *ORDER}
 
 
@@ -97,6 +97,7 @@ def read_order(file: Path | None, flags: Mapping[str, Any]) -> Order:
         raise ValueError(f"the method {given['method']!r} says no learning rate for {task.modality} models: give --lr")
     known = {each: given[each] for each in SETUP if each in given}
     patterns = {ours: _patterns(each, given[each]) for each, ours in PATTERNS.items() if each in given}
+    check_preserve(known.get("preserve"), [method])
     setup = Setup(given["model"], task, **patterns, **known)
     recipe = Recipe(rate, **{each: given[each] for each in RECIPE if each in given})
     more = {each: given[each] for each in ORDER if each in given}

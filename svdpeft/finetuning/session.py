@@ -18,16 +18,18 @@ from svdpeft.adapter.adapter import Adapter
 from svdpeft.adapter.attach import attach
 from svdpeft.calibration.calibrate import calibrate
 from svdpeft.calibration.calibration import Calibration
+from svdpeft.finetuning.words import check_preserve
 from svdpeft.layers.quantising import scheme_named, values_in
 from svdpeft.methods.base import Method, PerSite
 from svdpeft.models import Loaded, load
-from svdpeft.registry import near_miss
+from svdpeft.registry import TASKS, near_miss
 from svdpeft.targets.rules import default_targets
 from svdpeft.tasks.base import SPLITS, SplitName, Task, TaskData, whole
 from svdpeft.training.recipe import DTYPES, Recipe
 from svdpeft.training.trainer import Trainer, returns_loss
 
 CALIBRATION_BATCHES = 8  # of training data that methods which start from data see
+PRESERVED_LENGTH = 512  # tokens of a text whose outputs are to stay
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Setup:
         seed: of initialisation, batch order and dropout.
         head_lr: learning rate of a new head, where the method has factors; ``None`` is the method's.
         quantize: a scheme of ``svdpeft.quantize`` by which the base is stored.
+        preserve: text or pictures of one's own whose outputs are to stay, for a method that starts from such data, too.
 
     Raises:
         ValueError: a seed, a dtype, a rate or a scheme that does not exist.
@@ -61,6 +64,7 @@ class Setup:
     seed: int = 0
     head_lr: float | None = None
     quantize: str | None = None
+    preserve: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -121,7 +125,13 @@ class Session:
             batch_size: examples of the batches that a method which starts from data sees.
         """
         setup, started = self.setup, time.perf_counter()
-        seen = calibration(model, method, self.data, self.targets, setup.exclude, batch_size)
+        seen = None
+        if isinstance(method, PerSite) and method.needs:
+            seen = seen_by(model, method, batches(model, self.data, batch_size), self.targets, setup.exclude)
+            if method.preserves:
+                check_preserve(setup.preserve, [method])
+                kept = batches(model, self.preserved(), batch_size)
+                seen = seen.preserving(calibrate(model, kept, self.targets, setup.exclude, call=without_labels))
         whole = (*self.head, *setup.whole)
         adapter = attach(
             model, method, self.targets, setup.exclude, whole, seed=setup.seed, clip_rank=True, calibration=seen
@@ -129,6 +139,17 @@ class Session:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return adapter, time.perf_counter() - started
+
+    def preserved(self) -> TaskData:
+        """The data whose outputs are to stay.
+
+        Raises:
+            ValueError: they are not for this model.
+        """
+        data, vision = self.setup.preserve, self.loaded.modality == "vision"
+        options: dict[str, Any] = {"shots": "all"} if vision else {"max_length": PRESERVED_LENGTH}
+        task = TASKS.make("images" if vision else "text", {"data": data, **options})
+        return task.prepare(self.loaded, self.setup.seed, splits=("train",))
 
     def trainer(
         self,
@@ -183,31 +204,20 @@ def recompute(model: Any) -> None:
         raise ValueError(f"a {type(model).__name__} has no switch to checkpoint its activations")
 
 
-def calibration(
-    model: nn.Module, method: Method, data: TaskData, targets: Sequence[str], exclude: Sequence[str], batch_size: int
-) -> Calibration | None:
-    """Show the base a few training batches, for a method that starts from data; ``None`` for the others.
+def batches(model: nn.Module, data: TaskData, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """A few batches of training data, for a method that starts from data.
 
     Args:
-        model: the base.
-        method: whose ``needs`` says what to look at.
-        data: of the task.
-        targets: what is adapted.
-        exclude: what is not.
+        model: on whose device they are.
+        data: of a task.
         batch_size: examples per batch.
     """
-    if not isinstance(method, PerSite) or not method.needs:
-        return None
     device = next(model.parameters()).device
     total = len(data.train)  # type: ignore[arg-type]
     size = min(batch_size, total)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for i in range(min(CALIBRATION_BATCHES, total // size)):
-            batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
-            yield {name: value.to(device) for name, value in batch.items()}
-
-    return seen_by(model, method, batches(), targets, exclude)
+    for i in range(min(CALIBRATION_BATCHES, total // size)):
+        batch = data.collate([data.train[j] for j in range(i * size, (i + 1) * size)])
+        yield {name: value.to(device) for name, value in batch.items()}
 
 
 def seen_by(
@@ -233,6 +243,11 @@ def call(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """What a model gives for a batch: with labels, where it has a loss of its own."""
     own = returns_loss(model)
     return model(**{name: value for name, value in batch.items() if own or name != "labels"})
+
+
+def without_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What a model gives for the rest of a batch: the classes of other data are not its own."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"})
 
 
 def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+from svdpeft.methods.base import Method, PerSite
 from svdpeft.registry import TASKS
 
 
@@ -61,3 +62,17 @@ def modality_of(model: str, task: str | None) -> str:
 
     ours = model in vision.EMBEDDED or model.startswith("timm:") or is_factory(model)
     return "vision" if ours or architecture_of(Path(model)) is not None else "language"
+
+
+def check_preserve(preserve: str | None, methods: Sequence[Method]) -> None:
+    """Refuse data to be kept that no method asks for, and a method that asks for some where there are none."""
+    asking = [method for method in methods if isinstance(method, PerSite) and method.preserves]
+    if asking and preserve is None:
+        raise ValueError(
+            f"{asking[0]} starts from data whose outputs are to stay, too: name a file or folder of such, preserve=PATH"
+        )
+    if preserve is not None and not asking:
+        given = ", ".join(map(str, methods))
+        raise ValueError(
+            f"preserve={preserve!r}: none of {given} starts from data whose outputs are to stay; leave it out"
+        )

@@ -30,8 +30,8 @@ class SCLoRA(Scaled):
     When to use:
         Where data of the task and data of what the model must still do are both at hand: β trades the one for the
         other. ``svdpeft.calibrate(model, task).preserving(svdpeft.calibrate(model, kept))`` is one pass over each, and
-        there is an eigendecomposition per weight. With β = 0 the second set is not asked for; that is Astra's head.
-        Not for weights that are read and never called.
+        there is an eigendecomposition per weight; ``svdpeft train --preserve PATH`` does all of it. With β = 0 the
+        second set is not asked for; that is Astra's head. Not for weights that are read and never called.
 
     Paper and code:
         There was no official code to compare with. The moments are means over positions and not centred, the start is
@@ -81,6 +81,10 @@ print(adapter.summary())
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta {self.beta} is outside [0, 1]")
 
+    @property
+    def preserves(self) -> bool:
+        return self.beta > 0
+
     def start(self, w: Tensor, given: Given) -> Tensors:
         second = given.seen("second", "SCLoRA").to(w.device, torch.float64)
         count = given.statistics.count if given.statistics else 0
@@ -90,7 +94,7 @@ print(adapter.summary())
                 f"inputs show no more: calibrate with more, or take a rank of at most {max(count, 1)} there"
             )
         balance = (1 - self.beta) / count * second
-        if self.beta:
+        if self.preserves:
             balance = balance - self.beta * given.seen("kept", str(self)).to(balance)
         # Within what the weight can give out: beyond it all outputs are zero, which is no direction.
         reach, seen = torch.linalg.qr(w.double())  # (*b, m, k), (*b, k, n)

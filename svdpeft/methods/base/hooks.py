@@ -60,6 +60,11 @@ class Hooks(Method):
         return 0.0
 
     @property
+    def preserves(self) -> bool:
+        """Whether its start also asks for the inputs on data whose outputs are to stay: ``Calibration.preserving``."""
+        return False
+
+    @property
     def pair(self) -> Callable[[Factors], Product] | None:
         """How the change s L C A is read of a site, where L and A are its own thin factors and both train.
 
