@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -71,3 +72,11 @@ def test_what_is_none(what: str, kept: Path):
         (path / "adapter.safetensors").write_bytes(data[: len(data) // 2])
     (line,) = told("x", code=1)
     assert line.startswith("x: x")
+
+
+def test_a_model_is_told_to_be_one(kept: Path):
+    (kept / "x").mkdir()
+    (kept / "x" / "config.json").write_text("{}")
+    save_file({"a": torch.ones(2)}, kept / "x" / "model.safetensors")
+    (line,) = told("x", code=1)
+    assert line.startswith("x: a model, with whose tensors no digests were written")

@@ -36,7 +36,10 @@ def _told(path: Path) -> tuple[bool, str]:
     """Whether something is as it was written, and what it is or what is wrong with it."""
     from svdpeft.adapter.file import TENSORS, read
     from svdpeft.decomposition import damaged
+    from svdpeft.folders.folder import CONFIG
 
+    if (path / CONFIG).exists() and not (path / TENSORS).exists():
+        return False, "a model, with whose tensors no digests were written: these are of adapters and caches of SVDs"
     kept = {} if (path / TENSORS).exists() or not path.is_dir() else damaged(path)
     if kept:
         wrong = [f"{name}: {why}" for name, why in kept.items() if why]
