@@ -27,8 +27,8 @@ bench: $(DONE)
 	$(BIN)/python -m benchmarks.speed
 
 # What tests/ has a few seconds of, half an hour on two cores: 100,000 damaged files, 50,000 of them adapters, 4,000 of each
-# other reader, and the rest steered by the lines they reach; 200 kills of each writer at least, two minutes of threads
-# that share a model.
+# other reader, and the rest steered by the lines they reach; 200 kills of each writer at least, and a full disk; two
+# minutes of threads that share a model; 2,000 attachments and 60 trainings in one process.
 torture: fuzzer
 	$(MAKE) --jobs 2 torture-files torture-kills
 
@@ -41,6 +41,7 @@ torture-kills: $(DONE)
 	for what in "saving 200" "writers 200" "training 200" "comparing 200"; do \
 	set -- $$what; folder=$$(mktemp -d); $(BIN)/python tests/torture/$$1.py $$folder $$2 || exit; rm -r $$folder; done
 	$(BIN)/python tests/torture/serving.py 120
+	$(BIN)/python tests/torture/soak.py 2000
 
 # The steered ones alone, as many of each reader as one likes.
 fuzz: fuzzer

@@ -375,9 +375,9 @@ def test_a_method_that_starts_from_data_is_shown_training_batches(name, tmp_path
     if name == "sc-lora":
         for i in range(4):
             for of in "ab":
-                (tmp_path / of).mkdir(exist_ok=True)
-                Image.new("RGB", (40, 40), (60 * i, 99, ord(of))).save(tmp_path / of / f"{i}.png")
-        more = {"preserve": str(tmp_path)}
+                (tmp_path / "kept" / of).mkdir(exist_ok=True, parents=True)
+                Image.new("RGB", (40, 40), (60 * i, 99, ord(of))).save(tmp_path / "kept" / of / f"{i}.png")
+        more = {"preserve": str(tmp_path / "kept")}
     (record,) = runner.compare(read_spec(**REAL, **more, methods=name), tmp_path / "out")
     assert "error" not in record, record.get("error")
     assert 0 < record["parameters"]["factors"] <= 0.015 * record["parameters"]["base"]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
 from folder_models import contents, llama, moved, saved
+from torture.kills import no_room
 from typer.testing import CliRunner
 
 import svdpeft
@@ -131,19 +129,6 @@ def test_help_has_an_example(command: str):
     assert f"Example: svdpeft {command} llama" in " ".join(said.stdout.split())
 
 
-@contextmanager
-def no_room() -> Iterator[None]:
-    """A disk on which no file of more than 100 bytes has room."""
-    resource = pytest.importorskip("resource")
-    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -156,6 +141,7 @@ def no_room() -> Iterator[None]:
 )
 def test_a_full_disk_is_told_in_a_line(words: str, ready: Path):
     """Whoever writes: Python, safetensors or numpy. Nothing is left, and nothing is said to be there."""
+    pytest.importorskip("resource")
     with no_room():
         found = run(*words.split())
     assert found.exit_code == 2, found.output

@@ -11,14 +11,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 BEGINS = "tempfile.mkdtemp"  # what ``atomic.replacing`` does first
 OPERATIONS = {  # that the interpreter tells its auditors of, before each; "open" is what Python opens, also to sync it
     *(BEGINS, "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "os.listdir"),
 }
+
+NOBODY = 65534
 
 
 class Span(NamedTuple):
@@ -66,6 +69,36 @@ def attempt(work: Callable[[], object], at: int = 0, after: float | None = None,
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     assert status in (0, -signal.SIGKILL), f"the work has ended with {status}"
     return Outcome(status != 0, Span(int(rest[0]), float(rest[1])) if rest else None)
+
+
+@contextmanager
+def no_room(size: int = 100) -> Iterator[None]:
+    """Within the block no file of more than so many bytes has room on the disk."""
+    import resource  # not on Windows
+
+    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Within the block this process may not write into a folder; that of root is somebody else's, and it stays so."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        yield
+        return
+    folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        folder.chmod(0o700)
 
 
 def draws(whole: Span, draw: random.Random) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Each writer of the library, killed within a write again and again: every file is the old or the new, and is read.
+"""Each writer of the library, killed within a write again and again, or hindered by a full disk and a folder that may
+not be written: every file is the old or the new, and is read.
 
     python tests/torture/writers.py FOLDER KILLS [WRITER ...]
 
@@ -19,19 +20,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import matplotlib.pyplot  # noqa: F401, before a fork that may write nowhere imports it
 import torch
 from folder_models import llama, moved, saved
 from gguf import GGUFReader
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torture.kills import Span, attempt, draws
+from torture.kills import Span, attempt, draws, no_room, read_only
 from transformers import RwkvConfig, RwkvForCausalLM
 
 import svdpeft
@@ -47,6 +49,7 @@ from svdpeft.training.resume import load_checkpoint, save_checkpoint
 
 LEFT = re.compile(r"\..+\.[a-z0-9_]{8}|\.comparison\.lock")  # what a write that was killed may leave, and a lock
 DTYPES = {1: torch.float32, 2: torch.bfloat16}
+HINDERED = 5  # times by a full disk, and as often by a folder that may not be written
 WIDTH = 192  # of what is written: some hundred kilobytes
 
 
@@ -283,13 +286,47 @@ def notices(writer: Writer, path: Path, expected: list[dict[str, str]]) -> None:
     raise AssertionError("the check has not noticed half of a file")
 
 
+def refuses(writer: Writer, path: Path, number: int, hindrance: AbstractContextManager[None]) -> None:
+    """It says that it cannot write: by an error, or a cache by a warning."""
+
+    def work() -> None:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                with hindrance:
+                    writer.write(path, number)
+            except Exception:  # whose words tests of each writer hold
+                return
+        assert any("could not be" in str(each.message) for each in told), "it could not write, and has not said so"
+
+    assert not attempt(work).killed
+
+
+def hindered(writer: Writer, path: Path, expected: list[dict[str, str]], sizes: list[int], draw: random.Random) -> int:
+    """A disk that is full at drawn sizes, and a folder that may not be written: what was there stays; how often."""
+    for _ in range(HINDERED):
+        if writer.anew and path.exists():
+            shutil.rmtree(path)
+        path.mkdir(exist_ok=True)
+        before = files_of(path)
+        number = 2 if before == expected[0] else 1  # what is there already need not be written
+        refuses(writer, path, number, no_room(draw.randrange(sizes[number - 1] * 9 // 10)))
+        check(writer, before, found := files_of(path), expected)
+        if found:
+            writer.read(path)
+        refuses(writer, path, 2 if found == expected[0] else 1, read_only(path))
+        assert files_of(path) == found
+    return 2 * HINDERED
+
+
 def kills(writer: Writer, folder: Path, count: int, draw: random.Random) -> str:
     """So many kills of one writer; what is told of them."""
-    begun, expected, spans, path = time.monotonic(), [], [], folder / "at"
+    begun, expected, spans, sizes, path = time.monotonic(), [], [], [], folder / "at"
     for number in (1, 2):  # left alone
         path.mkdir()
         spans.append(attempt(lambda number=number: writer.write(path, number)).span)
         expected.append(files_of(path))
+        sizes.append(max((path / name).stat().st_size for name in expected[-1]))
         shutil.rmtree(path)
     assert expected[0] != expected[1]
     notices(writer, path, expected)
@@ -311,12 +348,14 @@ def kills(writer: Writer, folder: Path, count: int, draw: random.Random) -> str:
         hidden = [each for each in path.rglob(".*") if not any(map(LEFT.fullmatch, each.relative_to(path).parts))]
         assert not hidden, f"nobody sweeps {hidden}"
         killed, new = killed + outcome.killed, new + (came and outcome.killed)
-    return f"{killed} kills in {time.monotonic() - begun:.0f} s, the new is there after {new}, nothing is lost"
+    told = f"the new is there after {new}; {hindered(writer, path, expected, sizes, draw)} times hindered, and said so"
+    return f"{killed} kills in {time.monotonic() - begun:.0f} s, {told}; nothing is lost"
 
 
 def main(folder: Path, count: int, *names: str) -> None:
     """So many kills of each; ends with an error where one has lost something, or something reads wrongly."""
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)  # a user who may not write may look
     prepare(folder)
     gc.freeze()  # what is here already is walked, and so copied, in no fork
     begun, total = time.monotonic(), 0
