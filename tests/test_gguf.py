@@ -6,6 +6,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from helpers import perturb
+from torture.kills import no_room
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -253,6 +254,18 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     refuse(adapter, r"layers\.1\.mlp\.up_proj has factors of up to .*, which f16 cannot hold")
     site.factors.L.data[0, 0] = float("nan")
     refuse(adapter, "not finite")
+
+
+def test_a_disk_that_is_full_before_the_last_tensor(tmp_path):
+    """``tofile`` of numpy says nothing where C's buffer has no room when it is closed."""
+    pytest.importorskip("resource")
+    adapter = tuned(model_of("llama"), svdpeft.LoRA(rank=2), ["q_proj"])
+    svdpeft.export_gguf(adapter, tmp_path / "whole.gguf")
+    size = (tmp_path / "whole.gguf").stat().st_size
+    for room in range(0, size, size // 50):
+        with pytest.raises(OSError, match=r"File too large|could not be written whole|requested and"), no_room(room):
+            svdpeft.export_gguf(adapter, tmp_path / "a.gguf")
+        assert [file.name for file in tmp_path.iterdir()] == ["whole.gguf"]
 
 
 def test_an_export_does_not_overwrite(tmp_path):

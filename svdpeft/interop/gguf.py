@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, GGUFType, GGUFWriter, Keys, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, GGUFReader, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 from torch import Tensor, nn
 
 from svdpeft.adapter.adapter import Adapter
@@ -62,6 +62,7 @@ def export_gguf(
         ValueError: an architecture that is not in the list; what llama.cpp's adapters do not hold: parameters trained
             whole, changed statistics, an update of full rank, tied embeddings; a number out of range.
         FileExistsError: ``path`` exists.
+        OSError: it cannot be written whole.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,16 +96,26 @@ def export_gguf(
             left, right = right.mT, left
         tensors[f"{written}.weight.lora_a"] = _array(right, dtype, name)
         tensors[f"{written}.weight.lora_b"] = _array(left, dtype, name)
-    with replacing(path) as new, closing(GGUFWriter(new, MODEL_ARCH_NAMES[arch])) as writer:
-        writer.add_type(GGUFType.ADAPTER)
-        writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
-        for name, values in tensors.items():
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+    with replacing(path) as new:
+        with closing(GGUFWriter(new, MODEL_ARCH_NAMES[arch])) as writer:
+            writer.add_type(GGUFType.ADAPTER)
+            writer.add_string(Keys.Adapter.TYPE, "lora")
+            writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
+            for name, values in tensors.items():
+                writer.add_tensor(name, values)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        _check_whole(new, path)
     return ranks
+
+
+def _check_whole(new: Path, path: Path) -> None:
+    """numpy's ``tofile``, which writes the tensors, does not say that the last bytes of one had no room on the disk."""
+    try:
+        GGUFReader(new)
+    except (ValueError, IndexError) as error:
+        raise OSError(f"{path} could not be written whole: is there room on the disk?") from error
 
 
 def _architecture(model: nn.Module) -> MODEL_ARCH:
