@@ -34,7 +34,7 @@ CONFIG = transformers.LlamaConfig(
     attention_bias=True,
     architectures=["LlamaForCausalLM"],
 )
-OPTIONS = {"partial": {"layers": ["model.norm"]}, "dora": {}, "sc-lora": {"beta": 0.0}}
+OPTIONS = {"partial": {"layers": ["model.norm"]}, "dora": {}}
 
 
 def llama(device="cpu", layers=2):

@@ -577,12 +577,15 @@ def test_steps_whose_spectra_were_measured_are_not_timed(tiny, tmp_path, monkeyp
         ({"targets": ["bodi"]}, "no method can adapt this model: .*'bodi'"),
         ({"model": "efficientnet-lite"}, "did you mean 'efficientnet-lite0'"),
         ({"probe": "nowhere"}, "nowhere is no folder with pictures"),
+        ({"preserve": "nowhere", "methods": "sc-lora"}, "nowhere is no folder"),
+        ({"preserve": "nowhere"}, r"preserve='nowhere': none of LoRA\(\) starts from data whose outputs are to stay"),
+        ({"methods": "lora,sc-lora"}, "SCLoRA.* starts from data whose outputs are to stay, too: .*preserve=PATH"),
         ({"task": "images"}, "task 'images' needs data"),
     ],
 )
 def test_what_would_make_every_run_fail_is_refused_first(tiny, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("trained"))
-    if {"model", "probe"} & change.keys():
+    if {"model", "probe", "preserve"} & change.keys():
         monkeypatch.setattr(session, "load", load)
         change = {"model": "efficientnet-lite0", **change}
     with pytest.raises(ValueError, match=message):

@@ -326,7 +326,7 @@ def test_a_generator_that_is_left_while_one_looks(trains: bool, monkeypatch: pyt
         found.append(current() if len(found) != 1 else found[-1])  # what was before, to both who ask
         go.set()
         assert left.wait(20)
-        return found[-1]
+        return dict(found[-1])
 
     current, found = sys._current_frames, list[dict[int, Any]]()
     with elsewhere(training if trains else lambda: model(torch.ones(1, 4))):

@@ -36,7 +36,8 @@ class Others:
         """The stack of each, innermost frame first."""
         with _looking, _uncollected():
             frames = sys._current_frames()
-            found = {thread: _whole(thread, frames[thread]) for thread in frames.keys() - {threading.get_ident()}}
+            frames.pop(threading.get_ident())  # which would hold itself, and all others, until garbage is collected
+            found = {thread: _whole(thread, frame) for thread, frame in frames.items()}
         present = {frame for frames in found.values() for frame in frames}
         self._owners = {frame: whose for frame, whose in self._owners.items() if frame in present}
         return found

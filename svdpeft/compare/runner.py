@@ -159,6 +159,8 @@ def check(spec: Spec) -> Spec:
     training = Training(Job(spec, spec.methods[0], None, 0))
     if spec.probe is not None:
         probe(training.loaded, spec.probe)
+    if spec.preserve is not None:
+        training.preserved()
     shares = [1.0, *(share for _, share in spec.search.rungs())] if spec.search else [1.0]
     if (steps := training.steps(min(shares))) < 2:
         raise ValueError(

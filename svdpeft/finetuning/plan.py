@@ -131,6 +131,7 @@ def plan(
         seen = None
         if isinstance(method, PerSite) and method.needs:
             seen = seen_by(base, method, [batch], targets, exclude, mask=lambda batch: None)
+            seen = seen.preserving(seen) if method.preserves else seen
         with calls if timed else nullcontext():
             adapter = attach(base, method, targets, exclude, [*new, *train], clip_rank=True, calibration=seen)
         memory = trace_step(mode, adapter, batch, recipe.accumulate, recipe.mixed_precision, optimizer)
