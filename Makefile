@@ -6,7 +6,7 @@ DONE := $(VENV)/.installed
 LOCK := requirements/lock.txt
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test tests test-all bench torture torture-files torture-kills fuzz fuzzer mutants test-newest test-lowest lint types
+.PHONY: demo test tests test-all bench torture fuzz fuzzer mutants test-newest test-lowest lint types
 .PHONY: docs docs-site docs-links coverage-models lock
 
 demo: $(DONE)
@@ -28,27 +28,21 @@ bench: $(DONE)
 
 # What tests/ has a few seconds of, half an hour on two cores: 100,000 damaged files, 50,000 of them adapters, 4,000 of each
 # other reader, and the rest steered by the lines they reach; 200 kills of each writer at least, and a full disk; two
-# minutes of threads that share a model; 2,000 attachments and 60 trainings in one process.
+# minutes of threads that share a model; 2,000 attachments and 60 trainings in one process. The longest first.
+TORTURES := damage-50000 comparing-200 readers-4000 writers-200 guided-1300 training-200 serving-120 soak-2000 saving-200
 torture: fuzzer
-	$(MAKE) --jobs 2 torture-files torture-kills
+	$(MAKE) --jobs 2 $(TORTURES:%=torture-%)
 
-torture-files: fuzzer
-	$(BIN)/python tests/torture/damage.py 50000
-	$(BIN)/python tests/torture/readers.py 4000
-	$(BIN)/python tests/torture/guided.py 1300
-
-torture-kills: $(DONE)
-	for what in "saving 200" "writers 200" "training 200" "comparing 200"; do \
-	set -- $$what; folder=$$(mktemp -d); $(BIN)/python tests/torture/$$1.py $$folder $$2 || exit; rm -r $$folder; done
-	$(BIN)/python tests/torture/serving.py 120
-	$(BIN)/python tests/torture/soak.py 2000
+torture-%: $(DONE)
+	@set -- $(subst -, ,$*); case $$1 in saving|writers|training|comparing) folder=$$(mktemp -d);; *) folder=;; esac; \
+	$(BIN)/python tests/torture/$$1.py $$folder $$2 && rm -rf $$folder
 
 # The steered ones alone, as many of each reader as one likes.
 fuzz: fuzzer
 	$(BIN)/python tests/torture/guided.py 2000
 
 fuzzer: $(DONE)
-	$(BIN)/python -c "import atheris" 2>/dev/null || $(LOCKED) --editable ".[fuzz]"
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(LOCKED) --editable ".[fuzz]"
 
 # One deliberate defect after the other, and the test that notices: tests/mutants/README.md.
 mutants: $(DONE)
