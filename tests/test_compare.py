@@ -215,6 +215,8 @@ def test_a_specification_file(tmp_path):
         ({"task_options": [1]}, "is not a table"),
         ({"epochs": "two"}, "epochs 'two' is not a number"),
         ({"epochs": 0}, "epochs 0 is not a number above 0"),
+        ({"epochs": 10**400}, "00 is not a number above 0"),
+        ({"warmup": 10**400}, "00 is not a finite number of at least 0"),
         ({"batch_size": 0}, "batch_size 0 is not a whole number of at least 1"),
         ({"snapshots": -1}, "snapshots -1 is not a whole number of at least 0"),
         ({"seeds": 3}, r"seeds = 3 is not a list: write \[3\]"),

@@ -111,8 +111,9 @@ def test_a_value_without_a_form_in_json_is_named_and_nothing_is_written(store):
         (b"[1, 2]", "holds a list, not an object"),
         (b'{"label": "LoRA"}', "has no 'identity'"),
         (b'{"identity": "x"}', "has no 'identity'"),
+        (b'{"identity": {}, "epochs": 1%b}' % (b"0" * 400), "no valid JSON (429 bytes): the number 1000"),
     ],
-    ids=["cut", "empty", "binary", "deep", "list", "anonymous", "text"],
+    ids=["cut", "empty", "binary", "deep", "list", "anonymous", "text", "large"],
 )
 def test_a_damaged_file_is_named_and_skipped_and_its_run_done_again(store, data, reason):
     store.write("runs", "a", record(0))

@@ -41,7 +41,7 @@ REFUSED = [
     ({"steps": 0}, "steps 0 is not a whole number of at least 1"),
     ({"warmup": 1.5}, "warmup 1.5 is neither a share of the steps below 1 nor a number of them"),
     ({"clip": -1.0}, "clip -1.0 is not a finite number of at least 0"),
-    ({"head_lr": -1.0}, "head_lr -1.0 is not above 0"),
+    ({"head_lr": -1.0}, "head_lr -1.0 is not a finite number above 0"),
     ({"seed": -1}, "seed -1 is no whole number in [0, 2^32)"),
     ({"eval_every": -1}, "eval_every -1 is no whole number of steps"),
     ({"save_every": -3}, "save_every -3 is no whole number of steps"),
@@ -98,6 +98,13 @@ def test_it_says_what_is_wrong_and_writes_nothing(options, told, place):
         ('model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\nseed = 1.5\n', "seed 1.5 is no whole number"),
         ('model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\nlr = "1e-3"\n', "lr '1e-3' is not a finite number"),
         ('model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\nhead_lr = "high"\n', "head_lr 'high' is not"),
+        *(
+            (
+                f'model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\n{name} = 1{"0" * 400}\n',
+                "00 is not a finite number",
+            )
+            for name in ("lr", "epochs", "head_lr", "loraplus_ratio")
+        ),
         ('model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\ntargets = 3\n', "targets = 3 is no pattern"),
         ('model = "tiny"\nmethod = "pissa"\ndata = "own.jsonl"\noption = 3\n', "option = 3 is no table"),
     ],

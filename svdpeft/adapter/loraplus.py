@@ -10,7 +10,7 @@ S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 
 from svdpeft.methods.base import Method, PerSite
@@ -19,7 +19,7 @@ from svdpeft.methods.base import Method, PerSite
 def check_ratio(ratio: object) -> None:
     """Raise ``ValueError`` where a ratio of two rates is no number above 0."""
     number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < math.inf:  # type: ignore[operator]
+    if not number or not 0 < ratio <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"loraplus_ratio {ratio!r} is not a finite number above 0")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -34,7 +34,7 @@ def check_text(name: str, value: Any) -> None:
 
 def check_number(name: str, value: Any, above: float) -> None:
     """Raise ``ValueError`` where a value is no finite number above another."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= sys.float_info.max:
         raise ValueError(f"{name} {value!r} is not a number above {above:g}")
 
 

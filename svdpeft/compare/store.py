@@ -18,6 +18,7 @@ import numbers
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ class Store:
         data = self._files.cat_file(f"{self._root}/{name}")
         where = f"{self.address}/{name}"
         try:
-            record = json.loads(data, parse_constant=lambda _: None)
+            record = json.loads(data, parse_constant=lambda _: None, parse_int=_integer)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: no valid JSON ({len(data):,} bytes): {error}") from error
         if not isinstance(record, dict):
@@ -245,6 +246,13 @@ class Store:
         os.makedirs(self._root, exist_ok=True)
         with FileLock(f"{self._root}/.comparison.lock"):
             yield
+
+
+def _integer(text: str) -> int:
+    """A number that a float can be, as all that is compared is."""
+    if abs(value := int(text)) > sys.float_info.max:
+        raise ValueError(f"the number {text[:20]}… of {len(text)} digits")
+    return value
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,10 @@ class Setup:
             raise ValueError(f"dtype {self.dtype!r}: {near_miss(str(self.dtype), DTYPES)}")
         if not whole(self.seed) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed!r} is no whole number in [0, 2^32)")
-        if self.head_lr is not None and not (isinstance(self.head_lr, int | float) and self.head_lr > 0):
-            raise ValueError(f"head_lr {self.head_lr!r} is not above 0")
+        if self.head_lr is not None and not (
+            isinstance(self.head_lr, int | float) and 0 < self.head_lr <= sys.float_info.max
+        ):
+            raise ValueError(f"head_lr {self.head_lr!r} is not a finite number above 0")
         if self.quantize is not None:
             scheme_named(self.quantize)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Recipe:
                 raise ValueError(f"{name} {value!r} is not a whole number of at least 1")
         for name, least in (("lr", 0), ("epochs", 0), ("warmup", 0), ("weight_decay", 0), ("clip", 0)):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and value <= sys.float_info.max
             if not number or value < least or (value == 0 and name in ("lr", "epochs")):
                 more = "above 0" if name in ("lr", "epochs") else "of at least 0"
                 raise ValueError(f"{name} {value!r} is not a finite number {more}")
