@@ -30,8 +30,8 @@ class SCLoRA(Scaled):
     When to use:
         Where data of the task and data of what the model must still do are both at hand: β trades the one for the
         other. ``svdpeft.calibrate(model, task).preserving(svdpeft.calibrate(model, kept))`` is one pass over each, and
-        there is an eigendecomposition per weight; ``svdpeft train`` does all of it with
-        ``--preserve PATH``. With β = 0 the second set is not asked for; that is Astra's head. Not for weights that are read and never called.
+        there is an eigendecomposition per weight; ``svdpeft train`` does all of it with ``--preserve PATH``. With β = 0
+        the second set is not asked for; that is Astra's head. Not for weights that are read and never called.
 
     Paper and code:
         There was no official code to compare with. The moments are means over positions and not centred, the start is
