@@ -56,6 +56,7 @@ def attached(model, method, batch):
         seen = svdpeft.calibrate(
             model, [batch] * 4, inputs=not gradients, gradients=gradients, loss=loss, call=call, mask=lambda batch: None
         )
+        seen = seen.preserving(seen) if method.preserves else seen
     return svdpeft.attach(model, method, clip_rank=True, calibration=seen, train=["lm_head"])
 
 
