@@ -43,7 +43,7 @@ def test_a_file_is_one_unit_and_properties_are_many(names):
     assert len(parts) == names["PARTS"]
 
 
-@pytest.mark.parametrize(("peak", "every", "status"), [(2.0e9, False, 0), (2.6e9, False, 1), (2.2e9, True, 0)])
+@pytest.mark.parametrize(("peak", "every", "status"), [(2.0e9, False, 0), (2.6e9, False, 1), (2.6e9, True, 0)])
 def test_a_worker_that_took_too_much_memory_fails_the_run(names, peak, every, status):
     names["pytest_testnodedown"](SimpleNamespace(gateway=SimpleNamespace(id="gw0"), workeroutput={"peak": peak}), None)
     session = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: every), exitstatus=0)
