@@ -172,6 +172,7 @@ def test_what_may_be_null_is_no_damage(tmp_path):
         ('{"spec": {}}', "has no spec.methods"),
         ('{"spec": {"methods": [{"label": "A"}]}}', "has no spec.methods[0].method"),
         ('{"spec": {"methods": [], "seeds": [], "budgets": [], "confidence": 95}}', "spec.confidence is 95"),
+        ('{"spec": {"methods": [], "seeds": [], "budgets": [], "search": 3}}', "spec.search is 3, not an object"),
     ],
 )
 def test_a_damaged_comparison_is_named_and_the_runs_are_reported(text, reason, tmp_path):

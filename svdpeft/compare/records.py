@@ -80,6 +80,7 @@ COMPARISON = {
         "baseline?": str | None,
         "confidence?": MEASURED,
         "epochs?": NUMBER,
+        "search?": Maybe({"seeds?": int}),
     }
 }
 NAMES = {str: "text", int: "a whole number", NUMBER: "a number", MEASURED: "a number", bool: "true or false"}
